@@ -1,0 +1,300 @@
+"""The protocol: every message that crosses the control channel, and who sends which to whom.
+
+A request, from its prompt to its last token (time runs down)::
+
+    rank 0                prefill leader                decode leader
+      | Prefill ------------> |                              |
+      |                       | Offer ---------------------> |  all blocks of the prompt admitted
+      |                       | <--------------------- Ready |  blocks reserved: a loan begins
+      | <------ Report(delta) |                              |  token 0
+      |                       | Push ----------------------> |  KV follows on the ranks' own links
+      |                       | <-------------- PushReceived |  a staging slot is free again
+      |                       | Push(handover) ------------> |  the last one: the loan ends
+      | <------------------------------------ Report(deltas) |  one per step
+      | Abort --------------> | and -----------------------> |  at any time, to both
+      |                       | Withdraw ------------------> |  instead of a last Push
+
+The loan ends with exactly one of ``Push(handover)`` and ``Withdraw``. An announced Push is always
+carried out on both sides. A message about an id that is unknown or closed is ignored.
+
+Within a replica the leader sends its followers one ordered stream of plan entries,
+``Step | PostReceive | Send | Unpack | Stop``; every rank issues exactly this sequence.
+Ranks and rank 0 also exchange start-up, heartbeat and shutdown messages.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from serve.request import FinishReason, Request, Timeline
+
+
+class Message(Struct, frozen=True, tag=True, array_like=True, omit_defaults=True):
+    """Base of everything that crosses the control channel."""
+
+
+# --- rank 0 -> replicas -----------------------------------------------------------------------
+
+
+class Prefill(Message, frozen=True):
+    """Prefill this request, then hand it to ``decode_replica`` (its own id: keep it)."""
+
+    request: Request
+    decode_replica: int
+
+
+class Abort(Message, frozen=True):
+    """Forget this request, wherever it is."""
+
+    request_id: str
+
+
+# --- prefill leader <-> decode leader -----------------------------------------------------------
+
+
+class TextState(Struct, frozen=True, array_like=True):
+    """What the detokeniser needs to go on elsewhere (see ``serve.tokenizer.OutputText``)."""
+
+    tail_ids: tuple[int, ...] = ()
+    prefix_offset: int = 0
+    read_offset: int = 0
+    held_text: str = ""
+
+
+class Handover(Struct, frozen=True, array_like=True):
+    """All that decode needs beside the KV: the tokens so far and the detokeniser's tail."""
+
+    output_ids: tuple[int, ...]
+    text: TextState
+
+
+class Offer(Message, frozen=True):
+    """The prompt of ``request`` is admitted at ``prefill_replica``: reserve blocks for it."""
+
+    prefill_replica: int
+    request: Request
+
+
+class Ready(Message, frozen=True):
+    """The blocks are reserved; until the loan ends they are the prefill replica's to fill."""
+
+    decode_replica: int
+    request_id: str
+
+
+class Push(Message, frozen=True):
+    """The KV of blocks ``[first_block, first_block + num_blocks)`` of the prompt is being sent.
+
+    ``number`` counts the pushes from one replica to another; ``number % NUM_STAGING_SLOTS`` is the
+    staging slot on both sides. ``handover`` is set in the last push of a request.
+    """
+
+    prefill_replica: int
+    number: int
+    request_id: str
+    first_block: int
+    num_blocks: int
+    handover: Handover | None = None
+
+
+class PushReceived(Message, frozen=True):
+    """Push ``number`` has left the staging slots of the decode replica."""
+
+    decode_replica: int
+    number: int
+
+
+class Withdraw(Message, frozen=True):
+    """The loan ends without a last push; ``num_pushes`` were announced for the request."""
+
+    request_id: str
+    num_pushes: int
+
+
+NUM_STAGING_SLOTS = 2
+
+# --- replicas -> rank 0 -------------------------------------------------------------------------
+
+
+class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one request. ``first_index`` is the output index of the first of them.
+
+    ``text`` is what may be shown now: text that could still become a stop string is held back.
+    """
+
+    request_id: str
+    first_index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    stamps: Timeline | None = None
+
+
+class ReplicaLoad(Struct, frozen=True, kw_only=True):
+    """What a replica holds at this moment."""
+
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_waiting: int = 0
+    num_running: int = 0
+    num_receiving: int = 0
+    num_sending: int = 0
+    num_unfinished_tokens: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+
+
+class Report(Message, frozen=True):
+    """What one step of a replica brought; without deltas it is the replica's heartbeat."""
+
+    replica_id: int
+    load: ReplicaLoad
+    deltas: tuple[Delta, ...] = ()
+    num_step_tokens: int = 0
+
+
+# --- leader -> followers: the plan --------------------------------------------------------------
+
+
+class StepSequence(Struct, frozen=True, array_like=True):
+    """Tokens ``token_ids`` of one sequence, the first at position ``start``.
+
+    ``block_table`` covers positions ``[0, start + len(token_ids))``. ``sample`` asks for the token
+    that follows the last one.
+    """
+
+    start: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    sample: bool
+
+
+class SampleRow(Struct, frozen=True, array_like=True):
+    """How to sample one row. Stays on the leader: followers compute logits, the leader samples.
+
+    ``banned_ids`` may not be chosen (end tokens before ``min_tokens``). ``prompt_ids`` and
+    ``output_ids`` are filled only where penalties need them.
+    """
+
+    request: Request
+    output_index: int
+    banned_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()
+
+
+class Step(Message, frozen=True):
+    """One forward pass over ``sequences``; ``rows`` has one entry per sequence with ``sample``."""
+
+    number: int
+    sequences: tuple[StepSequence, ...]
+    rows: tuple[SampleRow, ...] = ()
+
+
+class PostReceive(Message, frozen=True):
+    """Receive push ``number`` of ``prefill_replica`` into its staging slot."""
+
+    prefill_replica: int
+    number: int
+    num_blocks: int
+
+
+class Unpack(Message, frozen=True):
+    """Copy the received push out of staging into ``block_ids``; empty: drop it."""
+
+    prefill_replica: int
+    number: int
+    block_ids: tuple[int, ...]
+
+
+class Send(Message, frozen=True):
+    """Pack ``block_ids`` into the staging slot of push ``number`` and send it."""
+
+    decode_replica: int
+    number: int
+    block_ids: tuple[int, ...]
+
+
+class Stop(Message, frozen=True):
+    """The last entry of a plan."""
+
+
+Entry = Step | PostReceive | Unpack | Send | Stop
+
+
+class Received(Message, frozen=True):
+    """A follower has push ``number`` of ``prefill_replica`` in its staging slot."""
+
+    rank: int
+    prefill_replica: int
+    number: int
+
+
+# --- start-up, liveness, shutdown ---------------------------------------------------------------
+
+
+class Ping(Message, frozen=True):
+    """Rank 0 asks for the receiver's clock."""
+
+    number: int
+
+
+class Pong(Message, frozen=True):
+    """The answer: ``clock_s`` is ``time.monotonic()`` at the sender."""
+
+    rank: int
+    number: int
+    clock_s: float
+
+
+class ReplicaReady(Message, frozen=True):
+    """A leader to rank 0: model loaded, memory sized, links warmed."""
+
+    replica_id: int
+    num_blocks: int
+
+
+class Start(Message, frozen=True):
+    """Rank 0 to every leader, once all are ready."""
+
+    max_model_len: int
+
+
+class Heartbeat(Message, frozen=True):
+    """A follower to rank 0, once a second."""
+
+    rank: int
+
+
+class Goodbye(Message, frozen=True):
+    """The sender stops in order; it will not send again. ``rank`` is the sender's."""
+
+    rank: int
+
+
+class Failed(Message, frozen=True):
+    """The sender cannot go on; the receiver is to stop with it. Names the reason."""
+
+    rank: int
+    reason: str
+
+
+AnyMessage = (
+    Prefill | Abort | Offer | Ready | Push | PushReceived | Withdraw | Report
+    | Step | PostReceive | Unpack | Send | Stop | Received
+    | Ping | Pong | ReplicaReady | Start | Heartbeat | Goodbye | Failed
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """One message as bytes (msgpack, tagged by type)."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> AnyMessage:
+    """The message in ``data``; ``msgspec.ValidationError`` if it is none of ours."""
+    return _decoder.decode(data)

@@ -1,0 +1,82 @@
+"""What a user asked for, immutable, in the form that crosses processes."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; the values are the ones of the OpenAI API."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen and when to stop.
+
+    Every value is valid and final: the front end checks ranges, fills in the seed and clamps
+    ``max_tokens`` to the context, so that nothing below it has to ask again.
+    """
+
+    max_tokens: int
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the logits depend on which tokens were seen before."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One prompt and how to continue it. ``n`` choices are ``n`` requests."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+class Timeline(Struct, kw_only=True, omit_defaults=True):
+    """When a request passed each station: seconds of one monotonic clock, None where it never came.
+
+    A replica stamps with its leader's clock; rank 0 converts into its own when the stamps arrive.
+    """
+
+    arrived_s: float | None = None
+    prefill_queued_s: float | None = None
+    prefill_started_s: float | None = None
+    prefill_ended_s: float | None = None
+    transfer_started_s: float | None = None
+    transfer_ended_s: float | None = None
+    decode_queued_s: float | None = None
+    decode_started_s: float | None = None
+    finished_s: float | None = None
+
+    def merge(self, later: Timeline, offset_s: float) -> None:
+        """Take over the stamps that ``later`` has, each moved by ``offset_s`` into this clock."""
+        for name in later.__struct_fields__:
+            value = getattr(later, name)
+            if value is not None:
+                setattr(self, name, value + offset_s)
