@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+from serve import options as option_defaults
+from serve.model.config import ModelConfig, load_model_config
+from serve.model_source import (
+    DEFAULT_NAME,
+    LoadFormat,
+    ModelSource,
+    default_model,
+    find_model,
+    find_tokenizer,
+    resolve_load_format,
+)
+from serve.options import build_parser as build_parser
+
+
+class ConfigError(Exception):
+    """The command asks for something that cannot be; the text is one line for its user."""
 
 
 class Role(StrEnum):
@@ -37,17 +58,18 @@ class ServerConfig:
     """Everything that argv decides. Paths are resolved; values are valid together."""
 
     model: str  # a directory or a .gguf file on this machine
+    model_config: ModelConfig
     tokenizer: str | None  # None: prompts are token ids only
     served_model_names: tuple[str, ...]
     host: str
     port: int
     api_key: str | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    load_format: Literal["auto", "safetensors", "pt", "gguf", "dummy"]
+    load_format: LoadFormat  # auto is resolved
     replica_specs: tuple[ReplicaSpec, ...]
     partition_id: int  # replicas [0, partition_id) prefill; equal to 0: colocated, all are mixed
     prefill: PhaseLimits
-    decode: PhaseLimits
+    decode: PhaseLimits  # colocated: the same as prefill
     enable_chunked_prefill: bool
     block_size: int | None  # None: what the attention prefers
     num_blocks: int | None  # None: what memory allows
@@ -59,3 +81,220 @@ class ServerConfig:
     chat_template: str | None  # the template's text
     dispatch_policy: str
     log_level: str
+    notes: tuple[str, ...] = ()  # what was chosen for the user, to be logged
+
+
+def parse_args(argv: Sequence[str], world_size: int) -> ServerConfig:
+    """The configuration of a job of ``world_size`` ranks, from ``argv`` without the program's name.
+
+    Raises ``ConfigError`` with one clear line for anything wrong. ``--help`` prints the manual page
+    and raises ``SystemExit(0)``. A model given by hub id is downloaded.
+    """
+    try:
+        return _configure(build_parser().parse_args(argv), world_size)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
+    notes: list[str] = []
+    # What needs no file is checked first: a download should not precede a wrong number.
+    specs = _replica_specs(given, world_size)
+    partition_id = _partition_id(given, specs, notes)
+    _refuse_ignored(given, colocated=partition_id == 0)
+    source = _find_source(given, notes)
+    model_config = load_model_config(source.path)
+    _check_model(given, specs, model_config)
+    prefill, decode = _phase_limits(given, partition_id == 0, model_config)
+    return ServerConfig(
+        model=source.path,
+        model_config=model_config,
+        tokenizer=find_tokenizer(given.tokenizer, source),
+        served_model_names=_served_names(given, source),
+        load_format=resolve_load_format(source, given.load_format),
+        replica_specs=specs,
+        partition_id=partition_id,
+        prefill=prefill,
+        decode=decode,
+        max_model_len=_max_model_len(given, prefill, model_config, notes),
+        kv_push_bytes=given.kv_push_bytes or option_defaults.KV_PUSH_BYTES,
+        chat_template=_chat_template(given.chat_template),
+        notes=tuple(notes),
+        **{name: getattr(given, name) for name in _TAKEN_AS_GIVEN},
+    )
+
+
+_TAKEN_AS_GIVEN = (
+    "host", "port", "api_key", "dtype", "enable_chunked_prefill", "block_size", "num_blocks",
+    "max_waiting", "drain_timeout_s", "seed", "dispatch_policy", "log_level",
+)  # fmt: skip
+
+_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# --- replicas -----------------------------------------------------------------------------------
+
+
+def _replica_specs(given: argparse.Namespace, world_size: int) -> tuple[ReplicaSpec, ...]:
+    if not given.replica_spec:
+        return (ReplicaSpec(1),) * world_size
+    for tp, pp in given.replica_spec:
+        if pp != 1:
+            raise ValueError(
+                f"--replica-spec {tp},{pp}: pipeline parallelism (pp {pp}) is not built"
+            )
+    needed = sum(tp * pp for tp, pp in given.replica_spec)
+    if needed != world_size:
+        raise ValueError(
+            f"--replica-spec needs {needed} ranks in all, torchrun started {world_size} "
+            f"(--nproc-per-node)"
+        )
+    return tuple(ReplicaSpec(tp, pp) for tp, pp in given.replica_spec)
+
+
+def _partition_id(
+    given: argparse.Namespace, specs: tuple[ReplicaSpec, ...], notes: list[str]
+) -> int:
+    num_replicas = len(specs)
+    if given.mode == "colocated":
+        if given.partition_id is not None:
+            raise ValueError("--partition-id has no meaning with --mode colocated")
+        return 0
+    if num_replicas == 1:
+        if given.mode or given.partition_id is not None:
+            name = "--mode disaggregated" if given.mode else "--partition-id"
+            raise ValueError(f"{name} needs at least two replicas, and there is one")
+        notes.append("one replica: colocated, it prefills and decodes")
+        return 0
+    if given.partition_id is None:
+        partition_id = max(1, num_replicas // 2)
+        notes.append(
+            f"{num_replicas} replicas: {partition_id} prefill, {num_replicas - partition_id} decode"
+        )
+        return partition_id
+    if not 1 <= given.partition_id < num_replicas:
+        raise ValueError(
+            f"--partition-id {given.partition_id} is not between 1 and {num_replicas - 1}, so that "
+            f"of {num_replicas} replicas at least one prefills and one decodes"
+        )
+    return int(given.partition_id)
+
+
+def _refuse_ignored(given: argparse.Namespace, *, colocated: bool) -> None:
+    if colocated:
+        names = [f"{phase}_{name}" for phase in ("prefill", "decode") for name in _LIMITS]
+        for name in [*names, "kv_push_bytes"]:
+            if getattr(given, name) is not None:
+                raise ValueError(f"{_option(name)} has no meaning when replicas are colocated")
+    if given.num_blocks is not None:
+        for name in ("", "prefill_", "decode_"):
+            if getattr(given, f"{name}gpu_memory_utilization") is not None:
+                option = _option(f"{name}gpu_memory_utilization")
+                raise ValueError(f"{option} has no meaning together with --num-blocks")
+    if given.tokenizer == "none" and given.chat_template is not None:
+        raise ValueError("--chat-template has no meaning with --tokenizer none")
+
+
+# --- model --------------------------------------------------------------------------------------
+
+
+def _find_source(given: argparse.Namespace, notes: list[str]) -> ModelSource:
+    if given.model is not None:
+        return find_model(given.model, given.load_format)
+    source = default_model()
+    notes.append(f"no --model given: serving {DEFAULT_NAME} from {source.path}")
+    return source
+
+
+def _check_model(
+    given: argparse.Namespace, specs: tuple[ReplicaSpec, ...], model: ModelConfig
+) -> None:
+    for spec in specs:
+        if model.num_heads % spec.tp:
+            raise ValueError(
+                f"--replica-spec {spec.tp},{spec.pp}: tp {spec.tp} does not divide the model's "
+                f"{model.num_heads} query heads"
+            )
+    longest = model.max_position_embeddings
+    if given.max_model_len is not None and given.max_model_len > longest:
+        raise ValueError(f"--max-model-len {given.max_model_len} exceeds the model's {longest}")
+
+
+def _served_names(given: argparse.Namespace, source: ModelSource) -> tuple[str, ...]:
+    names = tuple(given.served_model_name or (source.name,))
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--served-model-name: {name} is given twice")
+    return names
+
+
+def _chat_template(given: str | None) -> str | None:
+    if given is None or "{" in given:
+        return given
+    try:
+        text = Path(os.path.expanduser(given)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ValueError(f"--chat-template: {given}: {reason}") from error
+    if not text.strip():
+        raise ValueError(f"--chat-template: {given} is empty")
+    return text
+
+
+# --- limits -------------------------------------------------------------------------------------
+
+
+def _phase_limits(
+    given: argparse.Namespace, colocated: bool, model: ModelConfig
+) -> tuple[PhaseLimits, PhaseLimits]:
+    context = given.max_model_len or model.max_position_embeddings
+    whole_prompt = 0 if given.enable_chunked_prefill else context
+    if colocated:
+        both = _limits(given, "", max(option_defaults.MIXED_BATCHED_TOKENS, whole_prompt))
+        return both, both
+    tokens = max(option_defaults.PREFILL_BATCHED_TOKENS, whole_prompt)
+    return (
+        _limits(given, "prefill_", tokens),
+        _limits(given, "decode_", option_defaults.DECODE_BATCHED_TOKENS),
+    )
+
+
+def _limits(given: argparse.Namespace, prefix: str, default_tokens: int) -> PhaseLimits:
+    def value(name: str) -> Any:
+        own = getattr(given, prefix + name)
+        return getattr(given, name) if own is None else own
+
+    tokens = value("max_num_batched_tokens") or default_tokens
+    seqs = value("max_num_seqs") or min(option_defaults.MAX_NUM_SEQS, tokens)
+    # Every running sequence takes a token of each step; a prefill replica runs fewer at a time.
+    if seqs > tokens and prefix != "prefill_":
+        raise ValueError(
+            f"{_option(prefix + 'max_num_seqs')} {seqs} exceeds "
+            f"{_option(prefix + 'max_num_batched_tokens')} {tokens}"
+        )
+    utilization = value("gpu_memory_utilization") or option_defaults.GPU_MEMORY_UTILIZATION
+    return PhaseLimits(seqs, tokens, utilization)
+
+
+def _max_model_len(
+    given: argparse.Namespace, prefill: PhaseLimits, model: ModelConfig, notes: list[str]
+) -> int | None:
+    length: int | None = given.max_model_len
+    if given.num_blocks and given.block_size and length:
+        held = given.num_blocks * given.block_size
+        if length > held:
+            raise ValueError(f"--max-model-len {length} exceeds the {held} tokens of --num-blocks")
+    budget = prefill.max_num_batched_tokens
+    if given.enable_chunked_prefill or (length or model.max_position_embeddings) <= budget:
+        return length
+    if length is not None:
+        raise ValueError(
+            f"--max-model-len {length} exceeds max-num-batched-tokens {budget}, and without "
+            "chunked prefill a prompt must fit into one step"
+        )
+    notes.append(f"prompts are not chunked: max_model_len is max_num_batched_tokens, {budget}")
+    return budget

@@ -54,12 +54,12 @@ class Abort(Message, frozen=True):
 
 
 class TextState(Struct, frozen=True, array_like=True):
-    """What the detokeniser needs to go on elsewhere (see ``serve.tokenizer.OutputText``)."""
+    """What the detokeniser needs to go on elsewhere (see ``serve.output_text.OutputText``)."""
 
-    tail_ids: tuple[int, ...] = ()
-    prefix_offset: int = 0
-    read_offset: int = 0
-    held_text: str = ""
+    partial: bytes = b""  # of a character whose other bytes are still to come
+    held_text: str = ""  # may be the beginning of a stop string
+    at_start: bool = False
+    num_tokens: int = 0
 
 
 class Handover(Struct, frozen=True, array_like=True):
@@ -113,6 +113,7 @@ class Withdraw(Message, frozen=True):
 
 
 NUM_STAGING_SLOTS = 2
+FRONT_END_RANK = 0  # where HTTP and dispatch live
 
 # --- replicas -> rank 0 -------------------------------------------------------------------------
 
@@ -255,12 +256,6 @@ class ReplicaReady(Message, frozen=True):
     num_blocks: int
 
 
-class Start(Message, frozen=True):
-    """Rank 0 to every leader, once all are ready."""
-
-    max_model_len: int
-
-
 class Heartbeat(Message, frozen=True):
     """A follower to rank 0, once a second."""
 
@@ -283,7 +278,7 @@ class Failed(Message, frozen=True):
 AnyMessage = (
     Prefill | Abort | Offer | Ready | Push | PushReceived | Withdraw | Report
     | Step | PostReceive | Unpack | Send | Stop | Received
-    | Ping | Pong | ReplicaReady | Start | Heartbeat | Goodbye | Failed
+    | Ping | Pong | ReplicaReady | Heartbeat | Goodbye | Failed
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

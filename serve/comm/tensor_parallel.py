@@ -1,0 +1,57 @@
+"""TensorParallel: the ranks that share one copy of the model's layers, and what they exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """This rank's place among the ``size`` ranks of ``group``; rank 0 is the leader.
+
+    The group holds exactly these ranks, in this order; without one (``size`` 1) nothing is sent.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"tp rank {self.rank} is not one of {self.size} ranks")
+        if self.size > 1 and self.group is None:
+            raise ValueError(f"tp {self.size} needs a process group")
+        if self.group is not None:
+            place = (dist.get_rank(self.group), dist.get_world_size(self.group))
+            if place != (self.rank, self.size):
+                raise ValueError(f"tp rank {self.rank} of {self.size} is {place} in its group")
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank decides and samples for the others."""
+        return self.rank == 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the ranks, in place; ``x`` is contiguous and of one shape."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather_to_leader(self, x: Tensor) -> Tensor | None:
+        """The ranks' ``x`` side by side in the last dimension, in rank order; None elsewhere."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        if x.is_cuda:
+            # NCCL has no gather of its own: its all-gather is one kernel, its gather many sends.
+            parts = x.new_empty((self.size, *x.shape))
+            dist.all_gather_into_tensor(parts, x, group=self.group)
+            return torch.cat(parts.unbind(), dim=-1) if self.is_leader else None
+        received = [torch.empty_like(x) for _ in range(self.size)] if self.is_leader else None
+        leader = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+        dist.gather(x, received, dst=leader, group=self.group)
+        return None if received is None else torch.cat(received, dim=-1)

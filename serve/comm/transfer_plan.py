@@ -1,0 +1,59 @@
+"""Which rank sends which heads to which rank when two replicas with different tp exchange KV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serve.engine.kv_layout import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The heads that go from one rank to another, as positions in each one's own layout.
+
+    ``src`` and ``dst`` are tp ranks within their replicas. Head ``src_heads[i]`` of the sender
+    becomes head ``dst_heads[i]`` of the receiver.
+    """
+
+    src: int
+    dst: int
+    src_heads: tuple[int, ...]
+    dst_heads: tuple[int, ...]
+
+
+def plan_transfer(src: Sequence[KVLayout], dst: Sequence[KVLayout]) -> tuple[Slice, ...]:
+    """The slices of one push, ordered by ``(dst, src)``; both replicas compute the same.
+
+    ``src`` and ``dst`` are the layouts of the two replicas by tp rank. Every head of every receiver
+    comes from exactly one sender; where several hold a head, the receivers are spread over them.
+    """
+    _check(src, dst)
+    return tuple(
+        Slice(src_rank, dst_rank, *pairs)
+        for dst_rank, layout in enumerate(dst)
+        for src_rank, pairs in sorted(_sources(src, layout, dst_rank).items())
+    )
+
+
+def _sources(
+    src: Sequence[KVLayout], layout: KVLayout, dst_rank: int
+) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """By sender: the positions of the heads there, and here."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for position, head in enumerate(layout.kv_heads):
+        holders = [rank for rank, other in enumerate(src) if head in other.kv_heads]
+        holder = holders[dst_rank % len(holders)]
+        found.setdefault(holder, []).append((src[holder].kv_heads.index(head), position))
+    return {
+        rank: (tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
+        for rank, pairs in found.items()
+    }
+
+
+def _check(src: Sequence[KVLayout], dst: Sequence[KVLayout]) -> None:
+    def common(layout: KVLayout) -> tuple[int, int, int, int]:
+        return layout.num_layers, layout.block_size, layout.head_dim, layout.element_bytes
+
+    if {common(layout) for layout in src} != {common(layout) for layout in dst}:
+        raise ValueError("the two replicas differ in more than how their heads are split")

@@ -1,0 +1,38 @@
+"""Whether a token is a request's last one, and what text it adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serve.engine.sequence import Sequence
+from serve.output_text import OutputText
+from serve.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """``text`` may be shown now; ``reason`` is set if the request ends with this token."""
+
+    text: str
+    reason: FinishReason | None = None
+    stop: str | int | None = None
+
+
+def find_ending(
+    sequence: Sequence, output: OutputText, token_id: int, eos_token_ids: tuple[int, ...]
+) -> Ending:
+    """Feed the newest token to ``output`` and decide. Before ``min_tokens`` nothing but
+    ``max_tokens`` ends a request; the text of a token that ends it by id is not shown."""
+    sampling = sequence.request.sampling
+    count = sequence.num_output_tokens
+    if count > sampling.min_tokens:
+        if token_id in sampling.stop_token_ids:
+            return Ending(output.finish(), FinishReason.STOP, token_id)
+        if token_id in eos_token_ids and not sampling.ignore_eos:
+            return Ending(output.finish(), FinishReason.STOP)
+    piece = output.push(token_id)
+    if piece.stop is not None:
+        return Ending(piece.text, FinishReason.STOP, piece.stop)
+    if count >= sampling.max_tokens:
+        return Ending(piece.text + output.finish(), FinishReason.LENGTH)
+    return Ending(piece.text)

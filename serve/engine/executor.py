@@ -1,0 +1,157 @@
+"""The GPU thread: issues every entry of the plan, in order, and reports what became of it.
+
+It only issues. Waiting for the GPU and for transfers is done by waiter threads, which own nothing
+and call back into the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from serve.comm.kv_transfer import KVReceiver, KVSender, Wait
+from serve.comm.messages import (
+    NUM_STAGING_SLOTS,
+    Entry,
+    PostReceive,
+    Send,
+    Step,
+    Stop,
+    Unpack,
+)
+from serve.engine.runner import Runner
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Equipment:
+    """What entries are carried out with; made in the GPU thread, where CUDA calls belong."""
+
+    runner: Runner
+    sender: KVSender
+    receiver: KVReceiver
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """Called on the event loop."""
+
+    on_step: Callable[[list[int]], None]  # the sampled ids; on followers never
+    on_received: Callable[[int, int], None]  # prefill replica, number
+    on_failure: Callable[[BaseException], None]
+
+
+class Executor:
+    """One thread, one queue, one order."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, callbacks: Callbacks, *, num_peers: int
+    ) -> None:
+        self._loop = loop
+        self._callbacks = callbacks
+        self._queue: queue.SimpleQueue[Entry | Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="gpu", daemon=True)
+        # One for the step and one for each push that can be under way, so that none waits for
+        # a waiter.
+        self._waiters = ThreadPoolExecutor(
+            max_workers=1 + NUM_STAGING_SLOTS * num_peers, thread_name_prefix="waiter"
+        )
+        self._equipment: Equipment | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, entry: Entry) -> None:
+        """Append to the plan. From any thread; never blocks."""
+        self._queue.put(entry)
+
+    def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Run ``function`` in the GPU thread, after what is queued."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except BaseException as error:  # handed to whoever awaits the future
+                self._loop.call_soon_threadsafe(_fail, future, error)
+            else:
+                self._loop.call_soon_threadsafe(_succeed, future, result)
+
+        self._queue.put(run)
+        return future
+
+    def equip(self, equipment: Equipment) -> None:
+        """From now on entries can be carried out. In the GPU thread."""
+        self._equipment = equipment
+
+    def _run(self) -> None:
+        try:
+            while not isinstance(item := self._queue.get(), Stop):
+                if callable(item):
+                    item()
+                else:
+                    self._issue(item)
+        except BaseException as error:  # the process must not live on without this thread
+            self._loop.call_soon_threadsafe(self._callbacks.on_failure, error)
+
+    def _issue(self, entry: Entry) -> None:
+        if self._equipment is None:
+            raise RuntimeError(f"{type(entry).__name__} came before the model was loaded")
+        match entry:
+            case Step():
+                self._step(self._equipment.runner, entry)
+            case Send(decode_replica, number, block_ids):
+                self._equipment.sender.send(decode_replica, number, block_ids)
+            case PostReceive(prefill_replica, number, num_blocks):
+                waits = self._equipment.receiver.post(prefill_replica, number, num_blocks)
+                self._wait_then(waits, self._callbacks.on_received, prefill_replica, number)
+            case Unpack(prefill_replica, number, block_ids):
+                self._equipment.receiver.unpack(prefill_replica, number, block_ids)
+
+    def _step(self, runner: Runner, step: Step) -> None:
+        token_ids = runner.run(step)
+        if token_ids is None:
+            return
+        if not token_ids.is_cuda:
+            self._loop.call_soon_threadsafe(self._callbacks.on_step, token_ids.tolist())
+            return
+        host = torch.empty_like(token_ids, device="cpu", pin_memory=True)
+        host.copy_(token_ids, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        self._wait_then([event.synchronize], self._deliver, host)
+
+    def _deliver(self, token_ids: Tensor) -> None:
+        self._callbacks.on_step(token_ids.tolist())
+
+    def _wait_then(self, waits: list[Wait], callback: Callable[..., None], *args: object) -> None:
+        def wait() -> None:
+            try:
+                for one in waits:
+                    one()
+            except BaseException as error:  # a transfer that broke takes the process down
+                self._loop.call_soon_threadsafe(self._callbacks.on_failure, error)
+            else:
+                self._loop.call_soon_threadsafe(callback, *args)
+
+        self._waiters.submit(wait)
+
+
+def _succeed(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[T], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,116 @@
+"""ForwardBatch: one step's tensors, all that a forward pass needs beside weights and KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from serve.comm.messages import Step, StepSequence
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Which tokens belong to which sequence, and where the keys and values of each lie.
+
+    ``query_lengths`` and ``key_lengths`` repeat the lengths on the host, for code that plans its
+    calls by them and must not wait for the device.
+    """
+
+    cu_seqlens_q: Tensor  # [num_seqs + 1], int32: where each sequence's tokens begin in the batch
+    seqlens_k: Tensor  # [num_seqs], int32: positions up to and with the last token of the batch
+    max_seqlen_q: int
+    max_seqlen_k: int
+    block_tables: Tensor  # [num_seqs, max_blocks], int32: padded with block 0
+    slot_mapping: Tensor  # [num_tokens], int64: block * block_size + offset of each new token
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """The tokens of one step, sequence after sequence without padding."""
+
+    token_ids: Tensor  # [num_tokens], int64
+    positions: Tensor  # [num_tokens], int64
+    attention: AttentionMetadata
+    sample_indices: Tensor  # [num_sampled], int64: rows of the tokens whose successor is wanted
+
+
+def build_forward_batch(step: Step, block_size: int, device: torch.device | str) -> ForwardBatch:
+    """The tensors of ``step`` on ``device``; one copy per integer width, asynchronous on a GPU.
+
+    Raises ``ValueError`` if a sequence brings no token or too few blocks.
+    """
+    sequences = step.sequences
+    _check(sequences, block_size)
+    query_lengths = tuple(len(sequence.token_ids) for sequence in sequences)
+    starts = torch.tensor([sequence.start for sequence in sequences], dtype=torch.int64)
+    queries = torch.tensor(query_lengths, dtype=torch.int64)
+    ends = queries.cumsum(0)  # [num_seqs]
+    tables = _pad([sequence.block_table for sequence in sequences])
+    owners = torch.repeat_interleave(queries)  # [num_tokens]: sequence of each token
+    positions = torch.arange(len(owners)) + (starts - ends + queries)[owners]
+    blocks = tables[owners, positions // block_size].long()
+    sampled = torch.tensor([sequence.sample for sequence in sequences], dtype=torch.bool)
+    token_ids, positions, slots, sample_indices = _to_device(
+        [
+            torch.tensor(list(chain.from_iterable(s.token_ids for s in sequences))),
+            positions,
+            blocks * block_size + positions % block_size,
+            ends[sampled] - 1,
+        ],
+        torch.int64,
+        device,
+    )
+    cu_seqlens_q, seqlens_k, block_tables = _to_device(
+        [torch.cat((ends.new_zeros(1), ends)), starts + queries, tables], torch.int32, device
+    )
+    key_lengths = tuple(sequence.start + len(sequence.token_ids) for sequence in sequences)
+    metadata = AttentionMetadata(
+        cu_seqlens_q,
+        seqlens_k,
+        max(query_lengths),
+        max(key_lengths),
+        block_tables,
+        slots,
+        query_lengths,
+        key_lengths,
+    )
+    return ForwardBatch(token_ids, positions, metadata, sample_indices)
+
+
+def _check(sequences: Sequence[StepSequence], block_size: int) -> None:
+    """Refuse a plan that would write outside the blocks it names."""
+    if not sequences:
+        raise ValueError("a step without sequences has no forward pass")
+    for index, sequence in enumerate(sequences):
+        end = sequence.start + len(sequence.token_ids)
+        if not sequence.token_ids or len(sequence.block_table) * block_size < end:
+            raise ValueError(
+                f"sequence {index} of a step: {len(sequence.token_ids)} tokens up to position "
+                f"{end} in {len(sequence.block_table)} blocks of {block_size}"
+            )
+
+
+def _pad(tables: Iterable[Sequence[int]]) -> Tensor:
+    """``tables`` as rows of one length, int32."""
+    rows = [torch.tensor(table, dtype=torch.int32) for table in tables]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _to_device(
+    parts: list[Tensor], dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, ...]:
+    """``parts`` on ``device``, as views of one buffer that travels in one copy."""
+    sizes = [part.numel() for part in parts]
+    on_gpu = torch.device(device).type == "cuda"
+    host = torch.empty(sum(sizes), dtype=dtype, pin_memory=on_gpu)
+    torch.cat([part.reshape(-1).to(dtype) for part in parts], out=host)
+    # The pinned buffer goes back to torch's cache, which reuses it only after the copy has run.
+    buffer = host.to(device, non_blocking=on_gpu)
+    flat: tuple[Tensor, ...] = torch.split(buffer, sizes)  # type: ignore[no-untyped-call]
+    return tuple(view.view(part.shape) for view, part in zip(flat, parts, strict=True))

@@ -1,0 +1,166 @@
+"""What a replica is being given: loans of its blocks to prefill replicas. Pure.
+
+One loan, with who may touch its blocks::
+
+    Offer --> offered --reserve()--> lent --Push(handover)--> all received --> arrived
+              no blocks              blocks owned by the loan;                 blocks owned by
+                 |                   prefill replica may fill them             the sequence
+                 |                     |
+                 +-- Withdraw, abort   +-- Withdraw(num_pushes) or abort: closing
+                     forgotten             blocks free once every announced push was received
+
+An aborted loan still waits for the end that the prefill side announces (a last push or a Withdraw):
+until then a transfer may be under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serve.comm.messages import (
+    Handover,
+    Offer,
+    PostReceive,
+    Push,
+    TextState,
+    Unpack,
+    Withdraw,
+)
+from serve.engine.block_pool import BlockPool
+from serve.engine.sequence import Sequence
+from serve.request import Request, Timeline
+
+
+@dataclass(eq=False, slots=True)
+class Loan:
+    """Blocks reserved for the prompt of one request."""
+
+    request: Request
+    prefill_replica: int
+    blocks: list[int]
+    number: int  # age on this replica
+    num_announced: int = 0
+    num_received: int = 0
+    num_expected: int | None = None  # pushes in all, once the prefill side has told
+    handover: Handover | None = None
+    aborted: bool = False
+    stamps: Timeline = field(default_factory=Timeline)
+
+    @property
+    def complete(self) -> bool:
+        """The prefill side has ended the loan and every announced push is received."""
+        return self.num_expected is not None and self.num_received == self.num_expected
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A sequence that has all its KV here, and where its detokeniser stopped."""
+
+    sequence: Sequence
+    text: TextState
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One push out of its staging slot; ``arrival`` if it completed a sequence."""
+
+    unpack: Unpack
+    arrival: Arrival | None
+
+
+class IncomingTransfers:
+    """The decode side of every loan of one replica."""
+
+    def __init__(self, pool: BlockPool, block_size: int, clock: Callable[[], float]) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._clock = clock
+        self._offers: dict[str, Offer] = {}  # in the order of their arrival
+        self._loans: dict[str, Loan] = {}
+        self._pushes: dict[tuple[int, int], tuple[Loan, Push]] = {}
+
+    @property
+    def num_offered(self) -> int:
+        """Offers that wait for blocks."""
+        return len(self._offers)
+
+    @property
+    def num_lent(self) -> int:
+        """Loans that have not ended."""
+        return len(self._loans)
+
+    def on_offer(self, offer: Offer) -> None:
+        """A prompt is admitted elsewhere and wants blocks here."""
+        self._offers[offer.request.id] = offer
+
+    def reserve(self, fits: Callable[[int], bool], next_number: Callable[[], int]) -> list[Offer]:
+        """Lend blocks to waiting offers, in order, while ``fits(num_blocks)``: those to answer."""
+        granted: list[Offer] = []
+        for offer in list(self._offers.values()):
+            # One more position: the first token that is decoded here is never short of a block.
+            needed = -(-(len(offer.request.prompt_ids) + 1) // self._block_size)
+            if not fits(needed):
+                break
+            del self._offers[offer.request.id]
+            blocks = self._pool.allocate(needed)
+            loan = Loan(offer.request, offer.prefill_replica, blocks, next_number())
+            self._loans[offer.request.id] = loan
+            granted.append(offer)
+        return granted
+
+    def on_push(self, push: Push) -> PostReceive:
+        """A push is announced. Every one belongs to a loan: they are made before and end after."""
+        loan = self._loans[push.request_id]
+        loan.num_announced += 1
+        if loan.stamps.transfer_started_s is None:
+            loan.stamps.transfer_started_s = self._clock()
+        if push.handover is not None:
+            loan.handover = push.handover
+            loan.num_expected = loan.num_announced
+        self._pushes[push.prefill_replica, push.number] = (loan, push)
+        return PostReceive(push.prefill_replica, push.number, push.num_blocks)
+
+    def on_received(self, prefill_replica: int, number: int) -> Received:
+        """Every rank has the push in its staging slot."""
+        loan, push = self._pushes.pop((prefill_replica, number))
+        loan.num_received += 1
+        wanted = loan.blocks[push.first_block : push.first_block + push.num_blocks]
+        block_ids = () if loan.aborted else tuple(wanted)
+        return Received(Unpack(prefill_replica, number, block_ids), self._settle(loan))
+
+    def on_withdraw(self, withdraw: Withdraw) -> None:
+        """The prefill side ends the loan (or takes back the offer) without a last push."""
+        self._offers.pop(withdraw.request_id, None)
+        if loan := self._loans.get(withdraw.request_id):
+            loan.num_expected = withdraw.num_pushes
+            loan.aborted = True
+            self._settle(loan)
+
+    def abort(self, request_id: str) -> None:
+        """The request is closed; unknown ids are ignored."""
+        self._offers.pop(request_id, None)
+        if loan := self._loans.get(request_id):
+            loan.aborted = True
+
+    def _settle(self, loan: Loan) -> Arrival | None:
+        if not loan.complete:
+            return None
+        del self._loans[loan.request.id]
+        if loan.aborted or loan.handover is None:
+            self._pool.free(loan.blocks)
+            return None
+        return self._arrive(loan, loan.handover)
+
+    def _arrive(self, loan: Loan, handover: Handover) -> Arrival:
+        loan.stamps.transfer_ended_s = loan.stamps.decode_queued_s = self._clock()
+        sequence = Sequence(
+            request=loan.request,
+            number=loan.number,
+            decodes_here=True,
+            token_ids=[*loan.request.prompt_ids, *handover.output_ids],
+            num_computed=len(loan.request.prompt_ids),
+            block_table=loan.blocks,
+            stamps=loan.stamps,
+        )
+        return Arrival(sequence, handover.text)

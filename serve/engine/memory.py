@@ -1,0 +1,72 @@
+"""How many KV blocks fit beside the model: what a profiling run leaves free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from serve.comm.messages import SampleRow, Step, StepSequence
+from serve.engine.kv_cache import KVCache
+from serve.engine.runner import Runner
+from serve.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from serve.engine.loading import Plan
+
+CPU_KV_BYTES = 2 << 30
+
+
+def measure_num_blocks(plan: Plan, model: nn.Module, staging_bytes: int) -> int:
+    """KV blocks of this rank: the option, or what memory allows. ``ValueError`` if it is none."""
+    layout = plan.layouts(plan.replica)[plan.topology.tp_rank(plan.place.rank)]
+    if plan.config.num_blocks is not None:
+        return plan.config.num_blocks
+    if plan.device.type == "cpu":
+        return max(1, CPU_KV_BYTES // layout.block_bytes)
+    peak_bytes = _profile(plan, model)
+    total_bytes = torch.cuda.mem_get_info(plan.device)[1]
+    budget = int(total_bytes * plan.limits.gpu_memory_utilization) - peak_bytes - staging_bytes
+    if budget < layout.block_bytes:
+        raise ValueError(
+            f"no memory is left for the KV cache on {plan.device}: model and activations take "
+            f"{peak_bytes >> 20} MiB, staging {staging_bytes >> 20} MiB of {total_bytes >> 20} MiB; "
+            "raise --gpu-memory-utilization or lower --max-num-batched-tokens or --kv-push-bytes"
+        )
+    return budget // layout.block_bytes
+
+
+def _profile(plan: Plan, model: nn.Module) -> int:
+    """Bytes in use on the device at the peak of the largest steps, all processes' included."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(plan.device)
+    outside_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved()
+    layout = plan.layouts(plan.replica)[plan.topology.tp_rank(plan.place.rank)]
+    longest = plan.config.max_model_len or plan.config.model_config.max_position_embeddings
+    length = min(longest, plan.limits.max_num_batched_tokens)
+    cache = KVCache(layout, layout.num_blocks_for(length), plan.dtype, plan.device)
+    runner = Runner(model, cache, plan.block_size)
+    table = tuple(range(cache.tensor.shape[0]))
+    runner.run(_one_long(length, table))
+    runner.run(_many_short(plan.limits.max_num_seqs, table))
+    torch.cuda.synchronize()
+    own_bytes = torch.cuda.max_memory_reserved() - cache.tensor.nbytes
+    del cache, runner
+    torch.cuda.empty_cache()
+    return outside_bytes + own_bytes
+
+
+def _one_long(length: int, table: tuple[int, ...]) -> Step:
+    return Step(0, (StepSequence(0, (0,) * length, table, True),), (_row(),))
+
+
+def _many_short(count: int, table: tuple[int, ...]) -> Step:
+    sequences = tuple(StepSequence(0, (0,), table[:1], True) for _ in range(count))
+    return Step(0, sequences, (_row(),) * count)
+
+
+def _row() -> SampleRow:
+    sampling = SamplingParams(max_tokens=1, top_p=0.9, top_k=50, repetition_penalty=1.1)
+    return SampleRow(Request(id="profile", prompt_ids=(0,), sampling=sampling), 0)

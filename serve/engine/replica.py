@@ -1,0 +1,311 @@
+"""One replica's decisions: what its leader does about every message and every result. Pure.
+
+It joins the scheduler with the transfers in both directions and with detokenising. A request is
+here in one of these states; the blocks belong to the sequence, except in a loan::
+
+    Prefill --> waiting --> running --token 0, decodes elsewhere--> sending --last push--> (gone)
+                               |                                       |
+    Offer --> offered --> lent --> arrived --> running                 |
+                 |         |          |           |                    |
+                 +---------+----------+-----------+--------------------+--- Abort --> (gone)
+                                                  +--- last token ----------------> (gone)
+
+Every method returns what to send and what to add to the plan; nothing here waits or computes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from serve.comm.messages import (
+    FRONT_END_RANK,
+    Abort,
+    AnyMessage,
+    Delta,
+    Entry,
+    Handover,
+    Offer,
+    Prefill,
+    Push,
+    PushReceived,
+    Ready,
+    ReplicaLoad,
+    Report,
+    Step,
+    Withdraw,
+)
+from serve.engine.block_pool import BlockPool
+from serve.engine.ending import find_ending
+from serve.engine.incoming import Arrival, IncomingTransfers
+from serve.engine.outgoing import OutgoingTransfers
+from serve.engine.scheduler import Batch, Scheduler, SchedulerLimits
+from serve.engine.sequence import Sequence
+from serve.engine.step import build_step
+from serve.output_text import OutputText
+from serve.request import Request, Timeline
+from serve.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Actions:
+    """What follows from one event: messages by rank and plan entries, each in order."""
+
+    messages: list[tuple[int, AnyMessage]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """What a replica has to know about itself and the others."""
+
+    replica_id: int
+    leader_of: tuple[int, ...]  # leader's rank by replica id
+    num_blocks: int
+    limits: SchedulerLimits
+    max_push_blocks: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(eq=False, slots=True)
+class Live:
+    """A sequence with what only the leader needs."""
+
+    sequence: Sequence
+    text: OutputText
+    decode_replica: int
+    told: bool = False  # whether rank 0 has this replica's stamps
+
+
+class Replica:
+    """The leader's state of one replica."""
+
+    def __init__(
+        self,
+        settings: ReplicaSettings,
+        tokenizer: Tokenizer | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._pool = BlockPool(settings.num_blocks)
+        self._scheduler = Scheduler(self._pool, settings.limits)
+        self._outgoing = OutgoingTransfers(
+            settings.replica_id, settings.limits.block_size, settings.max_push_blocks
+        )
+        self._incoming = IncomingTransfers(self._pool, settings.limits.block_size, clock)
+        self._live: dict[str, Live] = {}
+        self._numbers = itertools.count()
+        self._num_steps = 0
+        self._in_flight: Batch | None = None
+        self._told_load: ReplicaLoad | None = None
+        self._actions = Actions()
+
+    # --- events -----------------------------------------------------------------------------
+
+    def on_message(self, message: AnyMessage) -> Actions:
+        """What follows from a message of another rank."""
+        match message:
+            case Prefill(request, decode_replica):
+                self._prefill(request, decode_replica)
+            case Abort(request_id):
+                self._abort(request_id)
+            case Offer():
+                self._incoming.on_offer(message)
+            case Ready(_, request_id):
+                self._outgoing.on_ready(request_id)
+            case Push():
+                self._actions.entries.append(self._incoming.on_push(message))
+            case PushReceived(decode_replica, _):
+                self._outgoing.on_push_received(decode_replica)
+            case Withdraw():
+                self._incoming.on_withdraw(message)
+            case _:
+                raise TypeError(f"a replica has no use for {type(message).__name__}")
+        return self._settle()
+
+    def on_received(self, prefill_replica: int, number: int) -> Actions:
+        """Every rank of the replica has a push in its staging slot."""
+        received = self._incoming.on_received(prefill_replica, number)
+        self._actions.entries.append(received.unpack)
+        self._send(prefill_replica, PushReceived(self._settings.replica_id, number))
+        if received.arrival is not None:
+            self._take_arrival(received.arrival)
+        return self._settle()
+
+    def on_step(self, token_ids: SequenceOf[int]) -> Actions:
+        """The step in flight is computed: ``token_ids`` has one id per sampled sequence."""
+        batch, self._in_flight = self._in_flight, None
+        if batch is None:
+            raise RuntimeError("a step's result came, but no step is in flight")
+        self._scheduler.update(batch)
+        sampled = [chunk.sequence for chunk in batch.chunks if chunk.sample]
+        deltas: list[Delta] = []
+        for sequence, token_id in zip(sampled, token_ids, strict=True):
+            live = self._live.get(sequence.id)
+            if live is not None and live.sequence is sequence:  # else aborted meanwhile
+                deltas.append(self._take_token(live, token_id))
+        self._settle_transfers()
+        self._report(tuple(deltas), sum(chunk.num_tokens for chunk in batch.chunks))
+        return self._take_actions()
+
+    def next_step(self) -> Step | None:
+        """The next step to run, if none is in flight and there is work.
+
+        The offers of the prompts that it admits are among the next actions.
+        """
+        if self._in_flight is not None:
+            return None
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return None
+        self._in_flight = batch
+        self._num_steps += 1
+        now = self._clock()
+        for sequence in batch.admitted:
+            self._on_admitted(self._live[sequence.id], now)
+        for chunk in batch.chunks:
+            stamps = chunk.sequence.stamps
+            if stamps.decode_queued_s is not None:
+                stamps.decode_started_s = stamps.decode_started_s or now
+        return build_step(self._num_steps, batch, self._settings.eos_token_ids)
+
+    def idle_report(self) -> Actions:
+        """Tell rank 0 of the load, if it changed since it was last told."""
+        if self._in_flight is None and self._load() != self._told_load:
+            self._report((), 0)
+        return self._take_actions()
+
+    def heartbeat(self) -> Actions:
+        """Tell rank 0 of the load in any case."""
+        self._report((), 0)
+        return self._take_actions()
+
+    # --- requests ---------------------------------------------------------------------------
+
+    def _prefill(self, request: Request, decode_replica: int) -> None:
+        sequence = Sequence(
+            request=request,
+            number=next(self._numbers),
+            decodes_here=decode_replica == self._settings.replica_id,
+            token_ids=list(request.prompt_ids),
+        )
+        sequence.stamps.prefill_queued_s = self._clock()
+        text = OutputText(self._tokenizer, request.sampling, request.prompt_ids)
+        self._live[request.id] = Live(sequence, text, decode_replica)
+        self._scheduler.add(sequence)
+
+    def _on_admitted(self, live: Live, now: float) -> None:
+        sequence = live.sequence
+        if sequence.stamps.prefill_queued_s is not None:
+            sequence.stamps.prefill_started_s = sequence.stamps.prefill_started_s or now
+        if not sequence.decodes_here and sequence.id not in self._outgoing:
+            self._send(live.decode_replica, self._outgoing.offer(sequence, live.decode_replica))
+
+    def _take_arrival(self, arrival: Arrival) -> None:
+        sequence = arrival.sequence
+        text = OutputText.resume(self._tokenizer, sequence.request.sampling, arrival.text)
+        self._live[sequence.id] = Live(sequence, text, self._settings.replica_id)
+        self._scheduler.add_arrived(sequence)
+
+    def _take_token(self, live: Live, token_id: int) -> Delta:
+        sequence = live.sequence
+        sequence.token_ids.append(token_id)
+        ending = find_ending(sequence, live.text, token_id, self._settings.eos_token_ids)
+        if sequence.num_output_tokens == 1:
+            self._stamp_first_token(sequence)
+        if ending.reason is not None:
+            self._close(live)
+        elif not sequence.decodes_here:
+            self._scheduler.remove(sequence)
+            self._outgoing.hand_over(
+                sequence.id, Handover(sequence.output_ids, live.text.state())
+            )
+        return Delta(
+            request_id=sequence.id,
+            first_index=sequence.num_output_tokens - 1,
+            token_ids=(token_id,),
+            text=ending.text,
+            finish_reason=ending.reason,
+            stop_reason=ending.stop,
+            stamps=self._untold_stamps(live),
+        )
+
+    def _stamp_first_token(self, sequence: Sequence) -> None:
+        now = self._clock()
+        sequence.stamps.prefill_ended_s = now
+        if sequence.decodes_here:
+            sequence.stamps.decode_queued_s = sequence.stamps.decode_started_s = now
+
+    def _untold_stamps(self, live: Live) -> Timeline | None:
+        """The stamps of this replica, with its first token of the request only."""
+        if live.told:
+            return None
+        live.told = True
+        return live.sequence.stamps
+
+    def _abort(self, request_id: str) -> None:
+        self._incoming.abort(request_id)
+        if live := self._live.get(request_id):
+            self._close(live)
+
+    def _close(self, live: Live) -> None:
+        """The request ends here, whatever its state; its blocks go back to the pool."""
+        sequence = live.sequence
+        del self._live[sequence.id]
+        withdrawn = self._outgoing.withdraw(sequence.id)
+        if withdrawn is not None:
+            self._send(*withdrawn)
+        if self._scheduler.holds(sequence):
+            self._scheduler.remove(sequence)
+        self._pool.free(sequence.block_table)
+        sequence.block_table = []
+
+    # --- what follows -----------------------------------------------------------------------
+
+    def _settle(self) -> Actions:
+        self._settle_transfers()
+        return self._take_actions()
+
+    def _settle_transfers(self) -> None:
+        """Answer the offers that fit now and announce the pushes that can go now."""
+        for offer in self._incoming.reserve(self._can_lend, lambda: next(self._numbers)):
+            ready = Ready(self._settings.replica_id, offer.request.id)
+            self._send(offer.prefill_replica, ready)
+        for plan in self._outgoing.next_pushes():
+            self._actions.entries.append(plan.send)
+            self._send(plan.decode_replica, plan.push)
+            if plan.finished is not None:
+                del self._live[plan.finished.id]
+                self._pool.free(plan.finished.block_table)
+
+    def _can_lend(self, num_blocks: int) -> bool:
+        return self._scheduler.can_reserve(num_blocks, num_lent=self._incoming.num_lent)
+
+    def _send(self, replica_id: int, message: AnyMessage) -> None:
+        self._actions.messages.append((self._settings.leader_of[replica_id], message))
+
+    def _take_actions(self) -> Actions:
+        actions, self._actions = self._actions, Actions()
+        return actions
+
+    def _report(self, deltas: tuple[Delta, ...], num_step_tokens: int) -> None:
+        load = self._told_load = self._load()
+        report = Report(self._settings.replica_id, load, deltas, num_step_tokens)
+        self._actions.messages.append((FRONT_END_RANK, report))
+
+    def _load(self) -> ReplicaLoad:
+        scheduler = self._scheduler
+        return ReplicaLoad(
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            num_waiting=len(scheduler.waiting) + len(scheduler.arrived),
+            num_running=len(scheduler.running),
+            num_receiving=self._incoming.num_offered + self._incoming.num_lent,
+            num_sending=self._outgoing.num_sending,
+            num_unfinished_tokens=scheduler.num_unfinished_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self._num_steps,
+        )

@@ -1,0 +1,211 @@
+"""From logits to token ids: penalties, bans, temperature, filters, and noise that is a function.
+
+The noise of a token is a hash of (seed, output index, token id), so a request's choice depends on
+nothing but its own logits: not on the batch, the row, the device, or what was sampled before. With
+``u`` uniform in (0, 1) from that hash, ``-log(-log(u))`` is Gumbel noise, and the token that
+maximises ``logit / temperature + noise`` is a sample of the softmax.
+
+The order is: repetition, frequency and presence penalties, logit bias, banned ids; then, for rows
+with a temperature, temperature, min_p, top_k, top_p, noise. Equal logits are ranked by token id.
+
+NaN logits cannot fail a batch: argmax takes a NaN for the largest value, so such a row gets some id
+of the vocabulary, and the other rows are not touched. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from serve.comm.messages import SampleRow
+from serve.request import SamplingParams
+
+_GREEDY_BELOW = 1e-5  # a lower temperature only overflows
+_CHUNK_ELEMENTS = 1 << 22  # noise takes 64 bits an element: bound what is in flight
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """One token id for each row: ``[num_rows]``, int64, on the device of ``logits``.
+
+    ``logits`` is ``[num_rows, vocab]``, float32, may hold -inf, and is overwritten.
+    """
+    _penalise(logits, rows)
+    _bias(logits, rows)
+    tokens = logits.argmax(dim=-1)
+    noisy = [i for i, row in enumerate(rows) if not _is_greedy(row.request.sampling)]
+    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    for start in range(0, len(noisy), chunk):
+        part = noisy[start : start + chunk]
+        index = _to_device(part, torch.int64, logits.device)
+        tokens[index] = _sample_noisy(logits[index], [rows[i] for i in part])
+    return tokens
+
+
+def _is_greedy(sampling: SamplingParams) -> bool:
+    return sampling.temperature < _GREEDY_BELOW
+
+
+def _to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``values`` as a tensor. From pinned memory: another copy would wait for the stream."""
+    tensor = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+# --- what was seen, what is wanted --------------------------------------------------------------
+
+
+def _penalise(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Repetition penalty over prompt and output; frequency and presence over output. In place."""
+    seen: list[tuple[int, int, float]] = []  # row, token id, repetition penalty
+    counted: list[tuple[int, int, float]] = []  # row, token id, what to subtract
+    for index, row in enumerate(rows):
+        sampling = row.request.sampling
+        if not sampling.has_penalties:
+            continue
+        if sampling.repetition_penalty != 1.0:
+            ids = {*row.request.prompt_ids, *row.output_ids}
+            seen.extend((index, token, sampling.repetition_penalty) for token in ids)
+        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+        if presence or frequency:
+            counts = Counter(row.output_ids)
+            counted.extend((index, t, presence + n * frequency) for t, n in counts.items())
+    if seen:
+        row_ids, token_ids, penalty = _cells(seen, logits)
+        values = logits[row_ids, token_ids]
+        logits[row_ids, token_ids] = torch.where(values > 0, values / penalty, values * penalty)
+    if counted:
+        row_ids, token_ids, amount = _cells(counted, logits)
+        logits[row_ids, token_ids] -= amount
+
+
+def _bias(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Add each row's logit bias, then rule out its banned ids. In place."""
+    biased = [
+        (index, token, bias)
+        for index, row in enumerate(rows)
+        for token, bias in row.request.sampling.logit_bias.items()
+    ]
+    if biased:
+        row_ids, token_ids, bias = _cells(biased, logits)
+        logits[row_ids, token_ids] += bias
+    banned = [
+        (index, token, float("-inf"))
+        for index, row in enumerate(rows)
+        for token in dict.fromkeys(row.banned_ids)
+    ]
+    if banned:
+        row_ids, token_ids, nothing = _cells(banned, logits)
+        logits[row_ids, token_ids] = nothing
+
+
+def _cells(
+    cells: Iterable[tuple[int, int, float]], logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row indices, token ids (int64) and values (float32) of single cells of ``logits``."""
+    row_ids, token_ids, values = zip(*cells, strict=True)
+    where = _to_device([*row_ids, *token_ids], torch.int64, logits.device)
+    half = len(row_ids)
+    return where[:half], where[half:], _to_device(values, logits.dtype, logits.device)
+
+
+# --- random rows --------------------------------------------------------------------------------
+
+
+def _sample_noisy(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Sample rows of positive temperature; ``logits`` is overwritten. ``[num_rows]``, int64."""
+    params = [row.request.sampling for row in rows]
+    temperature = _to_device([p.temperature for p in params], torch.float32, logits.device)
+    logits.div_(temperature[:, None])
+    _apply_min_p(logits, params)
+    _apply_top_k_top_p(logits, params)
+    streams = [noise_stream(row.request.sampling.seed, row.output_index) for row in rows]
+    scores = gumbel_noise(_to_device(streams, torch.int64, logits.device), logits.shape[1])
+    return scores.add_(logits).argmax(dim=-1)
+
+
+def _apply_min_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:
+    """Rule out what is less likely than ``min_p`` times the likeliest token. In place."""
+    if not any(p.min_p > 0 for p in params):
+        return
+    ratio = _to_device([p.min_p for p in params], torch.float32, logits.device)
+    # p / p_max is exp(logit - max), whatever else is ruled out; min_p 0 gives -inf: keeps all.
+    floor = logits.amax(dim=-1, keepdim=True) + ratio.log()[:, None]
+    logits.masked_fill_(logits < floor, float("-inf"))
+
+
+def _apply_top_k_top_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:
+    """Keep the ``top_k`` likeliest, then of those the fewest that make up ``top_p``. In place."""
+    vocab = logits.shape[1]
+    some = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
+    if not some:
+        return
+    index = _to_device(some, torch.int64, logits.device)
+    top_k = _to_device([params[i].top_k or vocab for i in some], torch.int64, logits.device)
+    top_p = _to_device([params[i].top_p for i in some], torch.float32, logits.device)
+    part = logits[index]  # [num_some, vocab]
+    ranked, ids = part.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocab, device=logits.device)
+    ranked.masked_fill_(rank >= top_k[:, None], float("-inf"))
+    probs = ranked.softmax(dim=-1, dtype=torch.float64)
+    # A token stays while the ones before it make up less than top_p.
+    before = probs.cumsum(dim=-1) - probs
+    dropped = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    dropped[:, 0] = False
+    ranked.masked_fill_(dropped, float("-inf"))
+    logits[index] = part.scatter_(1, ids, ranked)
+
+
+# --- noise --------------------------------------------------------------------------------------
+
+_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64: an odd step and a finaliser that mixes all bits
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SHIFTS = (30, 27, 31)
+_MASK = (1 << 64) - 1
+
+
+def noise_stream(seed: int, output_index: int) -> int:
+    """Where the noise of one output position begins: an int64 for ``gumbel_noise``."""
+    state = _mix((_mix((seed + _GOLDEN) & _MASK) + output_index * _GOLDEN) & _MASK)
+    return _signed(state)
+
+
+def uniform_noise(streams: Tensor, num_ids: int) -> Tensor:
+    """Uniform in the open interval (0, 1): ``[num_streams, num_ids]``, float64.
+
+    ``streams``: ``[num_streams]``, int64, from ``noise_stream``. Bit for bit the same on every
+    device: integer arithmetic that wraps, and a conversion that is exact.
+    """
+    steps = torch.arange(1, num_ids + 1, device=streams.device).mul_(_signed(_GOLDEN))
+    bits = streams[:, None] + steps  # [num_streams, num_ids]
+    for shift, factor in zip(_SHIFTS[:2], _FACTORS, strict=True):
+        bits.bitwise_xor_(_shift_right(bits, shift)).mul_(_signed(factor))
+    bits.bitwise_xor_(_shift_right(bits, _SHIFTS[2]))
+    # 52 bits and a half have an exact double, so neither 0 nor 1 can come out.
+    return _shift_right(bits, 12).double().add_(0.5).mul_(2.0**-52)
+
+
+def gumbel_noise(streams: Tensor, num_ids: int) -> Tensor:
+    """Standard Gumbel noise for ids ``[0, num_ids)``: ``[num_streams, num_ids]``, float64."""
+    return uniform_noise(streams, num_ids).log_().neg_().log_().neg_()
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    """Logical shift: torch's own shift of int64 repeats the sign bit."""
+    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
+
+
+def _mix(value: int) -> int:
+    """The finaliser on one number in ``[0, 2**64)``."""
+    for shift, factor in zip(_SHIFTS[:2], _FACTORS, strict=True):
+        value = ((value ^ (value >> shift)) * factor) & _MASK
+    return value ^ (value >> _SHIFTS[2])
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of ``value`` in ``[0, 2**64)``."""
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,211 @@
+"""Which sequences of a replica run in the next step, and with how many tokens. Pure.
+
+A sequence is in one of three places; the blocks in its table are owned by the sequence::
+
+                 add()                    schedule(): all blocks of its tokens fit
+    (new) ----------------> waiting ------------------------------------------> running
+                            no blocks <---------------------------------------- has blocks
+                               ^            preemption: blocks freed               ^
+                               | preemption                                        | a place is free
+                               +----------------------- arrived <------------------+
+                                                        has blocks, KV received
+                                          add_arrived()
+
+``remove()`` takes a sequence out of any of them; the blocks go with it.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from dataclasses import dataclass
+
+from serve.engine.block_pool import BlockPool
+from serve.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What a step may hold."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next ``num_tokens`` tokens of ``sequence``; ``sample`` if they are its last ones."""
+
+    sequence: Sequence
+    num_tokens: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The plan of one step. ``admitted`` and ``preempted`` are what changed to make it."""
+
+    chunks: tuple[Chunk, ...]
+    admitted: tuple[Sequence, ...]
+    preempted: tuple[Sequence, ...]
+
+
+class Scheduler:
+    """Continuous batching over one ``BlockPool``: running decodes first, then prefill chunks.
+
+    Decode and chunked prefill share a token budget (Sarathi-Serve, OSDI'24, section 4.2). When
+    blocks run out, the youngest sequence is preempted and later computed again.
+    """
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.arrived: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+        self._pool = pool
+        self._limits = limits
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence whose tokens are to be computed here."""
+        self.waiting.append(sequence)
+
+    def add_arrived(self, sequence: Sequence) -> None:
+        """Queue a sequence whose KV came from elsewhere, in blocks that it now owns."""
+        self.arrived.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence; its blocks go with it to the caller."""
+        for place in (self.running, self.waiting, self.arrived):
+            if sequence in place:
+                place.remove(sequence)
+                return
+        raise ValueError(f"sequence {sequence.id} is not scheduled here")
+
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether the sequence waits or runs here."""
+        return any(sequence in place for place in (self.running, self.waiting, self.arrived))
+
+    @property
+    def num_unfinished_tokens(self) -> int:
+        """Tokens whose KV is still to be computed, over all sequences here."""
+        places = (self.running, self.waiting, self.arrived)
+        return sum(sequence.num_remaining for place in places for sequence in place)
+
+    @property
+    def num_growing(self) -> int:
+        """Sequences that may need one more block at their next token."""
+        return sum(sequence.decodes_here for sequence in self.running) + len(self.arrived)
+
+    def can_reserve(self, num_blocks: int, *, num_lent: int) -> bool:
+        """Whether blocks may be promised to a newcomer without driving others out.
+
+        Preempted sequences come first. Whoever runs keeps a block in reserve, unless nothing runs
+        and nothing is lent: then the newcomer has the pool for itself.
+        """
+        if self.waiting:
+            return False
+        reserve = self.num_growing + num_lent
+        return num_blocks + reserve <= self._pool.num_free or (
+            reserve == 0 and num_blocks <= self._pool.num_free
+        )
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None if nothing can run. Allocates the blocks that it needs."""
+        preempted: list[Sequence] = []
+        self._start_arrived()
+        chunks = self._schedule_decodes(preempted)
+        budget = self._limits.max_num_batched_tokens - len(chunks)
+        budget = self._continue_prefills(chunks, budget)
+        admitted = [] if preempted else self._admit(chunks, budget)
+        if not chunks:
+            return None
+        return Batch(tuple(chunks), tuple(admitted), tuple(preempted))
+
+    def update(self, batch: Batch) -> None:
+        """The step of ``batch`` is computed: its tokens' KV is in the blocks."""
+        for chunk in batch.chunks:
+            chunk.sequence.num_computed += chunk.num_tokens
+
+    def _start_arrived(self) -> None:
+        while self.arrived and len(self.running) < self._limits.max_num_seqs:
+            self._run(self.arrived.popleft())
+
+    def _run(self, sequence: Sequence) -> None:
+        bisect.insort(self.running, sequence, key=lambda other: other.number)
+
+    def _schedule_decodes(self, preempted: list[Sequence]) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        # Oldest first, so that a victim is never in the batch already.
+        for sequence in list(self.running):
+            if len(chunks) == self._limits.max_num_batched_tokens:
+                break
+            if sequence.num_remaining != 1 or sequence in preempted:
+                continue
+            if self._grow(sequence, preempted):
+                chunks.append(Chunk(sequence, 1, sample=True))
+        return chunks
+
+    def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
+        """Give ``sequence`` the block of its next position; False if it had to give way itself."""
+        if len(sequence.token_ids) <= len(sequence.block_table) * self._limits.block_size:
+            return True
+        while self._pool.num_free == 0:
+            victim = self.arrived[-1] if self.arrived else self.running[-1]
+            self._preempt(victim)
+            preempted.append(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self._pool.allocate(1)
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.remove(victim)
+        self._pool.free(victim.block_table)
+        victim.block_table = []
+        victim.num_computed = 0
+        self.num_preemptions += 1
+        # Preempted sequences wait before the new ones, the oldest first.
+        index = sum(other.number < victim.number for other in self.waiting)
+        self.waiting.insert(index, victim)
+
+    def _continue_prefills(self, chunks: list[Chunk], budget: int) -> int:
+        for sequence in self.running:
+            if sequence.num_remaining > 1 and budget > 0:
+                budget -= self._take(sequence, chunks, budget)
+        return budget
+
+    def _take(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
+        count = sequence.num_remaining
+        if self._limits.enable_chunked_prefill:
+            count = min(count, budget)
+        chunks.append(Chunk(sequence, count, sample=count == sequence.num_remaining))
+        return count
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> list[Sequence]:
+        admitted: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self._limits.max_num_seqs:
+            sequence = self.waiting[0]
+            whole = not self._limits.enable_chunked_prefill
+            # A prompt over the whole budget still runs, alone.
+            if whole and sequence.num_remaining > budget and chunks:
+                break
+            if not self._fits(sequence):
+                break
+            self.waiting.popleft()
+            needed = self._num_blocks(len(sequence.token_ids))
+            sequence.block_table = self._pool.allocate(needed)
+            self._run(sequence)
+            admitted.append(sequence)
+            budget -= self._take(sequence, chunks, budget)
+        return admitted
+
+    def _fits(self, sequence: Sequence) -> bool:
+        needed = self._num_blocks(len(sequence.token_ids))
+        return needed + self.num_growing <= self._pool.num_free or (
+            not self.running and needed <= self._pool.num_free
+        )
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._limits.block_size)

@@ -1,0 +1,30 @@
+"""From a batch of sequences to the plan entry that every rank can execute by itself."""
+
+from __future__ import annotations
+
+from serve.comm.messages import SampleRow, Step, StepSequence
+from serve.engine.scheduler import Batch, Chunk
+from serve.engine.sequence import Sequence
+
+
+def build_step(number: int, batch: Batch, eos_token_ids: tuple[int, ...]) -> Step:
+    """The plan entry of ``batch``: token ids, positions, block tables, and how to sample."""
+    return Step(
+        number,
+        tuple(_build_sequence(chunk) for chunk in batch.chunks),
+        tuple(_build_row(c.sequence, eos_token_ids) for c in batch.chunks if c.sample),
+    )
+
+
+def _build_sequence(chunk: Chunk) -> StepSequence:
+    sequence, start = chunk.sequence, chunk.sequence.num_computed
+    token_ids = tuple(sequence.token_ids[start : start + chunk.num_tokens])
+    return StepSequence(start, token_ids, tuple(sequence.block_table), chunk.sample)
+
+
+def _build_row(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:
+    sampling = sequence.request.sampling
+    index = sequence.num_output_tokens
+    banned = (*eos_token_ids, *sampling.stop_token_ids) if index < sampling.min_tokens else ()
+    output_ids = sequence.output_ids if sampling.has_penalties else ()
+    return SampleRow(sequence.request, index, banned, output_ids)

@@ -1,0 +1,72 @@
+"""torchrun's entry: reads the options, builds the topology, runs this rank to its end.
+
+    torchrun --nproc-per-node 8 -m serve.launch --model M
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+
+from serve.comm.topology import Place, build_topology, read_place
+from serve.config import ConfigError, ServerConfig, parse_args
+from serve.lifetime import die_with_parent, exit_now
+
+log = logging.getLogger("serve")
+
+
+def main() -> None:
+    """Start this rank. Options are checked before anything heavy is imported."""
+    die_with_parent()
+    place = read_place(os.environ)
+    config, listener = _prepare(place)
+    start_logging(config, place)
+    import uvloop
+
+    from serve.serving import serve_rank
+
+    sys.setswitchinterval(1e-4)  # with 5 ms a busy event loop starves the GPU thread
+    topology = build_topology(config.replica_specs, config.partition_id, config.mixed)
+    exit_now(uvloop.run(serve_rank(config, place, topology, listener)))
+
+
+def start_logging(config: ServerConfig, place: Place) -> None:
+    """Log to stderr, every line with its rank; rank 0 says what was decided for the user."""
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s rank {place.rank} %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    if place.rank == 0:
+        for note in config.notes:
+            log.info("%s", note)
+
+
+def _prepare(place: Place) -> tuple[ServerConfig, socket.socket | None]:
+    """The configuration, and on rank 0 the bound port. A mistake ends the process.
+
+    Rank 0 says what is wrong; the others find the same and leave in silence.
+    """
+    try:
+        config = parse_args(sys.argv[1:], place.world_size)
+        return config, _listen(config) if place.rank == 0 else None
+    except ConfigError as error:
+        if place.rank != 0:
+            sys.exit(0)
+        print(f"serve: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=1024)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {reason}") from None
+
+
+if __name__ == "__main__":
+    main()

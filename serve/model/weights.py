@@ -1,0 +1,116 @@
+"""Filling a model's parameters: each rank reads its shard, and every tensor is accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from serve.model.checkpoint import Checkpoint, open_checkpoint, take
+from serve.model.layers import Shard, parameter_shards
+
+# Tables that old checkpoints carry; they follow from the configuration.
+_BUFFERS = re.compile(r".*\brotary_emb\.(inv_freq|cos_cached|sin_cached)")
+_DUMMY_STD = 0.02
+
+
+class _Target(NamedTuple):
+    parameter: nn.Parameter
+    shard: Shard
+
+
+def load_weights(
+    model: nn.Module,
+    path: str,
+    load_format: str,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fill every parameter of ``model`` from the checkpoint at ``path``.
+
+    ``load_format`` is auto, safetensors, pt, gguf, or dummy: random weights that depend on ``seed``
+    and on a tensor's name only, not on how it is sharded. ``progress`` hears (tensors done, all).
+    Raises one ``ValueError`` that names the tensors missing, left over or of another shape.
+    """
+    targets = {name: _Target(p, shard) for name, p, shard in parameter_shards(model)}
+    checkpoint = None if load_format == "dummy" else open_checkpoint(path, load_format)
+    aliases: dict[str, _Target] = {}
+    if checkpoint is not None:
+        aliases = _aliases(model, targets, checkpoint)
+        _check(targets, aliases, checkpoint, path)
+    for number, (name, target) in enumerate(targets.items(), start=1):
+        parameter, shard = target
+        if checkpoint is None:
+            _randomise(parameter, name, shard, seed)
+        else:
+            with torch.no_grad():
+                parameter.copy_(checkpoint.read(name, shard))
+        if progress is not None:
+            progress(number, len(targets))
+    for name, (parameter, shard) in aliases.items():
+        assert checkpoint is not None
+        _compare(parameter, checkpoint.read(name, shard), name, path)
+
+
+def _aliases(
+    model: nn.Module, targets: dict[str, _Target], checkpoint: Checkpoint
+) -> dict[str, _Target]:
+    """Second names of tied parameters under which the checkpoint has a tensor as well."""
+    owners = {id(target.parameter): target for target in targets.values()}
+    present = set(checkpoint.names())
+    return {
+        name: owners[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in targets and name in present
+    }
+
+
+def _check(
+    targets: dict[str, _Target], aliases: dict[str, _Target], checkpoint: Checkpoint, path: str
+) -> None:
+    present = set(checkpoint.names())
+    wanted = targets | aliases
+    extra = [name for name in present - wanted.keys() if not _BUFFERS.fullmatch(name)]
+    shapes = [
+        f"{name} is {list(checkpoint.shape(name))} instead of {list(shard.shape)}"
+        for name, (_, shard) in wanted.items()
+        if name in present and checkpoint.shape(name) != shard.shape
+    ]
+    faults = [
+        f"{what} {_listed(names)}"
+        for what, names in (
+            ("missing:", targets.keys() - present),
+            ("left over:", extra),
+            ("shape:", shapes),
+        )
+        if names
+    ]
+    if faults:
+        raise ValueError(f"the weights in {path} do not fit the model; {'; '.join(faults)}")
+
+
+def _listed(names: Iterable[str], limit: int = 8) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
+
+
+def _compare(parameter: nn.Parameter, tensor: Tensor, name: str, path: str) -> None:
+    """A tied tensor may be stored twice, but not with other values."""
+    if not torch.equal(parameter, tensor.to(parameter)):
+        raise ValueError(f"{path}: {name} is tied by the configuration but has other values")
+
+
+def _randomise(parameter: nn.Parameter, name: str, shard: Shard, seed: int) -> None:
+    """Make the full tensor where the parameter lives, so that any sharding gives one model."""
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    generator = torch.Generator(parameter.device)
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    full = torch.empty(shard.shape, dtype=parameter.dtype, device=parameter.device)
+    full.normal_(shard.mean, _DUMMY_STD, generator=generator)
+    with torch.no_grad():
+        parameter.copy_(take(full, shard))

@@ -1,0 +1,201 @@
+"""One process of the job: starts its parts, routes its messages, stops them in order.
+
+Its life::
+
+    loading --> running --leave()--> every peer has said Goodbye --> exit 0
+       |           |
+       +-----------+--> JobFailed: a lost connection, an exception, a silent rank --> exit 1
+
+Rank 0 decides when the job ends; the others leave when it says Goodbye.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import torch
+
+from serve.comm.control import ControlChannel
+from serve.comm.messages import (
+    FRONT_END_RANK,
+    AnyMessage,
+    Failed,
+    Goodbye,
+    Heartbeat,
+    Ping,
+    Pong,
+    ReplicaReady,
+    Report,
+)
+from serve.comm.process_groups import init_world, new_control_group
+from serve.comm.topology import Place, Topology
+from serve.config import ServerConfig
+from serve.engine.loading import Loaded, Plan, Progress, load_rank
+from serve.engine.replica import Replica, ReplicaSettings
+from serve.engine.scheduler import SchedulerLimits
+from serve.engine.worker import Worker
+from serve.front import FrontEnd
+from serve.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+SILENCE_LIMIT_S = 60.0
+SILENCE_CHECK_S = 5.0
+FAREWELL_S = 3.0  # how long a failing rank waits for rank 0 to have read its last words
+
+
+class JobFailed(Exception):
+    """The job cannot go on; one line says why."""
+
+
+class Node:
+    """This rank's channel and worker, and on rank 0 the front end, on the running event loop."""
+
+    def __init__(self, config: ServerConfig, place: Place, topology: Topology) -> None:
+        self.config, self.place, self.topology = config, place, topology
+        self.replica = topology.replica_of(place.rank)
+        self.is_front = place.rank == FRONT_END_RANK
+        self.leads = place.rank == self.replica.leader
+        on_gpu = torch.cuda.is_available()
+        self.plan = Plan(config, topology, place, _device(place, on_gpu))
+        self.front: FrontEnd | None = None
+        self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.dismissed = asyncio.Event()  # rank 0 has said Goodbye
+        self._leaving = False
+        init_world(place, self.plan.device.type)
+        self.channel = ControlChannel(
+            place.rank,
+            topology.control_peers(place.rank),
+            new_control_group(),
+            asyncio.get_running_loop(),
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+            on_entry=None if self.leads else self._on_entry,
+        )
+        self.worker = Worker(
+            place.rank, self.replica, len(topology.replicas), self.channel.send, self._on_error
+        )
+
+    async def load_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, on ranks that need one. ``ValueError`` with one line if there is none."""
+        config = self.config
+        if config.tokenizer is None or not self.leads:
+            return None
+        return await asyncio.to_thread(
+            load_tokenizer, config.tokenizer, config.model, config.chat_template
+        )
+
+    async def load(self, tokenizer: Tokenizer | None, progress: Progress) -> None:
+        """Load the model; from then on the replica of a leader takes requests.
+
+        Raises ``ValueError`` with one line for what cannot be served.
+        """
+        loaded = await self.worker.executor.call(lambda: self._load(progress))
+        if self.leads:
+            self.worker.lead(self._make_replica(loaded, tokenizer))
+            self.channel.send(FRONT_END_RANK, ReplicaReady(self.replica.id, loaded.num_blocks))
+
+    async def run(self, main: Coroutine[Any, Any, None]) -> None:
+        """Run ``main`` beside the rank's own loops. Raises ``JobFailed`` if the job cannot go on.
+
+        Both that and whatever ``main`` raises come out in an exception group.
+        """
+        self.channel.start()
+        self.worker.executor.start()
+        async with asyncio.TaskGroup() as group:
+            loops = [group.create_task(self.worker.beat()), group.create_task(self._raise())]
+            if self.is_front:
+                loops.append(group.create_task(self._watch()))
+            await main
+            for loop in loops:
+                loop.cancel()
+
+    async def leave(self) -> None:
+        """End in order: the plan stops, everybody says Goodbye, and hears it."""
+        self._leaving = True
+        if self.leads:
+            self.worker.stop()
+        self.channel.goodbye()
+        await self.channel.closed()
+
+    async def last_words(self, reason: str) -> None:
+        """Tell rank 0 why this rank cannot go on, and give it the time to end the job."""
+        self._leaving = True
+        if not self.is_front:
+            self.channel.send(FRONT_END_RANK, Failed(self.place.rank, reason))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.dismissed.wait(), FAREWELL_S)
+
+    def _load(self, progress: Progress) -> Loaded:
+        loaded = load_rank(self.plan, progress)
+        self.worker.executor.equip(loaded.equipment)
+        return loaded
+
+    def _make_replica(self, loaded: Loaded, tokenizer: Tokenizer | None) -> Replica:
+        limits = self.plan.limits
+        settings = ReplicaSettings(
+            replica_id=self.replica.id,
+            leader_of=tuple(replica.leader for replica in self.topology.replicas),
+            num_blocks=loaded.num_blocks,
+            limits=SchedulerLimits(
+                limits.max_num_seqs,
+                limits.max_num_batched_tokens,
+                self.config.enable_chunked_prefill,
+                self.plan.block_size,
+            ),
+            max_push_blocks=self.plan.max_push_blocks,
+            eos_token_ids=self.config.model_config.eos_token_ids,
+        )
+        return Replica(settings, tokenizer, time.monotonic)
+
+    def _on_message(self, source: int, message: AnyMessage) -> None:
+        match message:
+            case Goodbye(rank):
+                if rank == FRONT_END_RANK:
+                    self.dismissed.set()
+            case Failed(rank, reason):
+                self._fail(f"rank {rank}: {reason}")
+            case Ping(number):
+                self.channel.send(source, Pong(self.place.rank, number, time.monotonic()))
+            case Report() | ReplicaReady() | Pong():
+                if self.front is not None:
+                    self.front.on_message(message)
+            case Heartbeat():
+                pass  # the channel notes when it last heard of a peer
+            case _:
+                self.worker.on_message(message)
+
+    def _on_entry(self, entry: Any) -> None:
+        self.worker.executor.submit(entry)
+
+    def _on_lost(self, peer: int, reason: str) -> None:
+        if peer == FRONT_END_RANK:
+            self.dismissed.set()
+        self._fail(f"lost the connection to rank {peer}: {reason}")
+
+    def _on_error(self, error: BaseException) -> None:
+        log.error("the worker of rank %d failed", self.place.rank, exc_info=error)
+        self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, reason: str) -> None:
+        if not self._leaving and not self._failed.done():
+            self._failed.set_result(reason)
+
+    async def _raise(self) -> None:
+        raise JobFailed(await self._failed)
+
+    async def _watch(self) -> None:
+        """End the job if a rank is silent on a connection that lives."""
+        while True:
+            await asyncio.sleep(SILENCE_CHECK_S)
+            if silent := self.channel.silent_peers(SILENCE_LIMIT_S):
+                self._fail(f"rank {silent[0]} has been silent for {SILENCE_LIMIT_S:.0f} s")
+
+
+def _device(place: Place, on_gpu: bool) -> torch.device:
+    return torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")

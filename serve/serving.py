@@ -1,0 +1,110 @@
+"""A rank as a server: rank 0 with HTTP, dispatch and draining; the others until it says Goodbye."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+import time
+
+from aiohttp import web
+from tqdm import tqdm
+
+from serve.api.app import create_app, run_app_on
+from serve.api.service import Service
+from serve.api.settings import ApiSettings
+from serve.comm.topology import Place, Topology
+from serve.config import ServerConfig
+from serve.dispatch.dispatcher import Dispatcher
+from serve.front import FrontEnd
+from serve.lifetime import StopSignals
+from serve.metrics import Metrics
+from serve.node import JobFailed, Node
+
+log = logging.getLogger("serve")
+
+FAREWELL_S = 2.0  # how long clients of a failed job may take to read their error
+
+
+async def serve_rank(
+    config: ServerConfig, place: Place, topology: Topology, listener: socket.socket | None
+) -> int:
+    """Run this rank until the job ends; the process's exit code."""
+    node = Node(config, place, topology)
+    signals = StopSignals()
+    signals.install(lambda: node.abandon("torchrun is gone"))
+    main = _follow(node) if listener is None else _serve(node, listener, signals)
+    try:
+        await node.run(main)
+    except BaseExceptionGroup as group:
+        return await _report_failure(node, _first_leaf(group))
+    return 0
+
+
+async def _report_failure(node: Node, error: BaseException) -> int:
+    """Say why the job ends: on rank 0 to the user, elsewhere to rank 0, which passes it on."""
+    if isinstance(error, JobFailed):
+        print(f"serve: rank {node.place.rank} stops: {error}", file=sys.stderr)
+        await node.last_words(str(error))
+        return 1
+    if isinstance(error, ValueError):  # cannot be served as asked; one line
+        if node.is_front:
+            print(f"serve: error: {error}", file=sys.stderr)
+        await node.last_words(str(error))
+        return 2 if node.is_front else 0
+    log.error("rank %d failed", node.place.rank, exc_info=error)
+    await node.last_words(f"{type(error).__name__}: {error}")
+    return 1
+
+
+def _first_leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _follow(node: Node) -> None:
+    """Any rank but 0: load, then work until rank 0 says Goodbye."""
+    tokenizer = await node.load_tokenizer()
+    await node.load(tokenizer, lambda done, total: None)
+    await node.dismissed.wait()
+    await node.leave()
+
+
+async def _serve(node: Node, listener: socket.socket, signals: StopSignals) -> None:
+    """Rank 0: HTTP from the start, requests once all are ready, draining at the end."""
+    front = make_front(node)
+    runner = await _start_http(node, front.service, listener)
+    try:
+        start = asyncio.create_task(_get_ready(node, front))
+        stop = asyncio.create_task(signals.first.wait())
+        await asyncio.wait((start, stop), return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            await start
+            await stop
+        await _drain(node, front.service, signals)
+    except asyncio.CancelledError:  # the job has failed: every open stream gets its error
+        front.service.fail_all(node.reason)
+        raise
+    finally:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(runner.cleanup(), FAREWELL_S)
+    await node.leave()
+
+
+def make_front(node: Node) -> FrontEnd:
+    """Dispatcher, metrics and service over the node's control channel."""
+    config = node.config
+    metrics = Metrics(config.served_model_names[0])
+    dispatcher = Dispatcher(
+        node.topology.replicas, config.dispatch_policy, config.max_waiting, time.monotonic
+    )
+    service = Service(dispatcher, node.channel.send, metrics, time.monotonic)
+    node.front = FrontEnd(node.topology, service, node.channel.send, metrics)
+    return node.front
+
+
+async def _start_http(node: Node, service: Service, listener: socket.socket) -> web.AppRunner:
+    raise NotImplementedError

@@ -1,0 +1,301 @@
+"""Text into ids and back, the chat template, and what bytes each token stands for.
+
+Decoding does not ask the `tokenizers` library: every token is turned into its bytes once, at load.
+Text is then a join and a UTF-8 decode, the same bytes serve incremental output, and ids that the
+vocabulary lacks can be shown as U+FFFD instead of vanishing. Byte-level BPE and sentencepiece
+vocabularies are spelled like that; a decoder that is not (WordPiece, say) is refused at load.
+
+Everything here may be called from several threads. The library reports "Already borrowed" where one
+thread changes a tokenizer that another one uses, so nothing changes it after load: truncation and
+padding are switched off there, for good.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+UNKNOWN = "\ufffd".encode()  # what an id without a token reads as
+_ALL_SPACES = -1
+
+
+def load_tokenizer(path: str, model_path: str, chat_template: str | None) -> Tokenizer:
+    """The tokenizer of a directory or a ``.gguf`` file on this machine.
+
+    ``chat_template`` replaces the tokenizer's own; where neither exists, ``chat_template.jinja`` of
+    the directory ``model_path`` is taken. ``ValueError``, in one line, if there is no usable one.
+    """
+    try:
+        fast = _load_gguf(Path(path)) if path.endswith(".gguf") else _load_directory(Path(path))
+        template = chat_template or _own_template(fast, Path(model_path))
+        tokenizer = Tokenizer(fast, template)
+    except Exception as error:  # whatever a broken checkpoint makes transformers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load the tokenizer of {path}: {reason}") from error
+    tokenizer.check_chat_template()
+    return tokenizer
+
+
+class Tokenizer:
+    """One vocabulary. Ids are in ``range(vocab_size)``, where not every one need have a token."""
+
+    def __init__(self, fast: PreTrainedTokenizerFast, chat_template: str | None) -> None:
+        backend: tokenizers.Tokenizer = fast.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        self._fast = fast
+        self._backend = backend
+        self._template = chat_template
+        spelling = _read_decoder(json.loads(backend.decoder.__getstate__()))
+        vocab = backend.get_vocab(with_added_tokens=True)
+        pieces = [UNKNOWN] * (max(vocab.values(), default=-1) + 1)
+        for token, token_id in vocab.items():
+            pieces[token_id] = spelling.to_bytes(token)
+        visible = list(pieces)
+        for token_id, added in backend.get_added_tokens_decoder().items():
+            if added.special:
+                visible[token_id] = b""
+        self._pieces = {False: tuple(pieces), True: tuple(visible)}
+        self._leading_spaces = spelling.leading_spaces
+        self.vocab_size = len(pieces)
+        self.eos_token_id: int | None = fast.eos_token_id
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of ``text``. ``ValueError`` for text that is no Unicode (a lone surrogate).
+
+        The batch call releases the GIL while it works, the single one does not.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text has a lone surrogate at position {error.start}") from error
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``; bytes that are no UTF-8 and ids without a token read as U+FFFD."""
+        pieces = self._pieces[skip_special_tokens]
+        size = self.vocab_size
+        data = b"".join([pieces[i] if 0 <= i < size else UNKNOWN for i in ids])
+        return self.strip_first(data).decode("utf-8", "replace")
+
+    def id_to_token(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; U+FFFD if there is none."""
+        if not 0 <= token_id < self.vocab_size:
+            return "\ufffd"
+        return self._backend.id_to_token(token_id) or "\ufffd"
+
+    def pieces(self, skip_special_tokens: bool) -> tuple[bytes, ...]:
+        """The bytes of every id; empty for special tokens if those are skipped."""
+        return self._pieces[skip_special_tokens]
+
+    @property
+    def strips_leading_space(self) -> bool:
+        """Whether the first token of a text loses the space it begins with (sentencepiece)."""
+        return self._leading_spaces != 0
+
+    def strip_first(self, piece: bytes) -> bytes:
+        """``piece``, which begins a text, without the space that encoding put before the text."""
+        if self._leading_spaces == _ALL_SPACES:
+            return piece.lstrip(b" ")
+        return piece.removeprefix(b" ") if self._leading_spaces else piece
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``render_chat`` can work."""
+        return self._template is not None
+
+    def render_chat(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The prompt that the chat template makes of ``messages``, rendered in jinja's sandbox.
+
+        ``kwargs`` are the template's variables. ``ValueError`` with the template's own reason.
+        """
+        if self._template is None:
+            raise ValueError("the model has no chat template")
+        try:
+            text = self._fast.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **kwargs,
+            )
+        except Exception as error:  # a template is the checkpoint's code: it may raise anything
+            raise ValueError(str(error) or type(error).__name__) from error
+        return str(text)
+
+    def check_chat_template(self) -> None:
+        """``ValueError`` if the chat template does not compile; compiles it ahead of requests.
+
+        A template may well refuse this trial message; only its syntax is of interest.
+        """
+        from jinja2 import TemplateSyntaxError
+
+        if self._template is None:
+            return
+        try:
+            self.render_chat([{"role": "user", "content": ""}])
+        except ValueError as error:
+            cause = error.__cause__
+            if isinstance(cause, TemplateSyntaxError):
+                raise ValueError(f"chat template, line {cause.lineno}: {cause.message}") from cause
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def _load_directory(path: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    if not path.is_dir():
+        raise ValueError("neither a directory nor a .gguf file")
+    fast = AutoTokenizer.from_pretrained(
+        str(path), trust_remote_code=False, local_files_only=True, use_fast=True
+    )
+    if not getattr(fast, "is_fast", False):
+        raise ValueError(f"{type(fast).__name__} cannot be loaded by the tokenizers library")
+    return fast
+
+
+def _load_gguf(path: Path) -> PreTrainedTokenizerFast:
+    # AutoTokenizer would parse the whole file for a config first, which takes seconds.
+    from transformers import PreTrainedTokenizerFast
+
+    if not path.is_file():
+        raise ValueError("no such file")
+    fast = PreTrainedTokenizerFast.from_pretrained(
+        str(path.parent), gguf_file=path.name, local_files_only=True
+    )
+    _split_digits(fast.backend_tokenizer, path)
+    return fast
+
+
+def _split_digits(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """Restore the splitting at digits, which transformers leaves out for these vocabularies.
+
+    It reads ``"a  12"`` as ``a, ' ', ' ', 1, 2``, where the model was trained on ``a, '  ', 1, 2``.
+    """
+    from tokenizers import pre_tokenizers
+
+    if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        return  # split by a pattern that transformers knows, or sentencepiece
+    with path.open("rb") as file:
+        name = _gguf_string(file, "tokenizer.ggml.pre")
+    if name in ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"):
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])  # type: ignore[assignment]
+    elif name not in (None, "default", "gpt-2"):
+        raise ValueError(f"the file names an unknown pre-tokenizer, {name!r}: give --tokenizer")
+
+
+def _own_template(fast: PreTrainedTokenizerFast, model_path: Path) -> str | None:
+    if fast.chat_template:
+        return str(fast.get_chat_template())
+    file = model_path / "chat_template.jinja"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+
+
+def _gguf_string(file: BinaryIO, wanted: str) -> str | None:
+    """The string under key ``wanted`` of a GGUF file (version 2 or 3), None if there is none."""
+
+    def number(code: str) -> int:
+        (value,) = struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))
+        return int(value)
+
+    def skip(kind: int) -> None:
+        if kind == _GGUF_ARRAY:
+            element, count = number("I"), number("Q")
+            if element in _GGUF_SIZES:
+                file.seek(_GGUF_SIZES[element] * count, 1)
+            else:
+                for _ in range(count):
+                    skip(element)
+        else:
+            file.seek(number("Q") if kind == _GGUF_STRING else _GGUF_SIZES[kind], 1)
+
+    file.seek(16)  # magic, version, number of tensors
+    for _ in range(number("Q")):
+        key = file.read(number("Q")).decode()
+        kind = number("I")
+        if key == wanted and kind == _GGUF_STRING:
+            return file.read(number("Q")).decode()
+        skip(kind)
+    return None
+
+
+# --- the bytes of a token -----------------------------------------------------------------------
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary, the other way round.
+
+    Printable Latin-1 stands for itself; the other bytes have the characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_ALPHABET = _byte_alphabet()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, slots=True)
+class _Spelling:
+    """How a vocabulary writes bytes as tokens."""
+
+    byte_level: bool
+    byte_fallback: bool
+    replacements: tuple[tuple[str, str], ...]
+    leading_spaces: int  # that the first token of a text loses: 0, 1 or _ALL_SPACES
+
+    def to_bytes(self, token: str) -> bytes:
+        """The bytes that ``token`` stands for."""
+        if self.byte_level and all(c in _ALPHABET for c in token):
+            return bytes([_ALPHABET[c] for c in token])
+        if self.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(match[1])
+        for old, new in self.replacements:
+            token = token.replace(old, new)
+        return token.encode()
+
+
+def _read_decoder(decoder: dict[str, Any]) -> _Spelling:
+    """The spelling behind a decoder of the `tokenizers` library; ``ValueError`` for other kinds."""
+    byte_level = byte_fallback = fused = False
+    replacements: list[tuple[str, str]] = []
+    leading_spaces = 0
+    for part in decoder.get("decoders", [decoder]):
+        match part:
+            case {"type": "ByteLevel"}:
+                byte_level = True
+            case {"type": "ByteFallback"}:
+                byte_fallback = True
+            case {"type": "Fuse"}:
+                fused = True
+            case {"type": "Replace", "pattern": {"String": old}, "content": new} if not fused:
+                replacements.append((old, new))
+            case {"type": "Strip", "content": " ", "start": 1, "stop": 0} if fused:
+                leading_spaces = 1
+            case {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme}:
+                replacements.append((mark, " "))
+                leading_spaces = 0 if scheme == "never" else _ALL_SPACES
+            case _:
+                raise ValueError(f"decoder {part.get('type')} is not supported")
+    return _Spelling(byte_level, byte_fallback, tuple(replacements), leading_spaces)

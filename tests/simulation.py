@@ -1,0 +1,280 @@
+"""A cluster in one thread: real replicas' decisions, a fake GPU, and every event order there is.
+
+The fake model's KV of a token is the token itself, and its next token is a hash of all the KV that
+the block table leads to: a block that is overwritten, freed too early or filled from the wrong
+place changes the tokens. Messages keep their order per pair of ranks and nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from serve.comm.messages import (
+    NUM_STAGING_SLOTS,
+    Abort,
+    AnyMessage,
+    Delta,
+    Entry,
+    PostReceive,
+    Prefill,
+    Report,
+    Send,
+    Step,
+    Unpack,
+)
+from serve.engine.replica import Actions, Replica, ReplicaSettings
+from serve.engine.scheduler import SchedulerLimits
+from serve.request import FinishReason, Request, SamplingParams
+
+VOCAB_SIZE = 1009
+EOS = 7
+
+
+def next_token(history: Iterable[int]) -> int:
+    """The fake model: any change of the history changes what follows."""
+    value = 1
+    for token in history:
+        value = (value * 31 + token + 1) % 2_147_483_647
+    return value % VOCAB_SIZE
+
+
+def expected_output(request: Request) -> list[int]:
+    """What the model says to a request, computed alone."""
+    history = list(request.prompt_ids)
+    output: list[int] = []
+    while len(output) < request.sampling.max_tokens:
+        output.append(next_token(history))
+        history.append(output[-1])
+        if output[-1] == EOS and not request.sampling.ignore_eos:
+            break
+    return output
+
+
+@dataclass
+class Node:
+    """One replica with its fake GPU: a cache of token slots, staging, a queue of entries."""
+
+    replica: Replica
+    num_blocks: int
+    block_size: int
+    cache: list[list[int | None]]
+    plan: deque[Entry] = field(default_factory=deque)
+    staging: dict[tuple[int, int], list[list[int | None]]] = field(default_factory=dict)
+    results: deque[list[int]] = field(default_factory=deque)
+
+    def execute(self, entry: Entry, cluster: Cluster, node_id: int) -> None:
+        match entry:
+            case Step():
+                self.results.append(self._step(entry))
+            case Send(decode_replica, number, block_ids):
+                key = (node_id, decode_replica, number)
+                cluster.wire[key] = [list(self.cache[block]) for block in block_ids]
+            case PostReceive(prefill_replica, number, num_blocks):
+                cluster.posted[(prefill_replica, node_id, number)] = num_blocks
+            case Unpack(prefill_replica, number, block_ids):
+                slot = (prefill_replica, number % NUM_STAGING_SLOTS)
+                blocks = self.staging.pop(slot)
+                for block, content in zip(block_ids, blocks, strict=bool(block_ids)):
+                    self.cache[block] = list(content)
+
+    def _step(self, step: Step) -> list[int]:
+        tokens = []
+        for sequence in step.sequences:
+            for offset, token in enumerate(sequence.token_ids):
+                self._write(sequence.block_table, sequence.start + offset, token)
+            if sequence.sample:
+                length = sequence.start + len(sequence.token_ids)
+                history = [self._read(sequence.block_table, i) for i in range(length)]
+                tokens.append(next_token(history))
+        return tokens
+
+    def _write(self, table: tuple[int, ...], position: int, token: int) -> None:
+        self.cache[table[position // self.block_size]][position % self.block_size] = token
+
+    def _read(self, table: tuple[int, ...], position: int) -> int:
+        token = self.cache[table[position // self.block_size]][position % self.block_size]
+        return -1 if token is None else token
+
+
+class Cluster:
+    """Replicas, the channels between them, and rank 0's record of what was answered."""
+
+    def __init__(
+        self,
+        rng: random.Random,
+        num_prefill: int,
+        num_decode: int,
+        *,
+        num_blocks: int = 24,
+        block_size: int = 4,
+        max_num_batched_tokens: int = 24,
+        max_num_seqs: int = 8,
+        max_push_blocks: int = 2,
+        chunked: bool = True,
+    ) -> None:
+        self.rng = rng
+        self.num_prefill = num_prefill
+        self.clock = 0.0
+        count = max(num_prefill + num_decode, 1)
+        limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, chunked, block_size)
+        leaders = tuple(range(1, count + 1))  # rank 0 only dispatches here
+        self.nodes = [
+            Node(
+                Replica(
+                    ReplicaSettings(i, leaders, num_blocks, limits, max_push_blocks, (EOS,)),
+                    None,
+                    self._now,
+                ),
+                num_blocks,
+                block_size,
+                [[None] * block_size for _ in range(num_blocks)],
+            )
+            for i in range(count)
+        ]
+        self.channels: dict[tuple[int, int], deque[AnyMessage]] = {}
+        self.wire: dict[tuple[int, int, int], list[list[int | None]]] = {}
+        self.posted: dict[tuple[int, int, int], int] = {}
+        self.answers: dict[str, dict[int, int]] = {}
+        self.endings: dict[str, list[FinishReason]] = {}
+        self.places: dict[str, tuple[int, int]] = {}
+        self.loads: dict[int, Report] = {}
+        self.max_preemptions = 0
+
+    def _now(self) -> float:
+        self.clock += 1.0
+        return self.clock
+
+    # --- what rank 0 does ---------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        count = len(self.nodes)
+        prefill = self.rng.randrange(self.num_prefill or count)
+        decode = self.rng.randrange(self.num_prefill, count) if self.num_prefill else prefill
+        self.places[request.id] = (prefill, decode)
+        self.answers[request.id] = {}
+        self.endings[request.id] = []
+        self._post(0, prefill + 1, Prefill(request, decode))
+
+    def abort(self, request_id: str) -> None:
+        if self.endings[request_id]:
+            return
+        self.endings[request_id].append(FinishReason.ABORT)
+        for place in set(self.places[request_id]):
+            self._post(0, place + 1, Abort(request_id))
+
+    def _on_report(self, report: Report) -> None:
+        self.loads[report.replica_id] = report
+        self.max_preemptions = max(self.max_preemptions, report.load.num_preemptions)
+        for delta in report.deltas:
+            self._on_delta(report.replica_id, delta)
+
+    def _on_delta(self, replica_id: int, delta: Delta) -> None:
+        if self.endings[delta.request_id]:
+            self._post(0, replica_id + 1, Abort(delta.request_id))
+            return
+        for offset, token in enumerate(delta.token_ids):
+            index = delta.first_index + offset
+            assert index not in self.answers[delta.request_id], "a token came twice"
+            self.answers[delta.request_id][index] = token
+        if delta.finish_reason is not None:
+            self.endings[delta.request_id].append(delta.finish_reason)
+
+    # --- events ---------------------------------------------------------------------------------
+
+    def run(self, on_event: Callable[[], None] = lambda: None) -> None:
+        """Let random enabled events happen until none is left."""
+        while events := self._enabled():
+            self.rng.choice(events)()
+            on_event()
+
+    def _enabled(self) -> list[Callable[[], None]]:
+        events: list[Callable[[], None]] = []
+        for pair, queue in self.channels.items():
+            if queue:
+                events.append(lambda pair=pair: self._deliver(pair))
+        for i, node in enumerate(self.nodes):
+            if node.plan:
+                events.append(lambda i=i: self._execute(i))
+            if node.results:
+                events.append(lambda i=i: self._finish_step(i))
+        for key in self.posted:
+            if key in self.wire:
+                events.append(lambda key=key: self._receive(key))
+        return events
+
+    def _deliver(self, pair: tuple[int, int]) -> None:
+        message = self.channels[pair].popleft()
+        if pair[1] == 0:
+            assert isinstance(message, Report)
+            self._on_report(message)
+        else:
+            self._apply(pair[1] - 1, self.nodes[pair[1] - 1].replica.on_message(message))
+
+    def _execute(self, i: int) -> None:
+        self.nodes[i].execute(self.nodes[i].plan.popleft(), self, i)
+
+    def _finish_step(self, i: int) -> None:
+        self._apply(i, self.nodes[i].replica.on_step(self.nodes[i].results.popleft()))
+
+    def _receive(self, key: tuple[int, int, int]) -> None:
+        """A transfer completes; per link the older one first, as on a stream."""
+        prefill, decode, _ = key
+        number = min(k[2] for k in self.posted if k[:2] == (prefill, decode))
+        key = (prefill, decode, number)
+        blocks = self.wire.pop(key)
+        assert len(blocks) == self.posted.pop(key), "send and receive differ in size"
+        slot = (prefill, number % NUM_STAGING_SLOTS)
+        assert slot not in self.nodes[decode].staging, "a staging slot is overwritten"
+        self.nodes[decode].staging[slot] = blocks
+        self._apply(decode, self.nodes[decode].replica.on_received(prefill, number))
+
+    def _apply(self, i: int, actions: Actions) -> None:
+        replica = self.nodes[i].replica
+        self._issue(i, actions)
+        step = replica.next_step()
+        self._issue(i, replica.idle_report())
+        if step is not None:
+            self.nodes[i].plan.append(step)
+
+    def _issue(self, i: int, actions: Actions) -> None:
+        self.nodes[i].plan.extend(actions.entries)
+        for rank, message in actions.messages:
+            self._post(i + 1, rank, message)
+
+    def _post(self, source: int, target: int, message: AnyMessage) -> None:
+        self.channels.setdefault((source, target), deque()).append(message)
+
+    # --- what must hold at the end ----------------------------------------------------------------
+
+    def check(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            endings = self.endings[request.id]
+            assert len(endings) == 1, f"{request.id} was answered {len(endings)} times"
+            answer = self.answers[request.id]
+            expected = expected_output(request)
+            got = [answer[index] for index in sorted(answer)]
+            assert sorted(answer) == list(range(len(answer))) or endings == [FinishReason.ABORT]
+            for index, token in answer.items():
+                assert token == expected[index], f"{request.id}: token {index} is wrong"
+            if endings != [FinishReason.ABORT]:
+                assert got == expected
+        for i, node in enumerate(self.nodes):
+            load = self.nodes[i].replica.heartbeat().messages[-1][1].load  # type: ignore[union-attr]
+            assert load.num_free_blocks == node.num_blocks, f"replica {i} leaks: {load}"
+            assert load.num_running == load.num_waiting == 0
+            assert load.num_receiving == load.num_sending == 0
+
+
+def random_request(rng: random.Random, number: int, max_total: int) -> Request:
+    """A request whose prompt and output fit ``max_total`` tokens."""
+    length = rng.randint(1, max_total - 1)
+    return Request(
+        id=f"r{number}",
+        prompt_ids=tuple(rng.randrange(VOCAB_SIZE) for _ in range(length)),
+        sampling=SamplingParams(
+            max_tokens=rng.randint(1, max_total - length), ignore_eos=rng.random() < 0.5
+        ),
+    )
