@@ -10,6 +10,7 @@ import configparser
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,12 +180,13 @@ def _pip(arguments: Sequence[str]) -> None:
 
 def _progress(line: str) -> str | None:
     """What of pip's output is worth a line on the terminal."""
-    words = line.split()
-    if line.startswith("Downloading ") and not words[1].endswith(".metadata"):
-        return f"downloading {words[1].rsplit('/', 1)[-1]} {' '.join(words[2:])}".rstrip()
+    fetched = re.match(r"(Downloading|Using cached|Processing) (?:\S*/)?([^/ ]+?)( \(.*\))?$", line)
+    if fetched and not fetched[2].endswith(".metadata"):
+        name, _, rest = fetched[2].partition("-")
+        return f"{fetched[1].lower()} {name} {rest.partition('-')[0]}{fetched[3] or ''}"
     if line.startswith("Installing collected packages:"):
-        return f"installing {len(words) - 3} packages"
-    if line.startswith("Building wheel") or line.startswith("Preparing metadata"):
+        return f"installing {line.count(',') + 1} packages"
+    if line.startswith(("Building wheel", "Preparing metadata")):
         return line[0].lower() + line[1:]
     return None
 

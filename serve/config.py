@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Literal
 
 from serve import options as option_defaults
@@ -19,6 +17,7 @@ from serve.model_source import (
     default_model,
     find_model,
     find_tokenizer,
+    read_chat_template,
     resolve_load_format,
 )
 from serve.options import build_parser as build_parser
@@ -83,6 +82,11 @@ class ServerConfig:
     log_level: str
     notes: tuple[str, ...] = ()  # what was chosen for the user, to be logged
 
+    @property
+    def colocated(self) -> bool:
+        """Whether every replica runs both phases."""
+        return self.partition_id == 0
+
 
 def parse_args(argv: Sequence[str], world_size: int) -> ServerConfig:
     """The configuration of a job of ``world_size`` ranks, from ``argv`` without the program's name.
@@ -118,7 +122,7 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
         decode=decode,
         max_model_len=_max_model_len(given, prefill, model_config, notes),
         kv_push_bytes=given.kv_push_bytes or option_defaults.KV_PUSH_BYTES,
-        chat_template=_chat_template(given.chat_template),
+        chat_template=read_chat_template(given.chat_template),
         notes=tuple(notes),
         **{name: getattr(given, name) for name in _TAKEN_AS_GIVEN},
     )
@@ -230,19 +234,6 @@ def _served_names(given: argparse.Namespace, source: ModelSource) -> tuple[str, 
         if names.count(name) > 1:
             raise ValueError(f"--served-model-name: {name} is given twice")
     return names
-
-
-def _chat_template(given: str | None) -> str | None:
-    if given is None or "{" in given:
-        return given
-    try:
-        text = Path(os.path.expanduser(given)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise ValueError(f"--chat-template: {given}: {reason}") from error
-    if not text.strip():
-        raise ValueError(f"--chat-template: {given} is empty")
-    return text
 
 
 # --- limits -------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class FrontEnd:
     async def gather(self) -> dict[int, int]:
         """Wait until every replica is ready and every leader's clock is known.
 
-        Returns the number of KV blocks by replica.
+        Returns the number of KV blocks by replica id.
         """
         await self._all_ready.wait()
         for replica in self._topology.replicas:

@@ -1,4 +1,4 @@
-"""Where a model lies: --model as a directory or .gguf file on this machine, and what it holds."""
+"""Where a model lies: --model and what belongs to it as files of this machine, and their kinds."""
 
 from __future__ import annotations
 
@@ -136,3 +136,17 @@ def find_tokenizer(tokenizer: str | None, source: ModelSource) -> str | None:
         f"{path} holds no tokenizer: give --tokenizer PATH, "
         "or --tokenizer none to serve token ids only"
     )
+
+
+def read_chat_template(given: str | None) -> str | None:
+    """The text of a template given as text or as a file; ``ValueError`` if that cannot be read."""
+    if given is None or "{" in given:
+        return given
+    try:
+        text = Path(os.path.expanduser(given)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ValueError(f"--chat-template: {given}: {reason}") from error
+    if not text.strip():
+        raise ValueError(f"--chat-template: {given} is empty")
+    return text

@@ -19,6 +19,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from serve.comm.control import ControlChannel
 from serve.comm.messages import (
@@ -32,7 +33,6 @@ from serve.comm.messages import (
     ReplicaReady,
     Report,
 )
-from serve.comm.process_groups import init_world, new_control_group
 from serve.comm.topology import Place, Topology
 from serve.config import ServerConfig
 from serve.engine.loading import Loaded, Plan, Progress, load_rank
@@ -56,22 +56,27 @@ class JobFailed(Exception):
 class Node:
     """This rank's channel and worker, and on rank 0 the front end, on the running event loop."""
 
-    def __init__(self, config: ServerConfig, place: Place, topology: Topology) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        place: Place,
+        topology: Topology,
+        device: torch.device,
+        control_group: dist.ProcessGroup,
+    ) -> None:
         self.config, self.place, self.topology = config, place, topology
         self.replica = topology.replica_of(place.rank)
         self.is_front = place.rank == FRONT_END_RANK
         self.leads = place.rank == self.replica.leader
-        on_gpu = torch.cuda.is_available()
-        self.plan = Plan(config, topology, place, _device(place, on_gpu))
+        self.plan = Plan(config, topology, place, device)
         self.front: FrontEnd | None = None
         self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.dismissed = asyncio.Event()  # rank 0 has said Goodbye
         self._leaving = False
-        init_world(place, self.plan.device.type)
         self.channel = ControlChannel(
             place.rank,
             topology.control_peers(place.rank),
-            new_control_group(),
+            control_group,
             asyncio.get_running_loop(),
             on_message=self._on_message,
             on_lost=self._on_lost,
@@ -122,6 +127,15 @@ class Node:
             self.worker.stop()
         self.channel.goodbye()
         await self.channel.closed()
+
+    def abandon(self, reason: str) -> None:
+        """The job cannot go on, for a reason from outside."""
+        self._fail(reason)
+
+    @property
+    def reason(self) -> str:
+        """Why the job has failed; empty if it has not."""
+        return self._failed.result() if self._failed.done() else ""
 
     async def last_words(self, reason: str) -> None:
         """Tell rank 0 why this rank cannot go on, and give it the time to end the job."""
@@ -196,6 +210,3 @@ class Node:
             if silent := self.channel.silent_peers(SILENCE_LIMIT_S):
                 self._fail(f"rank {silent[0]} has been silent for {SILENCE_LIMIT_S:.0f} s")
 
-
-def _device(place: Place, on_gpu: bool) -> torch.device:
-    return torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")

@@ -9,12 +9,14 @@ import socket
 import sys
 import time
 
+import torch
 from aiohttp import web
 from tqdm import tqdm
 
 from serve.api.app import create_app, run_app_on
 from serve.api.service import Service
 from serve.api.settings import ApiSettings
+from serve.comm.process_groups import init_world, new_control_group
 from serve.comm.topology import Place, Topology
 from serve.config import ServerConfig
 from serve.dispatch.dispatcher import Dispatcher
@@ -32,7 +34,9 @@ async def serve_rank(
     config: ServerConfig, place: Place, topology: Topology, listener: socket.socket | None
 ) -> int:
     """Run this rank until the job ends; the process's exit code."""
-    node = Node(config, place, topology)
+    device = pick_device(place)
+    init_world(place, device.type)
+    node = Node(config, place, topology, device, new_control_group())
     signals = StopSignals()
     signals.install(lambda: node.abandon("torchrun is gone"))
     main = _follow(node) if listener is None else _serve(node, listener, signals)
@@ -41,6 +45,15 @@ async def serve_rank(
     except BaseExceptionGroup as group:
         return await _report_failure(node, _first_leaf(group))
     return 0
+
+
+def pick_device(place: Place) -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 async def _report_failure(node: Node, error: BaseException) -> int:
@@ -102,9 +115,73 @@ def make_front(node: Node) -> FrontEnd:
         node.topology.replicas, config.dispatch_policy, config.max_waiting, time.monotonic
     )
     service = Service(dispatcher, node.channel.send, metrics, time.monotonic)
-    node.front = FrontEnd(node.topology, service, node.channel.send, metrics)
+    node.front = FrontEnd(node.topology, service, node.channel.send)
     return node.front
 
 
 async def _start_http(node: Node, service: Service, listener: socket.socket) -> web.AppRunner:
-    raise NotImplementedError
+    """Answer on the port: with 503 until the service is ready."""
+    config = node.config
+    settings = ApiSettings(
+        served_model_names=config.served_model_names,
+        model_path=config.model,
+        api_key=config.api_key,
+        vocab_size=config.model_config.vocab_size,
+        seed=config.seed,
+    )
+    tokenizer = await node.load_tokenizer()
+    runner = await run_app_on(create_app(service, tokenizer, settings), listener)
+    return runner
+
+
+async def _get_ready(node: Node, front: FrontEnd, tokenizer: Tokenizer | None) -> None:
+    """Load, wait for every rank, and open the doors."""
+    with tqdm(desc="loading weights", unit="tensor", disable=None, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        await node.load(tokenizer, progress)
+    num_blocks = await front.gather()
+    max_model_len = fit_max_model_len(node, num_blocks)
+    front.service.set_ready(max_model_len)
+    log.info("ready: %s", describe(node, num_blocks, max_model_len))
+
+
+def fit_max_model_len(node: Node, num_blocks: dict[int, int]) -> int:
+    """The longest context that any choice of replicas can hold.
+
+    ``ValueError`` if ``--max-model-len`` asked for more.
+    """
+    wanted = node.config.max_model_len
+    capacity = min(num_blocks.values()) * node.plan.block_size
+    if wanted is not None and wanted > capacity:
+        raise ValueError(
+            f"--max-model-len {wanted} does not fit: the smallest KV cache holds {capacity} tokens"
+        )
+    return min(wanted or node.config.model_config.max_position_embeddings, capacity)
+
+
+def describe(node: Node, num_blocks: dict[int, int], max_model_len: int) -> str:
+    """One line for the log: replicas, their ranks and memory."""
+    replicas = ", ".join(
+        f"{replica.role} {replica.id} on rank {'-'.join(map(str, replica.ranks))} "
+        f"({num_blocks[replica.id]} blocks of {node.plan.block_size})"
+        for replica in node.topology.replicas
+    )
+    return f"{replicas}; contexts of {max_model_len} tokens"
+
+
+async def _drain(service: Service, signals: StopSignals, timeout_s: float) -> None:
+    """Refuse new requests, and give the open ones until the time-out or a second signal."""
+    log.info("draining: %d requests", service.num_live)
+    service.start_draining()
+    drained = asyncio.create_task(service.drained())
+    hurried = asyncio.create_task(signals.second.wait())
+    await asyncio.wait(
+        (drained, hurried), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+    )
+    drained.cancel()
+    hurried.cancel()
+    service.fail_all("the server is shutting down")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 UNKNOWN = "\ufffd".encode()  # what an id without a token reads as
 _ALL_SPACES = -1
+_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 
 def load_tokenizer(path: str, model_path: str, chat_template: str | None) -> Tokenizer:
@@ -55,7 +57,7 @@ class Tokenizer:
         self._fast = fast
         self._backend = backend
         self._template = chat_template
-        spelling = _read_decoder(json.loads(backend.decoder.__getstate__()))
+        spelling = _read_decoder(backend.decoder)
         vocab = backend.get_vocab(with_added_tokens=True)
         pieces = [UNKNOWN] * (max(vocab.values(), default=-1) + 1)
         for token, token_id in vocab.items():
@@ -85,9 +87,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are no UTF-8 and ids without a token read as U+FFFD."""
         pieces = self._pieces[skip_special_tokens]
-        size = self.vocab_size
-        data = b"".join([pieces[i] if 0 <= i < size else UNKNOWN for i in ids])
-        return self.strip_first(data).decode("utf-8", "replace")
+        known = range(self.vocab_size)
+        parts = [part for i in ids if (part := pieces[i] if i in known else UNKNOWN)]
+        if parts:
+            parts[0] = self.strip_first(parts[0])
+        return b"".join(parts).decode("utf-8", "replace")
 
     def id_to_token(self, token_id: int) -> str:
         """The token as the vocabulary spells it; U+FFFD if there is none."""
@@ -137,10 +141,7 @@ class Tokenizer:
         return str(text)
 
     def check_chat_template(self) -> None:
-        """``ValueError`` if the chat template does not compile; compiles it ahead of requests.
-
-        A template may well refuse this trial message; only its syntax is of interest.
-        """
+        """``ValueError`` if there is a chat template that does not compile."""
         from jinja2 import TemplateSyntaxError
 
         if self._template is None:
@@ -148,7 +149,7 @@ class Tokenizer:
         try:
             self.render_chat([{"role": "user", "content": ""}])
         except ValueError as error:
-            cause = error.__cause__
+            cause = error.__cause__  # that a template refuses this trial message is no matter
             if isinstance(cause, TemplateSyntaxError):
                 raise ValueError(f"chat template, line {cause.lineno}: {cause.message}") from cause
 
@@ -183,10 +184,8 @@ def _load_gguf(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _split_digits(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """Restore the splitting at digits, which transformers leaves out for these vocabularies.
-
-    It reads ``"a  12"`` as ``a, ' ', ' ', 1, 2``, where the model was trained on ``a, '  ', 1, 2``.
-    """
+    """Restore the splitting at digits, which transformers leaves out for these vocabularies: it
+    reads ``"a  12"`` as ``a, ' ', ' ', 1, 2``; the model was trained on ``a, '  ', 1, 2``."""
     from tokenizers import pre_tokenizers
 
     if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
@@ -195,7 +194,7 @@ def _split_digits(backend: tokenizers.Tokenizer, path: Path) -> None:
         name = _gguf_string(file, "tokenizer.ggml.pre")
     if name in ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"):
         digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])  # type: ignore[assignment]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     elif name not in (None, "default", "gpt-2"):
         raise ValueError(f"the file names an unknown pre-tokenizer, {name!r}: give --tokenizer")
 
@@ -205,10 +204,6 @@ def _own_template(fast: PreTrainedTokenizerFast, model_path: Path) -> str | None
         return str(fast.get_chat_template())
     file = model_path / "chat_template.jinja"
     return file.read_text(encoding="utf-8") if file.is_file() else None
-
-
-_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 
 def _gguf_string(file: BinaryIO, wanted: str) -> str | None:
@@ -276,12 +271,15 @@ class _Spelling:
         return token.encode()
 
 
-def _read_decoder(decoder: dict[str, Any]) -> _Spelling:
-    """The spelling behind a decoder of the `tokenizers` library; ``ValueError`` for other kinds."""
+def _read_decoder(decoder: tokenizers.decoders.Decoder | None) -> _Spelling:
+    """The spelling behind a decoder of `tokenizers`; ``ValueError`` for other kinds."""
+    if decoder is None:
+        raise ValueError("it has no decoder")
+    state: dict[str, Any] = json.loads(decoder.__getstate__())
     byte_level = byte_fallback = fused = False
     replacements: list[tuple[str, str]] = []
     leading_spaces = 0
-    for part in decoder.get("decoders", [decoder]):
+    for part in state.get("decoders", [state]):
         match part:
             case {"type": "ByteLevel"}:
                 byte_level = True

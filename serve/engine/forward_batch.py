@@ -112,5 +112,5 @@ def _to_device(
     torch.cat([part.reshape(-1).to(dtype) for part in parts], out=host)
     # The pinned buffer goes back to torch's cache, which reuses it only after the copy has run.
     buffer = host.to(device, non_blocking=on_gpu)
-    flat: tuple[Tensor, ...] = torch.split(buffer, sizes)  # type: ignore[no-untyped-call]
+    flat: tuple[Tensor, ...] = torch.split(buffer, sizes)
     return tuple(view.view(part.shape) for view, part in zip(flat, parts, strict=True))

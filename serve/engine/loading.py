@@ -191,7 +191,7 @@ def _make_transfers(
         source, target = route.ranks
         sends = plan.place.rank == source
         pair = Pair(
-            cache.tensor,
+            cache.blocks,
             route.slice.src_heads if sends else route.slice.dst_heads,
             target if sends else source,
             groups[route.ranks],

@@ -45,25 +45,27 @@ def _profile(plan: Plan, model: nn.Module) -> int:
     outside_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved()
     layout = plan.layouts(plan.replica)[plan.topology.tp_rank(plan.place.rank)]
     longest = plan.config.max_model_len or plan.config.model_config.max_position_embeddings
-    length = min(longest, plan.limits.max_num_batched_tokens)
-    cache = KVCache(layout, layout.num_blocks_for(length), plan.dtype, plan.device)
+    # One block stands in for all: the tables repeat it, and the lengths are the real ones.
+    cache = KVCache(layout, 1, plan.dtype, plan.device)
     runner = Runner(model, cache, plan.block_size)
-    table = tuple(range(cache.tensor.shape[0]))
-    runner.run(_one_long(length, table))
-    runner.run(_many_short(plan.limits.max_num_seqs, table))
+    table = (0,) * layout.num_blocks_for(longest)
+    runner.run(_last_chunk(longest, min(longest, plan.limits.max_num_batched_tokens), table))
+    runner.run(_decodes(longest, plan.limits.max_num_seqs, table))
     torch.cuda.synchronize()
-    own_bytes = torch.cuda.max_memory_reserved() - cache.tensor.nbytes
+    own_bytes = torch.cuda.max_memory_reserved()
     del cache, runner
     torch.cuda.empty_cache()
     return outside_bytes + own_bytes
 
 
-def _one_long(length: int, table: tuple[int, ...]) -> Step:
-    return Step(0, (StepSequence(0, (0,) * length, table, True),), (_row(),))
+def _last_chunk(longest: int, count: int, table: tuple[int, ...]) -> Step:
+    """The end of the longest prompt."""
+    return Step(0, (StepSequence(longest - count, (0,) * count, table, True),), (_row(),))
 
 
-def _many_short(count: int, table: tuple[int, ...]) -> Step:
-    sequences = tuple(StepSequence(0, (0,), table[:1], True) for _ in range(count))
+def _decodes(longest: int, count: int, table: tuple[int, ...]) -> Step:
+    """Every sequence at the end of the longest context."""
+    sequences = (StepSequence(longest - 1, (0,), table, True),) * count
     return Step(0, sequences, (_row(),) * count)
 
 

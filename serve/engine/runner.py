@@ -18,7 +18,7 @@ class Runner:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
-        self._device = kv_cache.tensor.device
+        self._device = kv_cache.blocks.device
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor | None:

@@ -146,7 +146,7 @@ def _apply_top_k_top_p(logits: Tensor, params: Sequence[SamplingParams]) -> None
         return
     index = _to_device(some, torch.int64, logits.device)
     top_k = _to_device([params[i].top_k or vocab for i in some], torch.int64, logits.device)
-    top_p = _to_device([params[i].top_p for i in some], torch.float32, logits.device)
+    top_p = _to_device([params[i].top_p for i in some], torch.float64, logits.device)
     part = logits[index]  # [num_some, vocab]
     ranked, ids = part.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab, device=logits.device)

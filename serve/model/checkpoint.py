@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -160,9 +159,9 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # garbage makes the unpickler raise whatever it meets
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"{path} is not a readable torch checkpoint: {reason}") from None
+        raise ValueError(f"{path} is not a readable torch checkpoint: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} holds something else than named tensors")
     return tensors

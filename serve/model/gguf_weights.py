@@ -93,7 +93,7 @@ class GGUFCheckpoint:
                 message = f"{self._path}: {tensor.name} cannot be dequantised: {error}"
                 raise ValueError(message) from None
             wanted = values[:, start - first * block : stop - first * block]
-            target[row : row + step] = torch.from_numpy(np.ascontiguousarray(wanted))
+            target[row : row + step] = torch.from_numpy(np.array(wanted))
 
 
 def _translate(name: str) -> str:

@@ -1,0 +1,150 @@
+"""Which rank belongs to which replica, and which ranks talk to each other.
+
+Replicas lie one after another over the ranks::
+
+    --replica-spec 2,1 1,1 4,1 --partition-id 2
+
+    rank      0  1 | 2 | 3  4  5  6
+    replica   0    | 1 | 2
+    role      prefill  | decode
+    leader    *      *   *
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from serve.comm.messages import FRONT_END_RANK
+from serve.config import ReplicaSpec, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process stands in the job, and on its host."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+_PLACE_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def read_place(environ: Mapping[str, str]) -> Place:
+    """The place that torchrun gave this process; without torchrun it is alone.
+
+    Raises ``ValueError`` for an environment that only half describes a place.
+    """
+    present = [name for name in _PLACE_NAMES if name in environ]
+    if not present:
+        return Place(0, 1, 0, 1)
+    if missing := [name for name in _PLACE_NAMES if name not in environ]:
+        raise ValueError(f"{present[0]} is set but {missing[0]} is not: start with torchrun")
+    rank, world_size, local_rank, local_world_size = (int(environ[name]) for name in _PLACE_NAMES)
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        given = ", ".join(f"{name}={environ[name]}" for name in _PLACE_NAMES)
+        raise ValueError(f"these do not go together: {given}")
+    return Place(rank, world_size, local_rank, local_world_size)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """One replica: what it is for and the consecutive ranks that hold it, stage by stage."""
+
+    id: int
+    role: Role
+    ranks: tuple[int, ...]
+    tp: int
+    pp: int
+
+    @property
+    def leader(self) -> int:
+        """The rank that decides for the replica."""
+        return self.ranks[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """All replicas of the job; a replica's id is its index."""
+
+    replicas: tuple[ReplicaInfo, ...]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return sum(len(replica.ranks) for replica in self.replicas)
+
+    @property
+    def prefill_replicas(self) -> tuple[ReplicaInfo, ...]:
+        """Those that read prompts, mixed ones included."""
+        return tuple(replica for replica in self.replicas if replica.role is not Role.DECODE)
+
+    @property
+    def decode_replicas(self) -> tuple[ReplicaInfo, ...]:
+        """Those that write answers, mixed ones included."""
+        return tuple(replica for replica in self.replicas if replica.role is not Role.PREFILL)
+
+    def replica_of(self, rank: int) -> ReplicaInfo:
+        """The replica that ``rank`` belongs to. ``ValueError`` if there is no such rank."""
+        for replica in self.replicas:
+            if rank in replica.ranks:
+                return replica
+        raise ValueError(f"rank {rank} is not one of the {self.world_size} ranks")
+
+    def tp_rank(self, rank: int) -> int:
+        """The place of ``rank`` among the ranks that share its layers."""
+        replica = self.replica_of(rank)
+        return replica.ranks.index(rank) % replica.tp
+
+    def links(self) -> tuple[tuple[ReplicaInfo, ReplicaInfo], ...]:
+        """Every (prefill, decode) pair between which KV travels, in one order on all ranks.
+
+        Mixed replicas keep what they computed, and have none.
+        """
+        return tuple(
+            (prefill, decode)
+            for prefill in self.replicas
+            if prefill.role is Role.PREFILL
+            for decode in self.replicas
+            if decode.role is Role.DECODE
+        )
+
+    def control_peers(self, rank: int) -> tuple[int, ...]:
+        """The ranks that ``rank`` exchanges messages with, ascending, itself excluded.
+
+        Rank 0 with everybody, leaders with their followers, prefill leaders with decode leaders.
+        """
+        replica = self.replica_of(rank)
+        peers = {FRONT_END_RANK, replica.leader}
+        if rank == FRONT_END_RANK:
+            peers |= set(range(self.world_size))
+        if rank == replica.leader:
+            peers |= set(replica.ranks)
+            if replica in self.prefill_replicas:
+                peers |= {other.leader for other in self.decode_replicas}
+            if replica in self.decode_replicas:
+                peers |= {other.leader for other in self.prefill_replicas}
+        return tuple(sorted(peers - {rank}))
+
+
+def build_topology(
+    replica_specs: Sequence[ReplicaSpec], partition_id: int, mixed: bool
+) -> Topology:
+    """Lay the replicas over the ranks; those before ``partition_id`` prefill, the others decode.
+
+    With ``mixed`` all do both. Raises ``ValueError`` if a phase has no replica.
+    """
+    if not mixed and not 0 < partition_id < len(replica_specs):
+        raise ValueError(
+            f"partition {partition_id} of {len(replica_specs)} replicas leaves a phase without one"
+        )
+    replicas: list[ReplicaInfo] = []
+    first_rank = 0
+    for id, spec in enumerate(replica_specs):
+        role = Role.PREFILL if id < partition_id else Role.DECODE
+        ranks = tuple(range(first_rank, first_rank + spec.tp * spec.pp))
+        replicas.append(ReplicaInfo(id, Role.MIXED if mixed else role, ranks, spec.tp, spec.pp))
+        first_rank += len(ranks)
+    return Topology(tuple(replicas))
