@@ -16,10 +16,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 LoadFormat = Literal["safetensors", "pt", "gguf", "dummy"]
 
-_WEIGHT_PATTERNS: dict[LoadFormat, tuple[str, ...]] = {
-    "safetensors": ("*.safetensors",),
-    "pt": ("pytorch_model*.bin",),
+# The file with all weights; in a checkpoint of several files, the index is named after it.
+_WEIGHT_FILES: dict[LoadFormat, str] = {
+    "safetensors": "model.safetensors",
+    "pt": "pytorch_model.bin",
 }
+_HUB_WEIGHTS = {"pt": ("pytorch_model*.bin",), "dummy": ()}
 _HUB_PATTERNS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
 
@@ -83,9 +85,9 @@ def _download(model: str, load_format: str) -> str:
     # Imported only where it is needed, so that a wrong option is refused at once.
     from huggingface_hub import snapshot_download
 
-    weights = {"dummy": (), "pt": _WEIGHT_PATTERNS["pt"]}.get(load_format, ("*.safetensors",))
+    weights = _HUB_WEIGHTS.get(load_format, ("model*.safetensors",))
     try:
-        path = snapshot_download(
+        path: str = snapshot_download(
             model,
             allow_patterns=[*_HUB_PATTERNS, *weights],
             ignore_patterns=["*/*"],  # other exports of the same model
@@ -108,8 +110,8 @@ def resolve_load_format(source: ModelSource, load_format: str) -> LoadFormat:
         if source.is_gguf and load_format in ("auto", "gguf"):
             return "gguf"
         raise ValueError(f"--load-format {load_format} does not fit --model {source.path}")
-    for name, patterns in _WEIGHT_PATTERNS.items():
-        if load_format in ("auto", name) and _holds(source.path, patterns):
+    for name, file in _WEIGHT_FILES.items():
+        if load_format in ("auto", name) and _holds(Path(source.path), file):
             return name
     wanted = "safetensors or pytorch_model.bin" if load_format == "auto" else load_format
     raise ValueError(
@@ -117,8 +119,8 @@ def resolve_load_format(source: ModelSource, load_format: str) -> LoadFormat:
     )
 
 
-def _holds(path: str, patterns: tuple[str, ...]) -> bool:
-    return any(next(Path(path).glob(pattern), None) for pattern in patterns)
+def _holds(folder: Path, file: str) -> bool:
+    return (folder / file).is_file() or (folder / f"{file}.index.json").is_file()
 
 
 def find_tokenizer(tokenizer: str | None, source: ModelSource) -> str | None:

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ from serve.engine.loading import Loaded, Plan, Progress, load_rank
 from serve.engine.replica import Replica, ReplicaSettings
 from serve.engine.scheduler import SchedulerLimits
 from serve.engine.worker import Worker
-from serve.front import FrontEnd
 from serve.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class Node:
         self.is_front = place.rank == FRONT_END_RANK
         self.leads = place.rank == self.replica.leader
         self.plan = Plan(config, topology, place, device)
-        self.front: FrontEnd | None = None
+        self.tell_front: Callable[[AnyMessage], None] | None = None  # on rank 0, before run()
         self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.dismissed = asyncio.Event()  # rank 0 has said Goodbye
         self._leaving = False
@@ -177,8 +176,8 @@ class Node:
             case Ping(number):
                 self.channel.send(source, Pong(self.place.rank, number, time.monotonic()))
             case Report() | ReplicaReady() | Pong():
-                if self.front is not None:
-                    self.front.on_message(message)
+                if self.tell_front is not None:
+                    self.tell_front(message)
             case Heartbeat():
                 pass  # the channel notes when it last heard of a peer
             case _:

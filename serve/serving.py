@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 import time
@@ -51,6 +52,11 @@ def pick_device(place: Place) -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    # Read when the first CUDA context and communicator are made. Transfers wait for each other on
+    # streams of their own, so streams must not share a queue; kernels are loaded before any waits.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
     return device
@@ -115,8 +121,9 @@ def make_front(node: Node) -> FrontEnd:
         node.topology.replicas, config.dispatch_policy, config.max_waiting, time.monotonic
     )
     service = Service(dispatcher, node.channel.send, metrics, time.monotonic)
-    node.front = FrontEnd(node.topology, service, node.channel.send)
-    return node.front
+    front = FrontEnd(node.topology, service, node.channel.send)
+    node.tell_front = front.on_message
+    return front
 
 
 async def _start_http(node: Node, service: Service, listener: socket.socket) -> web.AppRunner:

@@ -1,0 +1,155 @@
+"""How fast KV is pushed, beside one plain send/recv of the same bytes, and what it costs a request.
+
+    torchrun --standalone --nproc-per-node 2 -m bench.kv_transfer MODEL [--prompt-tokens 8192]
+
+MODEL is a directory with a config.json; its weights are random. Rank 0 prefills, rank 1 decodes.
+Prints one JSON line: GB/s of a plain send/recv, of a packed push and of a push with pack and
+unpack, all of the same bytes in the same run; then the stages of requests served one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from serve.comm.kv_transfer import Pair, warm_up
+from serve.comm.process_groups import init_world, new_control_group, new_pair_groups
+from serve.comm.topology import build_topology, read_place
+from serve.config import parse_args
+from serve.engine.kv_cache import KVCache
+from serve.lifetime import exit_now
+from serve.node import Node
+from serve.request import Request, SamplingParams, Timeline
+from serve.serving import fit_max_model_len, make_front, pick_device
+
+NUM_ROUNDS = 10
+PAIR = (0, 1)
+
+
+def main() -> None:
+    """Measure the link alone, then the link in use."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--prompt-tokens", type=int, default=8192)
+    parser.add_argument("--requests", type=int, default=8)
+    args = parser.parse_args()
+    place = read_place(os.environ)
+    if place.world_size != 2:
+        parser.error("two ranks are wanted: one that prefills and one that decodes")
+    device = pick_device(place)
+    init_world(place, device.type)
+    argv = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
+    config = parse_args([*argv, "--max-model-len", str(args.prompt_tokens + 64)], 2)
+    topology = build_topology(config.replica_specs, config.partition_id, False)
+    node_args = (config, place, topology, device, new_control_group())
+    result = asyncio.run(_serve(Node(*node_args), args, place.rank))
+    layout = config.model_config.kv_layout(64, 2 if device.type == "cuda" else 4, 1, 0)
+    cache = KVCache(layout, args.prompt_tokens // 64, torch.bfloat16, device) if (
+        device.type == "cuda"
+    ) else KVCache(layout, args.prompt_tokens // 64, torch.float32, device)  # fmt: skip
+    result |= _measure_link(cache, place.rank, device)
+    if place.rank == 0:
+        print(json.dumps(result), flush=True)
+    dist.barrier()
+    exit_now(0)
+
+
+def _measure_link(cache: KVCache, rank: int, device: torch.device) -> dict[str, Any]:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    group = new_pair_groups([PAIR], backend)[PAIR]
+    peer = 1 - rank
+    warm_up(group, peer, device, sending=rank == 0)
+    count = min(cache.num_blocks, max(1, (256 << 20) // cache.layout.block_bytes))
+    heads = tuple(range(len(cache.layout.kv_heads)))
+    pair = Pair(cache.blocks, heads, peer, group, count)
+    ids = torch.randperm(cache.num_blocks, device=device)[:count]
+    plain = torch.empty(count * cache.layout.block_bytes, dtype=torch.uint8, device=device)
+
+    def exchange() -> None:
+        work = (dist.isend if rank == 0 else dist.irecv)(plain, peer, group=group)
+        if work is not None:
+            work.wait()
+
+    def push() -> None:
+        if rank == 0:
+            pair.send(0, ids)
+        else:
+            pair.receive(0, count)()
+            pair.unpack(0, ids)
+
+    num_bytes = plain.numel()
+    return {
+        "bytes": num_bytes,
+        "plain_gb_s": _rate(exchange, num_bytes, device),
+        "push_gb_s": _rate(push, num_bytes, device),
+    }
+
+
+def _rate(run: Callable[[], None], num_bytes: int, device: torch.device) -> float:
+    """GB/s of the median round; both ranks start each together and end it when it is done."""
+    seconds = []
+    for _ in range(NUM_ROUNDS + 2):
+        dist.barrier()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        dist.barrier()
+        seconds.append(time.perf_counter() - start)
+    return num_bytes / statistics.median(seconds[2:]) / 1e9
+
+
+async def _serve(node: Node, args: argparse.Namespace, rank: int) -> dict[str, Any]:
+    timelines: list[Timeline] = []
+    await node.run(_ask(node, args, timelines) if rank == 0 else _follow(node))
+    return _summarise(timelines) if timelines else {}
+
+
+async def _follow(node: Node) -> None:
+    await node.load(None, lambda done, total: None)
+    await node.dismissed.wait()
+    await node.leave()
+
+
+async def _ask(node: Node, args: argparse.Namespace, timelines: list[Timeline]) -> None:
+    front = make_front(node)
+    await node.load(None, lambda done, total: None)
+    front.service.set_ready(fit_max_model_len(node, await front.gather()))
+    for i in range(args.requests + 1):
+        prompt = tuple((i * 7919 + j * 31) % 1000 for j in range(args.prompt_tokens))
+        sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+        request = Request(id=f"r{i}", prompt_ids=prompt, sampling=sampling)
+        async for output in front.service.submit([request])[0]:
+            if output.timeline is not None and i > 0:  # the first one warms up
+                timelines.append(output.timeline)
+    await node.leave()
+
+
+def _summarise(timelines: list[Timeline]) -> dict[str, Any]:
+    def median(start: str, end: str) -> float:
+        spans = [getattr(t, end) - getattr(t, start) for t in timelines]
+        return statistics.median(spans)
+
+    return {
+        "requests": len(timelines),
+        "prefill_s": median("prefill_started_s", "prefill_ended_s"),
+        "transfer_s": median("transfer_started_s", "transfer_ended_s"),
+        "exposed_transfer_s": median("prefill_ended_s", "decode_queued_s"),
+        "e2e_s": median("arrived_s", "finished_s"),
+        "exposed_share": median("prefill_ended_s", "decode_queued_s")
+        / median("arrived_s", "finished_s"),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Topology: who holds what and who talks to whom."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.comm.clock import best_offset
+from serve.comm.topology import Place, Topology, build_topology, read_place
+from serve.config import ReplicaSpec, Role
+
+ENVIRON = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> Topology:
+    specs = [
+        ReplicaSpec(draw(st.integers(1, 4)), draw(st.integers(1, 2)))
+        for _ in range(draw(st.integers(2, 6)))
+    ]
+    return build_topology(specs, draw(st.integers(1, len(specs) - 1)), draw(st.booleans()))
+
+
+def test_replicas_lie_one_after_another() -> None:
+    topology = build_topology([ReplicaSpec(2), ReplicaSpec(1), ReplicaSpec(4)], 2, False)
+    assert [replica.ranks for replica in topology.replicas] == [(0, 1), (2,), (3, 4, 5, 6)]
+    assert [replica.leader for replica in topology.replicas] == [0, 2, 3]
+    assert [replica.id for replica in topology.prefill_replicas] == [0, 1]
+    assert [replica.id for replica in topology.decode_replicas] == [2]
+    assert topology.world_size == 7
+    assert [topology.tp_rank(rank) for rank in range(7)] == [0, 1, 0, 0, 1, 2, 3]
+    assert [(p.id, d.id) for p, d in topology.links()] == [(0, 2), (1, 2)]
+    assert [topology.control_peers(rank) for rank in range(7)] == [
+        (1, 2, 3, 4, 5, 6),  # everybody
+        (0,),
+        (0, 3),  # its decode leader
+        (0, 2, 4, 5, 6),  # a prefill leader, its followers
+        (0, 3),
+        (0, 3),
+        (0, 3),
+    ]
+
+
+def test_mixed_replicas_do_both_and_exchange_no_kv() -> None:
+    topology = build_topology([ReplicaSpec(1), ReplicaSpec(2)], 0, True)
+    assert {replica.role for replica in topology.replicas} == {Role.MIXED}
+    assert topology.prefill_replicas == topology.decode_replicas == topology.replicas
+    assert topology.links() == ()
+
+
+def test_one_replica_alone() -> None:
+    topology = build_topology([ReplicaSpec(1)], 0, True)
+    assert topology.control_peers(0) == ()
+    assert topology.replica_of(0).ranks == (0,)
+
+
+def test_pipeline_stages_share_layers_within_a_stage() -> None:
+    topology = build_topology([ReplicaSpec(2, 2)], 0, True)
+    assert [topology.tp_rank(rank) for rank in range(4)] == [0, 1, 0, 1]
+
+
+@given(topologies())
+def test_ranks_and_peers_agree(topology: Topology) -> None:
+    ranks = [rank for replica in topology.replicas for rank in replica.ranks]
+    assert ranks == list(range(topology.world_size))
+    for rank in ranks:
+        peers = topology.control_peers(rank)
+        assert rank not in peers and list(peers) == sorted(set(peers))
+        assert all(rank in topology.control_peers(peer) for peer in peers)
+        assert rank in topology.replica_of(rank).ranks
+        assert rank == 0 or {0, topology.replica_of(rank).leader} - {rank} <= set(peers)
+    for prefill, decode in topology.links():
+        assert (prefill.role, decode.role) == (Role.PREFILL, Role.DECODE)
+        both = {prefill.leader, decode.leader}
+        assert both - {prefill.leader} <= set(topology.control_peers(prefill.leader))
+
+
+@pytest.mark.parametrize("partition_id", [0, 2, 3, -1])
+def test_a_phase_without_replicas_is_refused(partition_id: int) -> None:
+    with pytest.raises(ValueError, match="leaves a phase without one"):
+        build_topology([ReplicaSpec(1), ReplicaSpec(1)], partition_id, False)
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_that_does_not_exist_is_refused(rank: int) -> None:
+    topology = build_topology([ReplicaSpec(1), ReplicaSpec(1)], 1, False)
+    for ask in (topology.replica_of, topology.tp_rank, topology.control_peers):
+        with pytest.raises(ValueError, match=f"rank {rank} "):
+            ask(rank)
+
+
+def test_place() -> None:
+    assert read_place({}) == Place(0, 1, 0, 1)
+    assert read_place(ENVIRON) == Place(5, 8, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"WORLD_SIZE": None}, {"LOCAL_RANK": None}, {"RANK": "8"}, {"LOCAL_RANK": "4"}, {"RANK": "x"}],
+)
+def test_half_a_place_is_refused(change: dict[str, str | None]) -> None:
+    environ = {name: text for name, text in (ENVIRON | change).items() if text is not None}
+    with pytest.raises(ValueError):
+        read_place(environ)
+
+
+def test_topology_needs_no_torch() -> None:
+    code = "import sys, serve.comm.topology, serve.comm.clock; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_fastest_ping_sets_the_clock() -> None:
+    remote_ahead_s = 1000.0
+    samples = [
+        (10.0, 1010.9 + 0.0, 11.0),  # the way there was slow
+        (20.0, 1020.001, 20.002),
+        (30.0, 1030.0, 30.5),  # the way back was slow
+    ]
+    assert best_offset(samples) == pytest.approx(-remote_ahead_s, abs=1e-9)
+    with pytest.raises(ValueError, match="no ping"):
+        best_offset([])
