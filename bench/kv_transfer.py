@@ -27,10 +27,10 @@ from serve.comm.process_groups import init_world, new_control_group, new_pair_gr
 from serve.comm.topology import build_topology, read_place
 from serve.config import parse_args
 from serve.engine.kv_cache import KVCache
+from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now
-from serve.node import Node
+from serve.node import Node, pick_device
 from serve.request import Request, SamplingParams, Timeline
-from serve.serving import fit_max_model_len, make_front, pick_device
 
 NUM_ROUNDS = 10
 PAIR = (0, 1)

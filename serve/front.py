@@ -10,6 +10,9 @@ from serve.api.service import Service
 from serve.comm.clock import best_offset
 from serve.comm.messages import AnyMessage, Ping, Pong, ReplicaReady, Report
 from serve.comm.topology import Topology
+from serve.dispatch.dispatcher import Dispatcher
+from serve.metrics import Metrics
+from serve.node import Node
 
 NUM_PINGS = 20
 
@@ -69,3 +72,40 @@ class FrontEnd:
         self._offsets_s[pong.rank] = best_offset(samples)
         if len(self._offsets_s) == len(self._samples):
             self._measured.set()
+
+
+def make_front(node: Node) -> FrontEnd:
+    """Dispatcher, metrics and service over the node's control channel."""
+    config = node.config
+    metrics = Metrics(config.served_model_names[0])
+    dispatcher = Dispatcher(
+        node.topology.replicas, config.dispatch_policy, config.max_waiting, time.monotonic
+    )
+    service = Service(dispatcher, node.channel.send, metrics, time.monotonic)
+    front = FrontEnd(node.topology, service, node.channel.send)
+    node.tell_front = front.on_message
+    return front
+
+
+def fit_max_model_len(node: Node, num_blocks: dict[int, int]) -> int:
+    """The longest context that any choice of replicas can hold.
+
+    ``ValueError`` if ``--max-model-len`` asked for more.
+    """
+    wanted = node.config.max_model_len
+    capacity = min(num_blocks.values()) * node.plan.block_size
+    if wanted is not None and wanted > capacity:
+        raise ValueError(
+            f"--max-model-len {wanted} does not fit: the smallest KV cache holds {capacity} tokens"
+        )
+    return min(wanted or node.config.model_config.max_position_embeddings, capacity)
+
+
+def describe(node: Node, num_blocks: dict[int, int], max_model_len: int) -> str:
+    """One line for the log: replicas, their ranks and memory."""
+    replicas = ", ".join(
+        f"{replica.role} {replica.id} on rank {'-'.join(map(str, replica.ranks))} "
+        f"({num_blocks[replica.id]} blocks of {node.plan.block_size})"
+        for replica in node.topology.replicas
+    )
+    return f"{replicas}; contexts of {max_model_len} tokens"

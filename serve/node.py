@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -50,6 +51,20 @@ FAREWELL_S = 3.0  # how long a failing rank waits for rank 0 to have read its la
 
 class JobFailed(Exception):
     """The job cannot go on; one line says why."""
+
+
+def pick_device(place: Place) -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Read when the first CUDA context and communicator are made. Transfers wait for each other on
+    # streams of their own, so streams must not share a queue; kernels are loaded before any waits.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 class Node:

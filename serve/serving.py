@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import sys
-import time
 
-import torch
 from aiohttp import web
 from tqdm import tqdm
 
@@ -20,11 +17,9 @@ from serve.api.settings import ApiSettings
 from serve.comm.process_groups import init_world, new_control_group
 from serve.comm.topology import Place, Topology
 from serve.config import ServerConfig
-from serve.dispatch.dispatcher import Dispatcher
-from serve.front import FrontEnd
+from serve.front import FrontEnd, describe, fit_max_model_len, make_front
 from serve.lifetime import StopSignals
-from serve.metrics import Metrics
-from serve.node import JobFailed, Node
+from serve.node import JobFailed, Node, pick_device
 
 log = logging.getLogger("serve")
 
@@ -46,20 +41,6 @@ async def serve_rank(
     except BaseExceptionGroup as group:
         return await _report_failure(node, _first_leaf(group))
     return 0
-
-
-def pick_device(place: Place) -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # Read when the first CUDA context and communicator are made. Transfers wait for each other on
-    # streams of their own, so streams must not share a queue; kernels are loaded before any waits.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    device = torch.device("cuda", place.local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 async def _report_failure(node: Node, error: BaseException) -> int:
@@ -113,19 +94,6 @@ async def _serve(node: Node, listener: socket.socket, signals: StopSignals) -> N
     await node.leave()
 
 
-def make_front(node: Node) -> FrontEnd:
-    """Dispatcher, metrics and service over the node's control channel."""
-    config = node.config
-    metrics = Metrics(config.served_model_names[0])
-    dispatcher = Dispatcher(
-        node.topology.replicas, config.dispatch_policy, config.max_waiting, time.monotonic
-    )
-    service = Service(dispatcher, node.channel.send, metrics, time.monotonic)
-    front = FrontEnd(node.topology, service, node.channel.send)
-    node.tell_front = front.on_message
-    return front
-
-
 async def _start_http(node: Node, service: Service, listener: socket.socket) -> web.AppRunner:
     """Answer on the port: with 503 until the service is ready."""
     config = node.config
@@ -154,30 +122,6 @@ async def _get_ready(node: Node, front: FrontEnd, tokenizer: Tokenizer | None) -
     max_model_len = fit_max_model_len(node, num_blocks)
     front.service.set_ready(max_model_len)
     log.info("ready: %s", describe(node, num_blocks, max_model_len))
-
-
-def fit_max_model_len(node: Node, num_blocks: dict[int, int]) -> int:
-    """The longest context that any choice of replicas can hold.
-
-    ``ValueError`` if ``--max-model-len`` asked for more.
-    """
-    wanted = node.config.max_model_len
-    capacity = min(num_blocks.values()) * node.plan.block_size
-    if wanted is not None and wanted > capacity:
-        raise ValueError(
-            f"--max-model-len {wanted} does not fit: the smallest KV cache holds {capacity} tokens"
-        )
-    return min(wanted or node.config.model_config.max_position_embeddings, capacity)
-
-
-def describe(node: Node, num_blocks: dict[int, int], max_model_len: int) -> str:
-    """One line for the log: replicas, their ranks and memory."""
-    replicas = ", ".join(
-        f"{replica.role} {replica.id} on rank {'-'.join(map(str, replica.ranks))} "
-        f"({num_blocks[replica.id]} blocks of {node.plan.block_size})"
-        for replica in node.topology.replicas
-    )
-    return f"{replicas}; contexts of {max_model_len} tokens"
 
 
 async def _drain(service: Service, signals: StopSignals, timeout_s: float) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,9 +19,9 @@ from serve.comm.process_groups import new_control_group, new_pair_groups, new_tp
 from serve.comm.topology import Place, Topology, build_topology
 from serve.config import ServerConfig, parse_args
 from serve.engine.loading import Plan, find_routes
-from serve.node import Node
+from serve.front import fit_max_model_len, make_front
+from serve.node import Node, pick_device
 from serve.request import FinishReason, Request, SamplingParams
-from serve.serving import fit_max_model_len, make_front, pick_device
 
 
 class Job(msgspec.Struct):
@@ -61,7 +62,10 @@ def serve_case(argv: list[str], num_ranks: int, jobs: bytes) -> bytes | None:
         _stand_by(Plan(config, topology, place, pick_device(place)))
         return None
     decoded = msgspec.msgpack.decode(jobs, type=list[Job])
-    return asyncio.run(_run(config, topology, place, control_group, decoded))
+    try:
+        return asyncio.run(_run(config, topology, place, control_group, decoded))
+    finally:
+        gc.collect()  # the caches of one case should not meet those of the next
 
 
 def _stand_by(plan: Plan) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch.distributed as dist
 import uvloop
 
-from serve.comm.control import FRAME_BYTES, ControlChannel, as_tensor, make_frame
+from serve.comm.control import ControlChannel
+from serve.comm.frames import FRAME_BYTES, as_tensor, make_frame
 from serve.comm.messages import (
     Abort,
     AnyMessage,
@@ -186,11 +187,11 @@ async def sizes() -> None:
     head = len(make_frame([encode(Abort("x" * FRAME_BYTES))])) - FRAME_BYTES
     lengths = [FRAME_BYTES + extra for extra in range(-head - 2, -head + 3)]
     lengths += [0, 1, 255, 256, 65535, 65536, 5 * MEGABYTE, 1]
-    for peer in node.peers:
-        for length in lengths:
+    for index, length in enumerate(lengths):
+        for peer in node.peers:
             node.channel.send(peer, Abort("z" * length))
-            # An answer in between: each is a frame of its own.
-            await node.until(lambda peer=peer: node.count(peer) > 0)
+        # Until then no other is sent, so that each is a frame of its own.
+        await node.until(lambda: all(node.count(peer) > index for peer in node.peers))  # noqa: B023
     await node.leave()
     for peer in node.peers:
         assert node.messages[peer] == [*(Abort("z" * n) for n in lengths), Goodbye(peer)]
@@ -238,7 +239,7 @@ def test_entries_go_straight_to_the_queue(world: World) -> None:
         wanted += [PostReceive(7, number, 3), Unpack(7, number, (number,))]
     assert got == [*wanted, Stop()]
     assert messages == [*map(Ping, range(100)), Goodbye(0)]
-    assert threads == {"reader-0"}
+    assert threads == {"read-0"}
     assert num_lost == 0
 
 
@@ -315,6 +316,32 @@ def test_a_killed_peer_is_named_once_and_harms_no_other_connection(world: World)
         assert counts == {peer: 501 for peer in range(3) if peer != rank} | {3: 0}
 
 
+async def lose_rank_1_in_a_body() -> list[tuple[int, str]]:
+    node = Node(peers=[1] if dist.get_rank() == 0 else [])
+    node.channel.start()
+    if node.rank == 1:
+        tensor = as_tensor(make_frame([encode(Abort("x" * 256 * MEGABYTE))]))
+        dist.send(tensor[:FRAME_BYTES], 0, node.group)
+        work = dist.isend(tensor[FRAME_BYTES:], 0, node.group)
+        dist.barrier()
+        assert work is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+    await asyncio.to_thread(dist.barrier)
+    if node.rank == 0:
+        await node.until(lambda: bool(node.lost))
+        await node.channel.closed()
+    return node.lost
+
+
+def run_lose_rank_1_in_a_body() -> list[tuple[int, str]]:
+    return asyncio.run(lose_rank_1_in_a_body())
+
+
+def test_a_peer_that_dies_in_the_middle_of_a_message_is_lost(world: World) -> None:
+    lost = world.run(f"{MODULE}:run_lose_rank_1_in_a_body", dying=[1])[0]
+    assert [peer for peer, _ in lost] == [1]
+
+
 async def stop_rank_3() -> None:
     pids: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
@@ -325,20 +352,23 @@ async def stop_rank_3() -> None:
         await node.leave()
         assert node.lost == []
         return
+    for peer in node.peers:
+        node.channel.send(peer, Ping(0))
+    await node.until(lambda: all(node.count(peer) for peer in node.peers))
     os.kill(pids[3], signal.SIGSTOP)
     try:
         node.now_s = 100.0
         node.channel.send(3, Abort("x" * 20 * MEGABYTE))
         for peer in node.peers:
-            node.channel.send(peer, Ping(0))
-        await node.until(lambda: node.count(1) == node.count(2) == 1)
+            node.channel.send(peer, Ping(1))
+        await node.until(lambda: node.count(1) == node.count(2) == 2)
         assert node.channel.silent_peers(60.0) == [3]
         assert node.channel.silent_peers(100.0) == []
         assert node.channel.last_heard_s == {1: 100.0, 2: 100.0, 3: 0.0}
         assert node.lost == []
     finally:
         os.kill(pids[3], signal.SIGCONT)
-    await node.until(lambda: node.count(3) == 1)
+    await node.until(lambda: node.count(3) == 2)
     assert node.channel.silent_peers(60.0) == []
     await node.leave()
     assert node.lost == []
@@ -373,7 +403,6 @@ async def read_garbage(garbage: bytes) -> tuple[list[tuple[int, str]], list[AnyM
     node.channel.start()
     if node.rank == 0:
         await node.until(lambda: bool(node.lost))
-    await node.channel.closed() if node.rank else None
     await asyncio.to_thread(dist.barrier)
     await node.leave()
     return node.lost, node.messages.get(1, [])

@@ -8,14 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.comm.control import (
-    COALESCED_BYTES,
-    FRAME_BYTES,
-    describe,
-    make_frame,
-    split_body,
-    take_queued,
-)
+from serve.comm.control import describe
+from serve.comm.frames import COALESCED_BYTES, FRAME_BYTES, make_frame, split_body, take_queued
 
 HEAD_BYTES = 12
 
@@ -46,8 +40,8 @@ def test_what_is_queued_is_taken_together() -> None:
     for data in (b"a", b"b", b"c"):
         outbox.put(data)
     assert take_queued(outbox) == ([b"a", b"b", b"c"], False)
-    for data in (b"d", None):
-        outbox.put(data)
+    outbox.put(b"d")
+    outbox.put(None)
     assert take_queued(outbox) == ([b"d"], True)
     outbox.put(None)
     assert take_queued(outbox) == ([], True)
@@ -66,6 +60,7 @@ def test_a_frame_does_not_grow_without_end() -> None:
     ("error", "text"),
     [
         (RuntimeError("[/a/b/pair.cc:534] Connection closed by peer"), "Connection closed by peer"),
+        (RuntimeError("[/a:5] Read error: reset. This is typically x. y"), "Read error: reset"),
         (RuntimeError("two\nlines"), "two lines"),
         (ValueError("not a frame"), "ValueError: not a frame"),
     ],

@@ -48,7 +48,9 @@ class Pair:
         shape = (NUM_STAGING_SLOTS, max_push_blocks, *cache.shape[1:4], len(heads), cache.shape[5])
         self._staging = torch.empty(shape, dtype=cache.dtype, device=cache.device)
         self._on_gpu = cache.is_cuda
-        self._stream = torch.cuda.Stream() if self._on_gpu else None
+        self._stream = (
+            torch.cuda.Stream() if self._on_gpu else None  # type: ignore[no-untyped-call]
+        )
         self._free: list[Wait | torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
         self._filled: list[torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
 
@@ -107,7 +109,7 @@ class Pair:
     def _mark(self) -> torch.cuda.Event | None:
         if not self._on_gpu:
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -125,7 +127,7 @@ class Pair:
         if self._stream is None:
             return work.wait
         work.wait()  # on NCCL: the pair's stream waits, the thread does not
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event
 

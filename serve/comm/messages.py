@@ -292,4 +292,5 @@ def encode(message: AnyMessage) -> bytes:
 
 def decode(data: bytes | memoryview) -> AnyMessage:
     """The message in ``data``; ``msgspec.ValidationError`` if it is none of ours."""
-    return _decoder.decode(data)
+    message: AnyMessage = _decoder.decode(data)
+    return message

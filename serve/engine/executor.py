@@ -127,7 +127,7 @@ class Executor:
             return
         host = torch.empty_like(token_ids, device="cpu", pin_memory=True)
         host.copy_(token_ids, non_blocking=True)
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record()
         self._wait_then([event.synchronize], self._deliver, host)
 

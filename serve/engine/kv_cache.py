@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from serve.engine.kv_layout import KVLayout
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for pages that are zero; torch writes them, and so takes them all now.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
 
 
 class KVCache:
@@ -24,7 +35,7 @@ class KVCache:
         self.layout = layout
         self.num_blocks = num_blocks
         # Zeros and not empty: a position that attention masks out must at least be a number.
-        self.blocks = torch.zeros((num_blocks, *layout.block_shape), dtype=dtype, device=device)
+        self.blocks = _zeros((num_blocks, *layout.block_shape), dtype, torch.device(device))
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """One layer's keys and values, ``[num_blocks, block_size, num_kv_heads, head_dim]``.

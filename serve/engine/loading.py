@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from serve.comm.kv_transfer import KVReceiver, KVSender, Pair, warm_up
-from serve.comm.process_groups import new_pair_groups, new_tp_groups
+from serve.comm.process_groups import Backend, new_pair_groups, new_tp_groups
 from serve.comm.tensor_parallel import TensorParallel
 from serve.comm.topology import Place, ReplicaInfo, Topology
 from serve.comm.transfer_plan import Slice, plan_transfer
@@ -62,7 +62,7 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """Of weights, activations and KV: float32 on CPU, the checkpoint's own on GPU."""
-        name = self.config.dtype
+        name: str = self.config.dtype
         if name == "auto":
             name = "float32" if self.device.type == "cpu" else self.config.model_config.dtype
         dtype: torch.dtype = getattr(torch, name)
@@ -117,7 +117,7 @@ def load_rank(plan: Plan, progress: Progress) -> Loaded:
 
     Raises ``ValueError`` with one line for a checkpoint or a memory setting that cannot be served.
     """
-    backend = "nccl" if plan.device.type == "cuda" else "gloo"
+    backend: Backend = "nccl" if plan.device.type == "cuda" else "gloo"
     group = new_tp_groups(plan.topology, backend)
     tp = TensorParallel(plan.topology.tp_rank(plan.place.rank), plan.replica.tp, group)
     routes = find_routes(plan)
@@ -145,7 +145,7 @@ def _own(plan: Plan, routes: list[Route]) -> list[Route]:
 
 
 def _connect(
-    plan: Plan, routes: list[Route], backend: str
+    plan: Plan, routes: list[Route], backend: Backend
 ) -> dict[tuple[int, int], dist.ProcessGroup]:
     """Make the communicator of every pair, and use each once, in one order everywhere."""
     groups = new_pair_groups([route.ranks for route in routes], backend)

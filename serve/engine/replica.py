@@ -16,7 +16,8 @@ Every method returns what to send and what to add to the plan; nothing here wait
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from serve.comm.messages import (

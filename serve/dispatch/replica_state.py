@@ -1,0 +1,48 @@
+"""What rank 0 knows of one replica: what it reported, and what was sent to it since."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve.comm.messages import ReplicaLoad
+from serve.comm.topology import ReplicaInfo
+from serve.config import Role
+
+
+@dataclass(slots=True)
+class ReplicaState:
+    """Plain data for policies and for ``GET /cluster``."""
+
+    info: ReplicaInfo
+    load: ReplicaLoad = field(default_factory=ReplicaLoad)
+    num_prefill_tokens: int = 0  # of prompts sent here whose first token has not come
+    num_decode_tokens: int = 0  # context of the live requests that decode here
+    num_requests: int = 0  # live requests with either phase here
+
+    @property
+    def prefills(self) -> bool:
+        """Whether prompts may be sent here."""
+        return self.info.role is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        """Whether requests may be decoded here."""
+        return self.info.role is not Role.PREFILL
+
+    def describe(self) -> dict[str, Any]:
+        """This replica in ``GET /cluster``."""
+        info, load = self.info, self.load
+        return {
+            "id": info.id,
+            "role": str(info.role),
+            "ranks": list(info.ranks),
+            "tp": info.tp,
+            "pp": info.pp,
+            "num_blocks": load.num_blocks,
+            "num_free_blocks": load.num_free_blocks,
+            "num_waiting": load.num_waiting,
+            "num_running": load.num_running,
+            "num_receiving": load.num_receiving,
+            "num_sending": load.num_sending,
+        }
