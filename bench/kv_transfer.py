@@ -29,6 +29,7 @@ from serve.config import parse_args
 from serve.engine.kv_cache import KVCache
 from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now
+from serve.metrics import Metrics
 from serve.node import Node, pick_device
 from serve.request import Request, SamplingParams, Timeline
 
@@ -122,7 +123,7 @@ async def _follow(node: Node) -> None:
 
 
 async def _ask(node: Node, args: argparse.Namespace, timelines: list[Timeline]) -> None:
-    front = make_front(node)
+    front = make_front(node, Metrics("bench"))
     await node.load(None, lambda done, total: None)
     front.service.set_ready(fit_max_model_len(node, await front.gather()))
     for i in range(args.requests + 1):

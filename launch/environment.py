@@ -82,27 +82,33 @@ def prepare(extras: Sequence[str] = ()) -> Path:
     Returns at once if a stamp says that all this is there. Raises ``InstallError``.
     """
     has_gpu = count_gpus() > 0
-    key = _key(has_gpu)
-    stamp = _read_stamp()
-    fresh = stamp.get("key") == key and _works()
+    key, stamp, version = _key(), _read_stamp(), _version()
+    # An environment does not outlive a change of its Python or of the kind of torch it needs.
+    same = (stamp.get("gpu"), stamp.get("python")) == (has_gpu, version)
+    kept = version is not None and (same or not stamp)
+    fresh = kept and stamp.get("key") == key
     done = set(stamp.get("extras", ())) if fresh else set()
     if fresh and done.issuperset(extras):
         return PYTHON
     started = time.monotonic()
     if not fresh:
-        _make_folder(same_kind=stamp.get("gpu") in (None, has_gpu))
+        if kept:
+            STAMP.unlink(missing_ok=True)
+        else:
+            _make_folder()
         _install_base(has_gpu)
     wanted = [name for extra in extras if extra not in done for name in _extra(extra)]
     if wanted:
         _pip(wanted)
-    record = {"key": key, "gpu": has_gpu, "extras": sorted(done.union(extras))}
+    all_extras = sorted(done.union(extras))
+    record = {"key": key, "gpu": has_gpu, "python": _version(), "extras": all_extras}
     STAMP.write_text(json.dumps(record), encoding="utf-8")
     say(f"environment ready after {time.monotonic() - started:.0f} s")
     return PYTHON
 
 
-def _key(has_gpu: bool) -> str:
-    digest = hashlib.sha256(repr((sys.version_info[:3], has_gpu)).encode())
+def _key() -> str:
+    digest = hashlib.sha256()
     for name in ("requirements.txt", "setup.cfg", "launch/environment.py"):
         digest.update((TOP / name).read_bytes())
     return digest.hexdigest()
@@ -116,19 +122,24 @@ def _read_stamp() -> dict[str, Any]:
     return found
 
 
-def _works() -> bool:
-    """Whether the environment's Python starts; a folder that was moved or copied may not."""
+def _version() -> str | None:
+    """The version of the environment's Python; None if there is none that works.
+
+    A folder that was moved or copied may hold a Python that belongs elsewhere.
+    """
     if not PYTHON.exists():
-        return False
-    question = "import sys; print(sys.prefix)"
-    answer = subprocess.run([PYTHON, "-c", question], capture_output=True, text=True, check=False)
-    return answer.returncode == 0 and Path(answer.stdout.strip()).resolve() == FOLDER.resolve()
+        return None
+    question = "import platform, sys; print(platform.python_version(), sys.prefix)"
+    answer = subprocess.run(
+        [str(PYTHON), "-c", question], capture_output=True, text=True, check=False
+    )
+    version, _, prefix = answer.stdout.strip().partition(" ")
+    if answer.returncode != 0 or Path(prefix).resolve() != FOLDER.resolve():
+        return None
+    return version
 
 
-def _make_folder(*, same_kind: bool) -> None:
-    if _works() and same_kind:
-        STAMP.unlink(missing_ok=True)
-        return
+def _make_folder() -> None:
     say(f"making {FOLDER} with Python {sys.version.split()[0]}")
     command = [sys.executable, "-m", "venv", "--clear", str(FOLDER)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -169,7 +180,8 @@ def _pip(arguments: Sequence[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             log.write(line)
-            lines.append(line.rstrip())
+            if not line.startswith("Requirement already satisfied"):
+                lines.append(line.rstrip())
             shown = _progress(line.strip())
             if shown:
                 say(f"  {shown}")

@@ -74,10 +74,9 @@ class FrontEnd:
             self._measured.set()
 
 
-def make_front(node: Node) -> FrontEnd:
-    """Dispatcher, metrics and service over the node's control channel."""
+def make_front(node: Node, metrics: Metrics) -> FrontEnd:
+    """Dispatcher and service over the node's control channel."""
     config = node.config
-    metrics = Metrics(config.served_model_names[0])
     dispatcher = Dispatcher(
         node.topology.replicas, config.dispatch_policy, config.max_waiting, time.monotonic
     )

@@ -28,7 +28,7 @@ def main() -> None:
     from serve.serving import serve_rank
 
     sys.setswitchinterval(1e-4)  # with 5 ms a busy event loop starves the GPU thread
-    topology = build_topology(config.replica_specs, config.partition_id, config.colocated)
+    topology = build_topology(config.replica_specs, config.partition_id, mixed=config.colocated)
     exit_now(uvloop.run(serve_rank(config, place, topology, listener)))
 
 

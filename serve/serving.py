@@ -7,8 +7,10 @@ import contextlib
 import logging
 import socket
 import sys
+import time
+from collections.abc import Coroutine
+from typing import Any
 
-from aiohttp import web
 from tqdm import tqdm
 
 from serve.api.app import create_app, run_app_on
@@ -19,7 +21,9 @@ from serve.comm.topology import Place, Topology
 from serve.config import ServerConfig
 from serve.front import FrontEnd, describe, fit_max_model_len, make_front
 from serve.lifetime import StopSignals
+from serve.metrics import Metrics
 from serve.node import JobFailed, Node, pick_device
+from serve.tokenizer import Tokenizer
 
 log = logging.getLogger("serve")
 
@@ -74,17 +78,20 @@ async def _follow(node: Node) -> None:
 
 
 async def _serve(node: Node, listener: socket.socket, signals: StopSignals) -> None:
-    """Rank 0: HTTP from the start, requests once all are ready, draining at the end."""
-    front = make_front(node)
-    runner = await _start_http(node, front.service, listener)
+    """Rank 0: HTTP as soon as it can, requests once all are ready, draining at the end."""
+    metrics = Metrics(node.config.served_model_names[0])
+    front = make_front(node, metrics)
+    tokenizer = await node.load_tokenizer()
+    settings = _api_settings(node.config)
+    app = create_app(front.service, tokenizer, metrics, settings)
+    runner = await run_app_on(app, listener)
     try:
-        start = asyncio.create_task(_get_ready(node, front))
-        stop = asyncio.create_task(signals.first.wait())
-        await asyncio.wait((start, stop), return_when=asyncio.FIRST_COMPLETED)
+        start = asyncio.create_task(_get_ready(node, front, tokenizer))
+        await _either(start, signals.first.wait())
         if start.done():
             await start
-            await stop
-        await _drain(node, front.service, signals)
+            await signals.first.wait()
+        await _drain(front.service, signals, node.config.drain_timeout_s)
     except asyncio.CancelledError:  # the job has failed: every open stream gets its error
         front.service.fail_all(node.reason)
         raise
@@ -94,19 +101,24 @@ async def _serve(node: Node, listener: socket.socket, signals: StopSignals) -> N
     await node.leave()
 
 
-async def _start_http(node: Node, service: Service, listener: socket.socket) -> web.AppRunner:
-    """Answer on the port: with 503 until the service is ready."""
-    config = node.config
-    settings = ApiSettings(
+def _api_settings(config: ServerConfig) -> ApiSettings:
+    return ApiSettings(
         served_model_names=config.served_model_names,
         model_path=config.model,
-        api_key=config.api_key,
         vocab_size=config.model_config.vocab_size,
+        created=int(time.time()),
+        api_key=config.api_key,
         seed=config.seed,
     )
-    tokenizer = await node.load_tokenizer()
-    runner = await run_app_on(create_app(service, tokenizer, settings), listener)
-    return runner
+
+
+async def _either(first: asyncio.Task[None], second: Coroutine[Any, Any, Any]) -> None:
+    """Wait for whichever ends first; the second is given up then."""
+    other = asyncio.create_task(second)
+    try:
+        await asyncio.wait((first, other), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        other.cancel()
 
 
 async def _get_ready(node: Node, front: FrontEnd, tokenizer: Tokenizer | None) -> None:
@@ -126,13 +138,10 @@ async def _get_ready(node: Node, front: FrontEnd, tokenizer: Tokenizer | None) -
 
 async def _drain(service: Service, signals: StopSignals, timeout_s: float) -> None:
     """Refuse new requests, and give the open ones until the time-out or a second signal."""
-    log.info("draining: %d requests", service.num_live)
+    log.info("stopping; %d requests are still open", service.num_live)
     service.start_draining()
     drained = asyncio.create_task(service.drained())
-    hurried = asyncio.create_task(signals.second.wait())
-    await asyncio.wait(
-        (drained, hurried), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-    )
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(_either(drained, signals.second.wait()), timeout_s)
     drained.cancel()
-    hurried.cancel()
     service.fail_all("the server is shutting down")

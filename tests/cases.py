@@ -20,6 +20,7 @@ from serve.comm.topology import Place, Topology, build_topology
 from serve.config import ServerConfig, parse_args
 from serve.engine.loading import Plan, find_routes
 from serve.front import fit_max_model_len, make_front
+from serve.metrics import Metrics
 from serve.node import Node, pick_device
 from serve.request import FinishReason, Request, SamplingParams
 
@@ -95,7 +96,7 @@ async def _follow(node: Node) -> None:
 
 
 async def _lead(node: Node, jobs: list[Job], results: list[CaseResult]) -> None:
-    front = make_front(node)
+    front = make_front(node, Metrics("test"))
     changed = asyncio.Event()
     node.tell_front = _announce(front.on_message, changed)
     await node.load(await node.load_tokenizer(), lambda done, total: None)

@@ -22,4 +22,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if lengthy and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
 
+
 from tests.world import world  # noqa: E402, F401  (a fixture)

@@ -16,7 +16,6 @@ The life of a connection::
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +25,6 @@ import torch.distributed as dist
 
 from serve.comm.frames import Outbox, await_end, receive_bodies, split_body, write_queue
 from serve.comm.messages import AnyMessage, Entry, Goodbye, decode, encode
-
-log = logging.getLogger(__name__)
 
 
 class ControlChannel:

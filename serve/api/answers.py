@@ -1,0 +1,150 @@
+"""The objects of the two text endpoints: what a choice and a chunk look like in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from serve.api.call import Call
+from serve.api.service import Output
+
+
+@dataclass(slots=True)
+class Collected:
+    """Everything one choice brought."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    end: Output | None = None
+
+    def add(self, output: Output) -> None:
+        """Take in the next output."""
+        self.token_ids += output.token_ids
+        self.text += output.text
+        if output.finish_reason is not None:
+            self.end = output
+
+
+class Format(Protocol):
+    """One endpoint's objects, as dictionaries ready to be encoded."""
+
+    def response(self, call: Call, choices: list[Collected]) -> dict[str, Any]:
+        """The whole answer."""
+        ...
+
+    def opening(self, call: Call, index: int) -> dict[str, Any] | None:
+        """The chunk that comes before a choice's first token, if there is one."""
+        ...
+
+    def chunk(self, call: Call, index: int, output: Output) -> dict[str, Any]:
+        """The chunk of one output."""
+        ...
+
+    def closing(self, call: Call, num_completion_tokens: int) -> dict[str, Any]:
+        """The chunk with the usage, after all choices have ended."""
+        ...
+
+
+class CompletionFormat:
+    """``/v1/completions``."""
+
+    def response(self, call: Call, choices: list[Collected]) -> dict[str, Any]:
+        """A ``text_completion``."""
+        return _object(call, "text_completion", choices, lambda c: {"text": c.text})
+
+    def opening(self, call: Call, index: int) -> None:
+        """Text begins with its first token."""
+
+    def chunk(self, call: Call, index: int, output: Output) -> dict[str, Any]:
+        """A ``text_completion`` with the new text."""
+        return _chunk(call, "text_completion", index, {"text": output.text}, output)
+
+    def closing(self, call: Call, num_completion_tokens: int) -> dict[str, Any]:
+        """A ``text_completion`` without choices."""
+        return _closing(call, "text_completion", num_completion_tokens)
+
+
+class ChatFormat:
+    """``/v1/chat/completions``."""
+
+    def response(self, call: Call, choices: list[Collected]) -> dict[str, Any]:
+        """A ``chat.completion``."""
+
+        def message(choice: Collected) -> dict[str, Any]:
+            return {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+
+        return _object(call, "chat.completion", choices, message)
+
+    def opening(self, call: Call, index: int) -> dict[str, Any]:
+        """The role, before the first token."""
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "finish_reason": None,
+        }
+        return _head(call, "chat.completion.chunk") | {"choices": [choice]}
+
+    def chunk(self, call: Call, index: int, output: Output) -> dict[str, Any]:
+        """A ``chat.completion.chunk`` with the new text."""
+        return _chunk(
+            call, "chat.completion.chunk", index, {"delta": {"content": output.text}}, output
+        )
+
+    def closing(self, call: Call, num_completion_tokens: int) -> dict[str, Any]:
+        """A ``chat.completion.chunk`` without choices."""
+        return _closing(call, "chat.completion.chunk", num_completion_tokens)
+
+
+def _head(call: Call, kind: str) -> dict[str, Any]:
+    return {"id": call.id, "object": kind, "created": call.created, "model": call.model}
+
+
+def _closing(call: Call, kind: str, num_completion_tokens: int) -> dict[str, Any]:
+    return _head(call, kind) | {"choices": [], "usage": call.usage(num_completion_tokens)}
+
+
+def _object(call: Call, kind: str, choices: list[Collected], body: Any) -> dict[str, Any]:
+    entries = []
+    for index, collected in enumerate(choices):
+        end = collected.end
+        entry = {"index": index} | body(collected)
+        entry |= {
+            "logprobs": None,
+            "finish_reason": end.finish_reason if end else None,
+            "stop_reason": end.stop_reason if end else None,
+        }
+        if call.return_token_ids:
+            entry["prompt_token_ids"] = call.prompt_of(index)
+            entry["token_ids"] = collected.token_ids
+        if end is not None:
+            entry |= _timeline(call, end)
+        entries.append(entry)
+    num_tokens = sum(len(collected.token_ids) for collected in choices)
+    return _head(call, kind) | {
+        "choices": entries,
+        "usage": call.usage(num_tokens),
+        "system_fingerprint": None,
+    }
+
+
+def _chunk(
+    call: Call, kind: str, index: int, body: dict[str, Any], output: Output
+) -> dict[str, Any]:
+    entry = {"index": index} | body
+    entry |= {"logprobs": None, "finish_reason": output.finish_reason}
+    if output.finish_reason is not None:
+        entry["stop_reason"] = output.stop_reason
+        entry |= _timeline(call, output)
+    if call.return_token_ids:
+        if output.first_index == 0:
+            entry["prompt_token_ids"] = call.prompt_of(index)
+        entry["token_ids"] = output.token_ids
+    return _head(call, kind) | {"choices": [entry]}
+
+
+def _timeline(call: Call, end: Output) -> dict[str, Any]:
+    if not call.return_timeline or end.timeline is None:
+        return {}
+    return {"timeline": msgspec.to_builtins(end.timeline)}
