@@ -48,7 +48,7 @@ def main() -> None:
     if place.world_size != 2:
         parser.error("two ranks are wanted: one that prefills and one that decodes")
     device = pick_device(place)
-    init_world(place, device.type)
+    init_world(place, "cuda" if device.type == "cuda" else "cpu")
     argv = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
     config = parse_args([*argv, "--max-model-len", str(args.prompt_tokens + 64)], 2)
     topology = build_topology(config.replica_specs, config.partition_id, False)
@@ -123,9 +123,12 @@ async def _follow(node: Node) -> None:
 
 
 async def _ask(node: Node, args: argparse.Namespace, timelines: list[Timeline]) -> None:
-    front = make_front(node, Metrics("bench"))
+    front = make_front(node.config, node.topology, Metrics("bench"), node.channel.send)
+    node.tell_front = front.on_message
     await node.load(None, lambda done, total: None)
-    front.service.set_ready(fit_max_model_len(node, await front.gather()))
+    front.service.set_ready(
+        fit_max_model_len(node.config, node.setup.block_size, await front.gather())
+    )
     for i in range(args.requests + 1):
         prompt = tuple((i * 7919 + j * 31) % 1000 for j in range(args.prompt_tokens))
         sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)

@@ -10,9 +10,9 @@ from serve.api.service import Service
 from serve.comm.clock import best_offset
 from serve.comm.messages import AnyMessage, Ping, Pong, ReplicaReady, Report
 from serve.comm.topology import Topology
+from serve.config import ServerConfig
 from serve.dispatch.dispatcher import Dispatcher
 from serve.metrics import Metrics
-from serve.node import Node
 
 NUM_PINGS = 20
 
@@ -74,37 +74,37 @@ class FrontEnd:
             self._measured.set()
 
 
-def make_front(node: Node, metrics: Metrics) -> FrontEnd:
-    """Dispatcher and service over the node's control channel."""
-    config = node.config
+def make_front(
+    config: ServerConfig,
+    topology: Topology,
+    metrics: Metrics,
+    send: Callable[[int, AnyMessage], None],
+) -> FrontEnd:
+    """Dispatcher and service; ``send`` puts a message on the control channel."""
     dispatcher = Dispatcher(
-        node.topology.replicas, config.dispatch_policy, config.max_waiting, time.monotonic
+        topology.replicas, config.dispatch_policy, config.max_waiting, time.monotonic
     )
-    service = Service(dispatcher, node.channel.send, metrics, time.monotonic)
-    front = FrontEnd(node.topology, service, node.channel.send)
-    node.tell_front = front.on_message
-    return front
+    return FrontEnd(topology, Service(dispatcher, send, metrics, time.monotonic), send)
 
 
-def fit_max_model_len(node: Node, num_blocks: dict[int, int]) -> int:
+def fit_max_model_len(config: ServerConfig, block_size: int, num_blocks: dict[int, int]) -> int:
     """The longest context that any choice of replicas can hold.
 
     ``ValueError`` if ``--max-model-len`` asked for more.
     """
-    wanted = node.config.max_model_len
-    capacity = min(num_blocks.values()) * node.plan.block_size
+    wanted = config.max_model_len
+    capacity = min(num_blocks.values()) * block_size
     if wanted is not None and wanted > capacity:
         raise ValueError(
             f"--max-model-len {wanted} does not fit: the smallest KV cache holds {capacity} tokens"
         )
-    return min(wanted or node.config.model_config.max_position_embeddings, capacity)
+    return min(wanted or config.model_config.max_position_embeddings, capacity)
 
 
-def describe(node: Node, num_blocks: dict[int, int], max_model_len: int) -> str:
+def describe(topology: Topology, block_size: int, num_blocks: dict[int, int]) -> str:
     """One line for the log: replicas, their ranks and memory."""
-    replicas = ", ".join(
+    return ", ".join(
         f"{replica.role} {replica.id} on rank {'-'.join(map(str, replica.ranks))} "
-        f"({num_blocks[replica.id]} blocks of {node.plan.block_size})"
-        for replica in node.topology.replicas
+        f"({num_blocks[replica.id]} blocks of {block_size})"
+        for replica in topology.replicas
     )
-    return f"{replicas}; contexts of {max_model_len} tokens"

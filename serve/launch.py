@@ -1,6 +1,6 @@
 """torchrun's entry: reads the options, builds the topology, runs this rank to its end.
 
-    torchrun --nproc-per-node 8 -m serve.launch --model M
+torchrun --nproc-per-node 8 -m serve.launch --model M
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ def main() -> None:
     """Start this rank. Options are checked before anything heavy is imported."""
     die_with_parent()
     place = read_place(os.environ)
+    if place.rank != 0 and {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(0)  # once is enough
     config, listener = _prepare(place)
     start_logging(config, place)
     import uvloop

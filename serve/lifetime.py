@@ -31,7 +31,7 @@ def exit_now(code: int) -> NoReturn:
 
 
 class StopSignals:
-    """SIGTERM once: drain and stop. Twice: stop. Ctrl-C counts where torchrun does not pass it on."""
+    """SIGTERM once: drain and stop. Twice: stop. Ctrl-C counts where no torchrun passes it on."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()

@@ -199,9 +199,9 @@ class Metrics:
             self._observe_timeline(output.timeline)
 
     def _observe_timeline(self, timeline: Timeline) -> None:
-        spans = {
-            stage: _span(timeline, start, end) for stage, (start, end) in _STAGES.items()
-        } | {"inference": _span(timeline, "prefill_started_s", "finished_s")}
+        spans = {stage: _span(timeline, start, end) for stage, (start, end) in _STAGES.items()} | {
+            "inference": _span(timeline, "prefill_started_s", "finished_s")
+        }
         for stage, span in spans.items():
             if span is not None and stage in self._stages:
                 self._stages[stage].observe(span)

@@ -35,8 +35,9 @@ from serve.comm.messages import (
     Report,
 )
 from serve.comm.topology import Place, Topology
-from serve.config import ServerConfig
-from serve.engine.loading import Loaded, Plan, Progress, load_rank
+from serve.config import Role, ServerConfig
+from serve.engine.loading import Loaded, Progress, load_rank
+from serve.engine.rank_setup import RankSetup
 from serve.engine.replica import Replica, ReplicaSettings
 from serve.engine.scheduler import SchedulerLimits
 from serve.engine.worker import Worker
@@ -82,7 +83,7 @@ class Node:
         self.replica = topology.replica_of(place.rank)
         self.is_front = place.rank == FRONT_END_RANK
         self.leads = place.rank == self.replica.leader
-        self.plan = Plan(config, topology, place, device)
+        self.setup = RankSetup(config, topology, place, device)
         self.tell_front: Callable[[AnyMessage], None] | None = None  # on rank 0, before run()
         self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.dismissed = asyncio.Event()  # rank 0 has said Goodbye
@@ -160,12 +161,12 @@ class Node:
                 await asyncio.wait_for(self.dismissed.wait(), FAREWELL_S)
 
     def _load(self, progress: Progress) -> Loaded:
-        loaded = load_rank(self.plan, progress)
+        loaded = load_rank(self.setup, progress)
         self.worker.executor.equip(loaded.equipment)
         return loaded
 
     def _make_replica(self, loaded: Loaded, tokenizer: Tokenizer | None) -> Replica:
-        limits = self.plan.limits
+        limits, model = self.setup.limits, self.config.model_config
         settings = ReplicaSettings(
             replica_id=self.replica.id,
             leader_of=tuple(replica.leader for replica in self.topology.replicas),
@@ -173,11 +174,12 @@ class Node:
             limits=SchedulerLimits(
                 limits.max_num_seqs,
                 limits.max_num_batched_tokens,
-                self.config.enable_chunked_prefill,
-                self.plan.block_size,
+                # A decode replica's budget is not meant for whole prompts: it recomputes in chunks.
+                self.config.enable_chunked_prefill or self.replica.role is Role.DECODE,
+                self.setup.block_size,
             ),
-            max_push_blocks=self.plan.max_push_blocks,
-            eos_token_ids=self.config.model_config.eos_token_ids,
+            max_push_blocks=self.setup.max_push_blocks,
+            eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab_size),
         )
         return Replica(settings, tokenizer, time.monotonic)
 
@@ -223,4 +225,3 @@ class Node:
             await asyncio.sleep(SILENCE_CHECK_S)
             if silent := self.channel.silent_peers(SILENCE_LIMIT_S):
                 self._fail(f"rank {silent[0]} has been silent for {SILENCE_LIMIT_S:.0f} s")
-

@@ -35,7 +35,7 @@ async def serve_rank(
 ) -> int:
     """Run this rank until the job ends; the process's exit code."""
     device = pick_device(place)
-    init_world(place, device.type)
+    init_world(place, "cuda" if device.type == "cuda" else "cpu")
     node = Node(config, place, topology, device, new_control_group())
     signals = StopSignals()
     signals.install(lambda: node.abandon("torchrun is gone"))
@@ -80,7 +80,8 @@ async def _follow(node: Node) -> None:
 async def _serve(node: Node, listener: socket.socket, signals: StopSignals) -> None:
     """Rank 0: HTTP as soon as it can, requests once all are ready, draining at the end."""
     metrics = Metrics(node.config.served_model_names[0])
-    front = make_front(node, metrics)
+    front = make_front(node.config, node.topology, metrics, node.channel.send)
+    node.tell_front = front.on_message
     tokenizer = await node.load_tokenizer()
     settings = _api_settings(node.config)
     app = create_app(front.service, tokenizer, metrics, settings)
@@ -131,9 +132,11 @@ async def _get_ready(node: Node, front: FrontEnd, tokenizer: Tokenizer | None) -
 
         await node.load(tokenizer, progress)
     num_blocks = await front.gather()
-    max_model_len = fit_max_model_len(node, num_blocks)
+    block_size = node.setup.block_size
+    max_model_len = fit_max_model_len(node.config, block_size, num_blocks)
     front.service.set_ready(max_model_len)
-    log.info("ready: %s", describe(node, num_blocks, max_model_len))
+    log.info("replicas: %s", describe(node.topology, block_size, num_blocks))
+    log.info("ready: contexts of up to %d tokens", max_model_len)
 
 
 async def _drain(service: Service, signals: StopSignals, timeout_s: float) -> None:

@@ -18,7 +18,8 @@ from serve.comm.messages import AnyMessage, Report
 from serve.comm.process_groups import new_control_group, new_pair_groups, new_tp_groups
 from serve.comm.topology import Place, Topology, build_topology
 from serve.config import ServerConfig, parse_args
-from serve.engine.loading import Plan, find_routes
+from serve.engine.loading import find_routes
+from serve.engine.rank_setup import RankSetup
 from serve.front import fit_max_model_len, make_front
 from serve.metrics import Metrics
 from serve.node import Node, pick_device
@@ -54,13 +55,11 @@ def serve_case(argv: list[str], num_ranks: int, jobs: bytes) -> bytes | None:
     """Start a job of ``num_ranks`` ranks, put ``jobs`` to it, stop it in order."""
     rank = dist.get_rank()
     config = parse_args(argv, num_ranks)
-    topology = build_topology(
-        config.replica_specs, config.partition_id, config.partition_id == 0
-    )
+    topology = build_topology(config.replica_specs, config.partition_id, config.partition_id == 0)
     control_group = new_control_group()
     place = Place(rank, num_ranks, rank, num_ranks)
     if rank >= num_ranks:
-        _stand_by(Plan(config, topology, place, pick_device(place)))
+        _stand_by(RankSetup(config, topology, place, pick_device(place)))
         return None
     decoded = msgspec.msgpack.decode(jobs, type=list[Job])
     try:
@@ -69,11 +68,11 @@ def serve_case(argv: list[str], num_ranks: int, jobs: bytes) -> bytes | None:
         gc.collect()  # the caches of one case should not meet those of the next
 
 
-def _stand_by(plan: Plan) -> None:
+def _stand_by(setup: RankSetup) -> None:
     """Ranks that are not in the job still take part in making its groups."""
-    backend: Literal["gloo", "nccl"] = "nccl" if plan.device.type == "cuda" else "gloo"
-    new_tp_groups(plan.topology, backend)
-    new_pair_groups([route.ranks for route in find_routes(plan)], backend)
+    backend: Literal["gloo", "nccl"] = "nccl" if setup.device.type == "cuda" else "gloo"
+    new_tp_groups(setup.topology, backend)
+    new_pair_groups([route.ranks for route in find_routes(setup)], backend)
 
 
 async def _run(
@@ -96,11 +95,13 @@ async def _follow(node: Node) -> None:
 
 
 async def _lead(node: Node, jobs: list[Job], results: list[CaseResult]) -> None:
-    front = make_front(node, Metrics("test"))
+    front = make_front(node.config, node.topology, Metrics("test"), node.channel.send)
     changed = asyncio.Event()
     node.tell_front = _announce(front.on_message, changed)
     await node.load(await node.load_tokenizer(), lambda done, total: None)
-    front.service.set_ready(fit_max_model_len(node, await front.gather()))
+    front.service.set_ready(
+        fit_max_model_len(node.config, node.setup.block_size, await front.gather())
+    )
     requests = [
         Request(id=f"job-{i}", prompt_ids=job.prompt_ids, sampling=job.sampling)
         for i, job in enumerate(jobs)

@@ -35,6 +35,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.engine.runner",
             "serve.engine.executor",
             "serve.engine.loading",
+            "serve.engine.rank_setup",
             "serve.engine.memory",
         ),
     },

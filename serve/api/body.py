@@ -38,9 +38,7 @@ class Body:
             raise ApiError(f"{name} must be a boolean", param=name)
         return value
 
-    def integer(
-        self, name: str, default: int, low: int = INT64_MIN, high: int = INT64_MAX
-    ) -> int:
+    def integer(self, name: str, default: int, low: int = INT64_MIN, high: int = INT64_MAX) -> int:
         """A JSON integer within ``[low, high]``."""
         value = self.fields.get(name)
         if value is None:

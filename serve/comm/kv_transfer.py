@@ -4,8 +4,8 @@ Pack and unpack run on the compute stream in plan order, so every writer of KV b
 stream. Sends and receives run on a stream of their own per directed pair of ranks (NCCL), or in
 gloo's threads (CPU). A staging slot passes from one stream to the other by events::
 
-    sender     wait sent[slot] -> pack (compute) -> packed -> isend (pair) -> sent[slot]
-    receiver   wait unpacked[slot] -> irecv (pair) -> received[slot] -> unpack (compute) -> unpacked[slot]
+    sender    sent[slot] -> pack (compute) -> packed -> isend (pair) -> sent[slot]
+    receiver  unpacked[slot] -> irecv (pair) -> filled[slot] -> unpack (compute) -> unpacked[slot]
 
 The acknowledgement of each push keeps both sides from coming back to a slot too early, so none of
 these waits is ever long.
@@ -29,7 +29,7 @@ class Pair:
     """One directed pair of ranks, seen from one of them: its communicator, stream and slots.
 
     ``heads`` are the positions, in this rank's layout, of the heads that travel on it, in the order
-    in which they lie in the packed form ``[num_blocks, num_layers, 2, block_size, heads, head_dim]``.
+    of the packed form: ``[num_blocks, num_layers, 2, block_size, len(heads), head_dim]``.
     """
 
     def __init__(
@@ -165,9 +165,7 @@ class KVReceiver:
             pair.unpack(number % NUM_STAGING_SLOTS, ids)
 
 
-def warm_up(
-    group: dist.ProcessGroup, peer: int, device: torch.device, *, sending: bool
-) -> None:
+def warm_up(group: dist.ProcessGroup, peer: int, device: torch.device, *, sending: bool) -> None:
     """Make the communicator of a pair: one small message, waited for. Both ends must call it."""
     token = torch.zeros(1, device=device)
     work = (dist.isend if sending else dist.irecv)(token, peer, group=group)

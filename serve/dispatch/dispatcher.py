@@ -82,8 +82,7 @@ class Dispatcher:
         """Dispatch all of ``requests`` or, raising ``TooManyWaiting``, none."""
         if self.num_waiting + len(requests) > self._max_waiting:
             raise TooManyWaiting(
-                f"{self.num_waiting} requests wait for their first token, "
-                f"{self._max_waiting} may"
+                f"{self.num_waiting} requests wait for their first token, {self._max_waiting} may"
             )
         return [self._dispatch(request) for request in requests]
 

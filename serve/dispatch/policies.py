@@ -1,4 +1,4 @@
-"""Where a request is prefilled and where it is decoded: one function per policy, over plain data."""
+"""Where a request is prefilled and where it is decoded: a function per policy, on plain data."""
 
 from __future__ import annotations
 

@@ -2,55 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from serve.comm.messages import SampleRow, Step, StepSequence
 from serve.engine.kv_cache import KVCache
+from serve.engine.rank_setup import RankSetup
 from serve.engine.runner import Runner
 from serve.request import Request, SamplingParams
-
-if TYPE_CHECKING:
-    from serve.engine.loading import Plan
 
 CPU_KV_BYTES = 2 << 30
 
 
-def measure_num_blocks(plan: Plan, model: nn.Module, staging_bytes: int) -> int:
+def measure_num_blocks(setup: RankSetup, model: nn.Module, staging_bytes: int) -> int:
     """KV blocks of this rank: the option, or what memory allows. ``ValueError`` if it is none."""
-    layout = plan.layouts(plan.replica)[plan.topology.tp_rank(plan.place.rank)]
-    if plan.config.num_blocks is not None:
-        return plan.config.num_blocks
-    if plan.device.type == "cpu":
+    layout = setup.layouts(setup.replica)[setup.topology.tp_rank(setup.place.rank)]
+    if setup.config.num_blocks is not None:
+        return setup.config.num_blocks
+    if setup.device.type == "cpu":
         return max(1, CPU_KV_BYTES // layout.block_bytes)
-    peak_bytes = _profile(plan, model)
-    total_bytes = torch.cuda.mem_get_info(plan.device)[1]
-    budget = int(total_bytes * plan.limits.gpu_memory_utilization) - peak_bytes - staging_bytes
+    peak_bytes = _profile(setup, model)
+    total_bytes = torch.cuda.mem_get_info(setup.device)[1]
+    budget = int(total_bytes * setup.limits.gpu_memory_utilization) - peak_bytes - staging_bytes
     if budget < layout.block_bytes:
         raise ValueError(
-            f"no memory is left for the KV cache on {plan.device}: model and activations take "
-            f"{peak_bytes >> 20} MiB, staging {staging_bytes >> 20} MiB of {total_bytes >> 20} MiB; "
+            f"no memory is left for the KV cache on {setup.device}: model and activations take "
+            f"{peak_bytes >> 20} MiB of {total_bytes >> 20} MiB, staging {staging_bytes >> 20}; "
             "raise --gpu-memory-utilization or lower --max-num-batched-tokens or --kv-push-bytes"
         )
     return budget // layout.block_bytes
 
 
-def _profile(plan: Plan, model: nn.Module) -> int:
+def _profile(setup: RankSetup, model: nn.Module) -> int:
     """Bytes in use on the device at the peak of the largest steps, all processes' included."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    free_bytes, total_bytes = torch.cuda.mem_get_info(plan.device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(setup.device)
     outside_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved()
-    layout = plan.layouts(plan.replica)[plan.topology.tp_rank(plan.place.rank)]
-    longest = plan.config.max_model_len or plan.config.model_config.max_position_embeddings
+    layout = setup.layouts(setup.replica)[setup.topology.tp_rank(setup.place.rank)]
+    longest = setup.config.max_model_len or setup.config.model_config.max_position_embeddings
     # One block stands in for all: the tables repeat it, and the lengths are the real ones.
-    cache = KVCache(layout, 1, plan.dtype, plan.device)
-    runner = Runner(model, cache, plan.block_size)
+    cache = KVCache(layout, 1, setup.dtype, setup.device)
+    runner = Runner(model, cache, setup.block_size)
     table = (0,) * layout.num_blocks_for(longest)
-    runner.run(_last_chunk(longest, min(longest, plan.limits.max_num_batched_tokens), table))
-    runner.run(_decodes(longest, plan.limits.max_num_seqs, table))
+    runner.run(_last_chunk(longest, min(longest, setup.limits.max_num_batched_tokens), table))
+    runner.run(_decodes(longest, setup.limits.max_num_seqs, table))
     torch.cuda.synchronize()
     own_bytes = torch.cuda.max_memory_reserved()
     del cache, runner

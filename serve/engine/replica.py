@@ -221,9 +221,7 @@ class Replica:
             self._close(live)
         elif not sequence.decodes_here:
             self._scheduler.remove(sequence)
-            self._outgoing.hand_over(
-                sequence.id, Handover(sequence.output_ids, live.text.state())
-            )
+            self._outgoing.hand_over(sequence.id, Handover(sequence.output_ids, live.text.state()))
         return Delta(
             request_id=sequence.id,
             first_index=sequence.num_output_tokens - 1,
