@@ -88,6 +88,7 @@ class Node:
         self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.dismissed = asyncio.Event()  # rank 0 has said Goodbye
         self._leaving = False
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self.channel = ControlChannel(
             place.rank,
             topology.control_peers(place.rank),
@@ -211,6 +212,12 @@ class Node:
     def _on_error(self, error: BaseException) -> None:
         log.error("the worker of rank %d failed", self.place.rank, exc_info=error)
         self._fail(f"{type(error).__name__}: {error}")
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What a callback raises would be logged and forgotten; a message is never just dropped."""
+        loop.default_exception_handler(context)
+        if "handle" in context:
+            self._fail(f"{context['message']}: {context.get('exception')!r}")
 
     def _fail(self, reason: str) -> None:
         if not self._leaving and not self._failed.done():

@@ -36,7 +36,12 @@ SPLITS: dict[str, tuple[int, list[str]]] = {
 
 
 def run_case(
-    world: World, model: Path, split: str, jobs: Sequence[Job], *options: str
+    world: World,
+    model: Path,
+    split: str,
+    jobs: Sequence[Job],
+    *options: str,
+    timeout_s: float = 120.0,
 ) -> CaseResult:
     num_ranks, argv = SPLITS[split]
     argv = ["--model", str(model), *argv, *options]
@@ -44,7 +49,8 @@ def run_case(
     if "--num-blocks" not in argv:
         argv += ["--num-blocks", "128"]
     packed = msgspec.msgpack.encode(list(jobs))
-    answer = world.run("tests.cases:serve_case", argv, num_ranks, packed)[0]
+    answers = world.run("tests.cases:serve_case", argv, num_ranks, packed, timeout_s=timeout_s)
+    answer = answers[0]
     result = msgspec.msgpack.decode(answer, type=CaseResult)
     assert at_rest(result.cluster), result.cluster
     return result

@@ -1,0 +1,128 @@
+"""On GPUs: the same tokens, KV over NCCL, and no hang or leak in tens of thousands of transfers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve.request import FinishReason
+from tests.checkpoints import ROPES, load_reference, write_llama_checkpoint
+from tests.test_matrix import SPLITS, check_parity, greedy, random_jobs, run_case
+from tests.world import World
+
+NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(NUM_GPUS == 0, reason="there is no GPU"),
+]
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 128001,
+}
+
+
+def need(split: str) -> None:
+    if SPLITS[split][0] > NUM_GPUS:
+        pytest.skip(f"{split} needs {SPLITS[split][0]} GPUs, there are {NUM_GPUS}")
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[World]:
+    world = World(NUM_GPUS)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama_checkpoint(tmp_path_factory.mktemp("small"), seed=1, num_kv_heads=2)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_float32_tokens_are_the_models(gpus: World, small: Path, split: str) -> None:
+    need(split)
+    jobs = random_jobs(11, 24)
+    options = ["--dtype", "float32", "--max-num-batched-tokens", "24", "--max-num-seqs", "8"]
+    check_parity(small, jobs, run_case(gpus, small, split, jobs, *options))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_each_rope_type(gpus: World, tmp_path: Path, rope: str) -> None:
+    model = write_llama_checkpoint(tmp_path, seed=3, rope=rope)
+    jobs = random_jobs(13, 8)
+    options = ["--dtype", "float32", "--max-num-batched-tokens", "9", "--max-num-seqs", "8"]
+    check_parity(model, jobs, run_case(gpus, model, "colocated", jobs, *options))
+
+
+def test_bfloat16_tokens_are_as_good_as_the_references(gpus: World, small: Path) -> None:
+    """Teacher-forced: no token is worse than the best by more than bfloat16 can tell."""
+    jobs = random_jobs(17, 16)
+    split = "1P+1D" if NUM_GPUS > 1 else "colocated"
+    result = run_case(gpus, small, split, jobs, "--dtype", "bfloat16")
+    reference = load_reference(small)
+    for job, answer in zip(jobs, result.answers, strict=True):
+        ids = torch.tensor([[*job.prompt_ids, *answer.token_ids]])
+        with torch.no_grad():
+            logits = reference(ids).logits[0, len(job.prompt_ids) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        shortfall = (logits.amax(dim=1) - chosen) / logits.abs().amax(dim=1)
+        assert shortfall.max() < 0.05
+
+
+@pytest.mark.parametrize("split", ["2P+2D", "tp 2 to 2", "1P+1D"])
+def test_tens_of_thousands_of_transfers(gpus: World, small: Path, split: str) -> None:
+    """Many small pushes over all links at once, aborts among them: no hang, no leak."""
+    need(split)
+    rng = random.Random(19)
+    jobs = [
+        greedy([rng.randrange(128) for _ in range(rng.randint(64, 128))], rng.randint(1, 8))
+        for _ in range(2200)
+    ]
+    for job in jobs[::5]:
+        job.abort_after = rng.randint(0, 4)
+    options = [
+        "--block-size", "8", "--num-blocks", "160", "--max-num-batched-tokens", "512",
+        "--max-num-seqs", "32", "--kv-push-bytes", "1", "--dtype", "float32",
+    ]  # fmt: skip
+    # One block a push: 8 to 16 pushes a prompt, over 20,000 in all.
+    num_pushes = sum(-(-len(job.prompt_ids) // 8) for job in jobs if job.abort_after is None)
+    print(f"at least {num_pushes} pushes")
+    assert num_pushes > 20_000
+    result = run_case(gpus, small, split, jobs, *options, timeout_s=400)
+    finished = [(j, a) for j, a in zip(jobs, result.answers, strict=True) if j.abort_after is None]
+    assert all(answer.finish_reason == FinishReason.LENGTH for _, answer in finished)
+    sample = rng.sample(finished, 20)
+    reference_jobs = [job for job, _ in sample]
+    result.answers = [answer for _, answer in sample]
+    check_parity(small, reference_jobs, result)
+
+
+@pytest.mark.parametrize("split", ["colocated", "1P+1D", "tp 1 to 2", "tp 2 to 2"])
+def test_llama_3_8b_shape(gpus: World, tmp_path: Path, split: str) -> None:
+    need(split)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    rng = random.Random(23)
+    jobs = [greedy([rng.randrange(128256) for _ in range(8192)], 8) for _ in range(4)]
+    options = ["--load-format", "dummy", "--max-model-len", "8400", "--num-blocks", "600"]
+    result = run_case(gpus, tmp_path, split, jobs, *options, timeout_s=300)
+    assert [len(answer.token_ids) for answer in result.answers] == [8] * 4
