@@ -34,6 +34,7 @@ from serve.node import Node, pick_device
 from serve.request import Request, SamplingParams, Timeline
 
 NUM_ROUNDS = 10
+BLOCK_SIZE = 64
 PAIR = (0, 1)
 
 
@@ -53,11 +54,10 @@ def main() -> None:
     config = parse_args([*argv, "--max-model-len", str(args.prompt_tokens + 64)], 2)
     topology = build_topology(config.replica_specs, config.partition_id, False)
     node_args = (config, place, topology, device, new_control_group())
-    result = asyncio.run(_serve(Node(*node_args), args, place.rank))
-    layout = config.model_config.kv_layout(64, 2 if device.type == "cuda" else 4, 1, 0)
-    cache = KVCache(layout, args.prompt_tokens // 64, torch.bfloat16, device) if (
-        device.type == "cuda"
-    ) else KVCache(layout, args.prompt_tokens // 64, torch.float32, device)  # fmt: skip
+    result = asyncio.run(_serve(lambda: Node(*node_args), args, place.rank))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    layout = config.model_config.kv_layout(BLOCK_SIZE, dtype.itemsize, 1, 0)
+    cache = KVCache(layout, args.prompt_tokens // BLOCK_SIZE, dtype, device)
     result |= _measure_link(cache, place.rank, device)
     if place.rank == 0:
         print(json.dumps(result), flush=True)
@@ -110,8 +110,11 @@ def _rate(run: Callable[[], None], num_bytes: int, device: torch.device) -> floa
     return num_bytes / statistics.median(seconds[2:]) / 1e9
 
 
-async def _serve(node: Node, args: argparse.Namespace, rank: int) -> dict[str, Any]:
+async def _serve(
+    make_node: Callable[[], Node], args: argparse.Namespace, rank: int
+) -> dict[str, Any]:
     timelines: list[Timeline] = []
+    node = make_node()
     await node.run(_ask(node, args, timelines) if rank == 0 else _follow(node))
     return _summarise(timelines) if timelines else {}
 
@@ -129,8 +132,9 @@ async def _ask(node: Node, args: argparse.Namespace, timelines: list[Timeline]) 
     front.service.set_ready(
         fit_max_model_len(node.config, node.setup.block_size, await front.gather())
     )
+    vocab_size = node.config.model_config.vocab_size
     for i in range(args.requests + 1):
-        prompt = tuple((i * 7919 + j * 31) % 1000 for j in range(args.prompt_tokens))
+        prompt = tuple((i * 7919 + j * 31) % vocab_size for j in range(args.prompt_tokens))
         sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
         request = Request(id=f"r{i}", prompt_ids=prompt, sampling=sampling)
         async for output in front.service.submit([request])[0]:
