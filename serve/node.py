@@ -99,7 +99,12 @@ class Node:
             on_entry=None if self.leads else self._on_entry,
         )
         self.worker = Worker(
-            place.rank, self.replica, len(topology.replicas), self.channel.send, self._on_error
+            place.rank,
+            self.replica,
+            len(topology.replicas),
+            device,
+            self.channel.send,
+            self._on_error,
         )
 
     async def load_tokenizer(self) -> Tokenizer | None:

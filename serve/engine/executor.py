@@ -54,10 +54,16 @@ class Executor:
     """One thread, one queue, one order."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, callbacks: Callbacks, *, num_peers: int
+        self,
+        loop: asyncio.AbstractEventLoop,
+        callbacks: Callbacks,
+        device: torch.device,
+        *,
+        num_peers: int,
     ) -> None:
         self._loop = loop
         self._callbacks = callbacks
+        self._device = device
         self._queue: queue.SimpleQueue[Entry | Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="gpu", daemon=True)
         # One for the step and one for each push that can be under way, so that none waits for
@@ -96,6 +102,8 @@ class Executor:
 
     def _run(self) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # every thread begins on device 0
             while not isinstance(item := self._queue.get(), Stop):
                 if callable(item):
                     item()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import torch
+
 from serve.comm.messages import (
     FRONT_END_RANK,
     AnyMessage,
@@ -34,6 +36,7 @@ class Worker:
         rank: int,
         info: ReplicaInfo,
         num_peers: int,
+        device: torch.device,
         send: Callable[[int, AnyMessage], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
@@ -47,6 +50,7 @@ class Worker:
         self.executor = Executor(
             asyncio.get_running_loop(),
             Callbacks(self._on_step, self._on_received, on_failure),
+            device,
             num_peers=num_peers,
         )
 
