@@ -39,7 +39,12 @@ async def serve_rank(
     node = Node(config, place, topology, device, new_control_group())
     signals = StopSignals()
     signals.install(lambda: node.abandon("torchrun is gone"))
-    main = _follow(node) if listener is None else _serve(node, listener, signals)
+    main = follow(node) if listener is None else _serve(node, listener, signals)
+    return await run_to_end(node, main)
+
+
+async def run_to_end(node: Node, main: Coroutine[Any, Any, None]) -> int:
+    """Run ``main`` on ``node``; the process's exit code, after saying why if it is not 0."""
     try:
         await node.run(main)
     except BaseExceptionGroup as group:
@@ -69,7 +74,7 @@ def _first_leaf(error: BaseException) -> BaseException:
     return error
 
 
-async def _follow(node: Node) -> None:
+async def follow(node: Node) -> None:
     """Any rank but 0: load, then work until rank 0 says Goodbye."""
     tokenizer = await node.load_tokenizer()
     await node.load(tokenizer, lambda done, total: None)
