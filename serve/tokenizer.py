@@ -276,13 +276,16 @@ def _read_decoder(decoder: tokenizers.decoders.Decoder | None) -> _Spelling:
     if decoder is None:
         raise ValueError("it has no decoder")
     state: dict[str, Any] = json.loads(decoder.__getstate__())
-    byte_level = byte_fallback = fused = False
+    parts = state.get("decoders", [state])
+    if any(part.get("type") == "ByteLevel" for part in parts):
+        # Every byte has a character of its own: what some versions of transformers put beside it
+        # (sentencepiece's steps) finds nothing to act on.
+        return _Spelling(True, False, (), 0)
+    byte_fallback = fused = False
     replacements: list[tuple[str, str]] = []
     leading_spaces = 0
-    for part in state.get("decoders", [state]):
+    for part in parts:
         match part:
-            case {"type": "ByteLevel"}:
-                byte_level = True
             case {"type": "ByteFallback"}:
                 byte_fallback = True
             case {"type": "Fuse"}:
@@ -296,4 +299,4 @@ def _read_decoder(decoder: tokenizers.decoders.Decoder | None) -> _Spelling:
                 leading_spaces = 0 if scheme == "never" else _ALL_SPACES
             case _:
                 raise ValueError(f"decoder {part.get('type')} is not supported")
-    return _Spelling(byte_level, byte_fallback, tuple(replacements), leading_spaces)
+    return _Spelling(False, byte_fallback, tuple(replacements), leading_spaces)
