@@ -58,7 +58,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama_checkpoint(tmp_path_factory.mktemp("small"), seed=1, num_kv_heads=2)
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [split for split in SPLITS if split != "tp 1 to 3"])
 def test_float32_tokens_are_the_models(gpus: World, small: Path, split: str) -> None:
     need(split)
     jobs = random_jobs(11, 24)

@@ -137,13 +137,13 @@ class KVSender:
     """Sends pushes to decode replicas: this rank's part of each, over its pairs."""
 
     def __init__(self, pairs: dict[int, list[Pair]], device: torch.device) -> None:
-        self._pairs = pairs  # by decode replica
+        self._pairs = pairs  # by decode replica; none where other ranks have all the heads
         self._device = device
 
     def send(self, decode_replica: int, number: int, block_ids: Iterable[int]) -> None:
         """Pack and send ``block_ids`` as push ``number``; returns once it is issued."""
         ids = _to_device(block_ids, self._device)
-        for pair in self._pairs[decode_replica]:
+        for pair in self._pairs.get(decode_replica, ()):
             pair.send(number % NUM_STAGING_SLOTS, ids)
 
 
@@ -157,12 +157,12 @@ class KVReceiver:
     def post(self, prefill_replica: int, number: int, num_blocks: int) -> list[Wait]:
         """Post the receives of push ``number``; what is returned waits for each."""
         slot = number % NUM_STAGING_SLOTS
-        return [pair.receive(slot, num_blocks) for pair in self._pairs[prefill_replica]]
+        return [pair.receive(slot, num_blocks) for pair in self._pairs.get(prefill_replica, ())]
 
     def unpack(self, prefill_replica: int, number: int, block_ids: Iterable[int]) -> None:
         """Copy push ``number`` into ``block_ids`` (empty: drop it) and free its slot."""
         ids = _to_device(block_ids, self._device)
-        for pair in self._pairs[prefill_replica]:
+        for pair in self._pairs.get(prefill_replica, ()):
             pair.unpack(number % NUM_STAGING_SLOTS, ids)
 
 

@@ -1,0 +1,248 @@
+"""The dispatcher under random orders of everything that can cross: reports, aborts, handovers."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+
+from serve.comm.messages import Abort, Delta, Prefill, ReplicaLoad, Report
+from serve.comm.topology import ReplicaInfo
+from serve.config import Role
+from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
+from serve.dispatch.output import Output
+from serve.dispatch.policies import POLICIES
+from serve.request import FinishReason, Request, SamplingParams, Timeline
+
+ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "M": Role.MIXED}
+NUM_REQUESTS = 40
+MAX_WAITING = 12
+CLOCK_SKEW_S = 1000.0  # replica i's clock is this much, times i, ahead of rank 0's
+
+
+@dataclass
+class Job:
+    """A request at a replica, as far as its tokens are concerned."""
+
+    request: Request
+    decode_replica: int
+    next_index: int = 0
+    told: bool = False
+
+
+@dataclass
+class Peer:
+    """One replica: makes tokens, hears aborts late, and hands over behind rank 0's back."""
+
+    id: int
+    inbox: deque[Prefill | Abort] = field(default_factory=deque)
+    handed: deque[Job] = field(default_factory=deque)  # from prefill peers, on their own link
+    outbox: deque[Report] = field(default_factory=deque)
+    jobs: dict[str, Job] = field(default_factory=dict)
+
+
+class Cluster:
+    """Peers around a real dispatcher; every channel is in order, the channels among them not."""
+
+    def __init__(self, shape: str, policy: str, seed: int) -> None:
+        infos = [ReplicaInfo(i, ROLES[role], (i,), 1, 1) for i, role in enumerate(shape)]
+        self.rng = random.Random(seed)
+        self.now_s = 0.0
+        self.dispatcher = Dispatcher(infos, policy, MAX_WAITING, self.clock)
+        self.peers = [Peer(info.id) for info in infos]
+        self.requests: dict[str, Request] = {}
+        self.outputs: dict[str, list[Output]] = {}
+        self.aborted: set[str] = set()
+        self.num_refused = 0
+        self.num_repeated = 0  # aborts that answered tokens of a closed request
+        self.num_held = 0
+
+    def clock(self) -> float:
+        self.now_s += 0.125  # exact in binary: stamps convert without rounding
+        return self.now_s
+
+    # --- what can happen ------------------------------------------------------------------
+
+    def submit(self) -> None:
+        """A call for up to three choices."""
+        group = [
+            Request(
+                id=f"r{len(self.requests) + i}",
+                prompt_ids=tuple(range(self.rng.randint(1, 20))),
+                sampling=SamplingParams(max_tokens=self.rng.choice([1, 1, 2, 3, 8])),
+            )
+            for i in range(self.rng.randint(1, 3))
+        ]
+        before = (self.dispatcher.num_live, self.dispatcher.num_waiting)
+        try:
+            outgoing = self.dispatcher.submit(group)
+        except TooManyWaiting:
+            self.num_refused += 1
+            assert before[1] + len(group) > MAX_WAITING
+            assert (self.dispatcher.num_live, self.dispatcher.num_waiting) == before
+            return
+        assert before[1] + len(group) <= MAX_WAITING
+        self.requests |= {request.id: request for request in group}
+        self.outputs |= {request.id: [] for request in group}
+        self._send(outgoing)
+
+    def abort(self) -> None:
+        """Some client goes away, perhaps after its answer."""
+        request_id = self.rng.choice(list(self.requests))
+        outgoing = self.dispatcher.abort(request_id)
+        if outgoing:
+            self.aborted.add(request_id)
+        self._send(outgoing)
+
+    def hear(self, peer: Peer) -> None:
+        message = peer.inbox.popleft()
+        if isinstance(message, Abort):
+            peer.jobs.pop(message.request_id, None)
+        else:
+            request = message.request
+            peer.jobs[request.id] = Job(request, message.decode_replica)
+
+    def take_over(self, peer: Peer) -> None:
+        job = peer.handed.popleft()
+        peer.jobs[job.request.id] = Job(job.request, peer.id, next_index=1)
+
+    def step(self, peer: Peer) -> None:
+        """A token for some of the peer's requests, in one report."""
+        jobs = [job for job in peer.jobs.values() if self.rng.random() < 0.7]
+        load = ReplicaLoad(num_running=len(peer.jobs))
+        peer.outbox.append(Report(peer.id, load, tuple(self._token(peer, job) for job in jobs)))
+
+    def deliver(self, peer: Peer) -> None:
+        report = peer.outbox.popleft()
+        outputs, outgoing = self.dispatcher.on_report(report, -CLOCK_SKEW_S * peer.id)
+        self.num_held += len(report.deltas) > len(outputs) + len(outgoing)
+        for output in outputs:
+            assert output.request_id not in self.aborted
+            self.outputs[output.request_id].append(output)
+        told = [(out.rank, out.message) for out in outgoing]
+        assert all(rank == peer.id and isinstance(message, Abort) for rank, message in told)
+        ids = [out.message.request_id for out in outgoing if isinstance(out.message, Abort)]
+        assert len(set(ids)) == len(ids)
+        self.num_repeated += len(ids)
+        self._send(outgoing)
+
+    # --- one order of all that --------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until every request is submitted and nothing can happen any more."""
+        while choices := self._choices():
+            self.rng.choice(choices)()
+            self._check_counts()
+
+    def _choices(self) -> list[Callable[[], None]]:
+        choices: list[Callable[[], None]] = []
+        for peer in self.peers:
+            choices += [partial(self.hear, peer)] if peer.inbox else []
+            choices += [partial(self.take_over, peer)] if peer.handed else []
+            choices += [partial(self.step, peer)] if peer.jobs else []
+            choices += [partial(self.deliver, peer)] if peer.outbox else []
+        if len(self.requests) < NUM_REQUESTS:
+            choices.append(self.submit)
+        if self.requests and choices and self.rng.random() < 0.3:
+            choices.append(self.abort)
+        return choices
+
+    def _send(self, outgoing: Sequence[Outgoing]) -> None:
+        for rank, message in outgoing:
+            assert isinstance(message, Prefill | Abort)
+            self.peers[rank].inbox.append(message)
+
+    def _token(self, peer: Peer, job: Job) -> Delta:
+        index, job.next_index = job.next_index, job.next_index + 1
+        first, job.told = not job.told, True
+        last = job.next_index == job.request.sampling.max_tokens
+        if last:
+            del peer.jobs[job.request.id]
+        elif job.decode_replica != peer.id:
+            del peer.jobs[job.request.id]
+            self.peers[job.decode_replica].handed.append(job)
+        return Delta(
+            request_id=job.request.id,
+            first_index=index,
+            token_ids=(index + 100,),
+            text=f"<{index}>",
+            finish_reason=FinishReason.LENGTH if last else None,
+            stamps=self._stamps(peer, index) if first else None,
+        )
+
+    def _stamps(self, peer: Peer, index: int) -> Timeline:
+        now_s = self.clock() + CLOCK_SKEW_S * peer.id
+        return Timeline(prefill_ended_s=now_s) if index == 0 else Timeline(decode_started_s=now_s)
+
+    # --- what must hold -----------------------------------------------------------------------
+
+    def _check_counts(self) -> None:
+        live = [r for r in self.requests if r not in self.aborted and not self._ended(r)]
+        waiting = [r for r in live if not self.outputs[r]]
+        assert self.dispatcher.num_live == len(live)
+        assert self.dispatcher.num_waiting == len(waiting)
+        prompts = {id: len(request.prompt_ids) for id, request in self.requests.items()}
+        given = {id: sum(len(o.token_ids) for o in self.outputs[id]) for id in live}
+        states = self.dispatcher.states
+        assert sum(s.num_prefill_tokens for s in states) == sum(prompts[r] for r in waiting)
+        assert sum(s.num_decode_tokens for s in states) == sum(prompts[r] + given[r] for r in live)
+
+    def _ended(self, request_id: str) -> bool:
+        outputs = self.outputs[request_id]
+        return bool(outputs) and outputs[-1].finish_reason is not None
+
+
+def check_answers(cluster: Cluster) -> None:
+    """Each request answered once; its tokens in order, none missing; its stamps on one clock."""
+    for id, request in cluster.requests.items():
+        outputs = cluster.outputs[id]
+        tokens = [token for output in outputs for token in output.token_ids]
+        assert tokens == list(range(100, 100 + len(tokens)))
+        assert "".join(o.text for o in outputs) == "".join(f"<{i}>" for i in range(len(tokens)))
+        assert [o.first_index for o in outputs] == list(range(len(outputs)))
+        assert all(o.finish_reason is None and o.timeline is None for o in outputs[:-1])
+        if id in cluster.aborted:
+            assert len(tokens) < request.sampling.max_tokens
+            continue
+        assert len(tokens) == request.sampling.max_tokens
+        timeline = outputs[-1].timeline
+        assert outputs[-1].finish_reason is FinishReason.LENGTH and timeline is not None
+        stamps = [
+            timeline.arrived_s,
+            timeline.prefill_ended_s,
+            timeline.decode_started_s,
+            timeline.finished_s,
+        ]
+        came = [stamp for stamp in stamps if stamp is not None]
+        assert came == sorted(came) and len(came) >= 3
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shape", ["PD", "PPD", "PPDDD", "M", "MMM"])
+@pytest.mark.parametrize("seed", range(12))
+def test_every_request_is_answered_once_in_order(shape: str, policy: str, seed: int) -> None:
+    cluster = Cluster(shape, policy, seed)
+    cluster.run()
+    check_answers(cluster)
+    # Nothing is left behind, neither here nor there.
+    assert (cluster.dispatcher.num_live, cluster.dispatcher.num_waiting) == (0, 0)
+    for state in cluster.dispatcher.states:
+        assert (state.num_prefill_tokens, state.num_decode_tokens, state.num_requests) == (0, 0, 0)
+    assert not any(peer.jobs for peer in cluster.peers)
+
+
+def test_the_orders_above_are_the_awkward_ones() -> None:
+    """The runs do hold tokens back, refuse requests, and meet aborts that came too early."""
+    held = refused = repeated = aborted = 0
+    for seed in range(12):
+        cluster = Cluster("PPDDD", "round-robin", seed)
+        cluster.run()
+        held += cluster.num_held
+        refused += cluster.num_refused
+        repeated += cluster.num_repeated
+        aborted += len(cluster.aborted)
+    assert min(held, refused, repeated, aborted) > 0, (held, refused, repeated, aborted)
