@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from serve.comm.messages import Report
+from serve.comm.messages import ReplicaLoad, Report
 from serve.dispatch.output import Output
-from serve.request import Request, Timeline
+from serve.request import FinishReason, Request, Timeline
 
 Family = TypeVar("Family", Counter, Gauge, Histogram)
 
@@ -94,14 +94,36 @@ class _Open:
     last_s: float = 0.0
 
 
+@dataclass(slots=True)
+class _LoadGauges:
+    """What shows the load of one replica."""
+
+    own: dict[str, Gauge]
+    vllm: dict[str, Gauge]
+    preemptions: Counter
+    num_preemptions: int = 0
+
+    def show(self, load: ReplicaLoad) -> None:
+        """Set everything to ``load``."""
+        for name, gauge in self.own.items():
+            gauge.set(getattr(load, name))
+        used = load.num_blocks - load.num_free_blocks
+        self.vllm["num_requests_running"].set(load.num_running)
+        self.vllm["num_requests_waiting"].set(load.num_waiting)
+        self.vllm["kv_cache_usage_perc"].set(used / max(1, load.num_blocks))
+        if load.num_preemptions > self.num_preemptions:
+            self.preemptions.inc(load.num_preemptions - self.num_preemptions)
+            self.num_preemptions = load.num_preemptions
+
+
 class Metrics:
-    """One registry of its own. Every method is called on the event loop of rank 0."""
+    """One registry of its own. All but ``exposition`` is called on the event loop of rank 0."""
 
     def __init__(self, model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._model_name = model_name
         self._open: dict[str, _Open] = {}
-        self._num_preemptions: dict[int, int] = {}
+        self._loads: dict[int, _LoadGauges] = {}
         self._histograms = {
             name: self._family(Histogram, f"vllm:{name}", help_, buckets=buckets).labels(
                 model_name, "0"
@@ -116,13 +138,21 @@ class Metrics:
             name: self._family(Counter, f"vllm:{name}", help_).labels(model_name, "0")
             for name, help_ in _COUNTERS.items()
         }
-        self._success = self._family(
+        success = self._family(
             Counter, "vllm:request_success", "Requests ended.", "finished_reason"
         )
+        # All reasons from the start: a counter that appears with its first event shows no rate.
+        self._success = {
+            reason: success.labels(model_name, "0", str(reason)) for reason in FinishReason
+        }
         self._rejected = self._family(
             Counter, "serve:requests_rejected", "Requests refused.", "reason"
         )
         self._preemptions = self._family(Counter, "vllm:num_preemptions", "Preemptions.")
+        self._cache_config = self._family(
+            Gauge, "vllm:cache_config_info", "KV cache of a replica.", "block_size",
+            "num_gpu_blocks",
+        )  # fmt: skip
         self._gauges = {
             name: self._family(Gauge, f"vllm:{name}", help_) for name, help_ in _GAUGES.items()
         }
@@ -132,8 +162,18 @@ class Metrics:
         }
 
     def exposition(self) -> tuple[bytes, str]:
-        """The body of ``GET /metrics`` and its content type."""
+        """The body of ``GET /metrics`` and its content type. Takes milliseconds: any thread may."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+    def on_ready(self, replica_id: int, num_blocks: int, block_size: int) -> None:
+        """A replica has ``num_blocks`` blocks of KV cache."""
+        labels = (self._model_name, str(replica_id), str(block_size), str(num_blocks))
+        self._cache_config.labels(*labels).set(1)
+
+    def on_call(self, n: int, num_prompts: int) -> None:
+        """A client asks for ``n`` choices of each of so many prompts."""
+        for _ in range(num_prompts):
+            self._histograms["request_params_n"].observe(n)
 
     def on_accepted(self, request: Request, now_s: float) -> None:
         """A request is dispatched."""
@@ -153,20 +193,14 @@ class Metrics:
             self._observe_tokens(state, count, now_s)
         if output.finish_reason is not None:
             del self._open[output.request_id]
-            self._observe_end(state, output, now_s)
+            self._observe_end(state, output, output.finish_reason, now_s)
 
     def on_report(self, report: Report) -> None:
         """A replica's load, and what its step computed."""
-        load, labels = report.load, (self._model_name, str(report.replica_id))
-        for name, gauge in self._replica_gauges.items():
-            gauge.labels(*labels).set(getattr(load, name))
-        used = load.num_blocks - load.num_free_blocks
-        self._gauges["num_requests_running"].labels(*labels).set(load.num_running)
-        self._gauges["num_requests_waiting"].labels(*labels).set(load.num_waiting)
-        self._gauges["kv_cache_usage_perc"].labels(*labels).set(used / max(1, load.num_blocks))
-        new = load.num_preemptions - self._num_preemptions.get(report.replica_id, 0)
-        self._num_preemptions[report.replica_id] = load.num_preemptions
-        self._preemptions.labels(*labels).inc(new)
+        gauges = self._loads.get(report.replica_id)
+        if gauges is None:
+            gauges = self._loads[report.replica_id] = self._load_gauges(report.replica_id)
+        gauges.show(report.load)
         if report.num_step_tokens:
             self._histograms["iteration_tokens_total"].observe(report.num_step_tokens)
 
@@ -182,12 +216,12 @@ class Metrics:
         state.num_tokens += count
         state.last_s = now_s
 
-    def _observe_end(self, state: _Open, output: Output, now_s: float) -> None:
-        reason = str(output.finish_reason)
-        self._success.labels(self._model_name, "0", reason).inc()
+    def _observe_end(
+        self, state: _Open, output: Output, reason: FinishReason, now_s: float
+    ) -> None:
+        self._success[reason].inc()
         observe = {name: child.observe for name, child in self._histograms.items()}
         observe["request_prompt_tokens"](len(state.request.prompt_ids))
-        observe["request_params_n"](1)
         observe["request_generation_tokens"](state.num_tokens)
         observe["request_max_num_generation_tokens"](state.num_tokens)
         observe["e2e_request_latency_seconds"](now_s - state.arrived_s)
@@ -207,6 +241,14 @@ class Metrics:
                 self._stages[stage].observe(span)
             if span is not None and stage in _VLLM_STAGES:
                 self._histograms[_VLLM_STAGES[stage]].observe(span)
+
+    def _load_gauges(self, replica_id: int) -> _LoadGauges:
+        labels = (self._model_name, str(replica_id))
+        return _LoadGauges(
+            {name: gauge.labels(*labels) for name, gauge in self._replica_gauges.items()},
+            {name: gauge.labels(*labels) for name, gauge in self._gauges.items()},
+            self._preemptions.labels(*labels),
+        )
 
     def _family(
         self, kind: type[Family], name: str, help_: str, *more: str, **options: Any

@@ -47,11 +47,16 @@ log = logging.getLogger(__name__)
 
 SILENCE_LIMIT_S = 60.0
 SILENCE_CHECK_S = 5.0
+BLAME_S = 1.0  # within which the channel tells that a rank is lost, if that is what broke the rest
 FAREWELL_S = 3.0  # how long a failing rank waits for rank 0 to have read its last words
 
 
 class JobFailed(Exception):
     """The job cannot go on; one line says why."""
+
+
+class RankFailed(JobFailed):
+    """Another rank says that it cannot go on; all connections are whole."""
 
 
 def pick_device(place: Place) -> torch.device:
@@ -85,8 +90,9 @@ class Node:
         self.leads = place.rank == self.replica.leader
         self.setup = RankSetup(config, topology, place, device)
         self.tell_front: Callable[[AnyMessage], None] | None = None  # on rank 0, before run()
-        self._failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._failed: asyncio.Future[JobFailed] = asyncio.get_running_loop().create_future()
         self.dismissed = asyncio.Event()  # rank 0 has said Goodbye
+        self._front_gone = asyncio.Event()  # it has, or it is lost
         self._leaving = False
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self.channel = ControlChannel(
@@ -151,12 +157,12 @@ class Node:
 
     def abandon(self, reason: str) -> None:
         """The job cannot go on, for a reason from outside."""
-        self._fail(reason)
+        self._fail(JobFailed(reason))
 
     @property
     def reason(self) -> str:
         """Why the job has failed; empty if it has not."""
-        return self._failed.result() if self._failed.done() else ""
+        return str(self._failed.result()) if self._failed.done() else ""
 
     async def last_words(self, reason: str) -> None:
         """Tell rank 0 why this rank cannot go on, and give it the time to end the job."""
@@ -164,7 +170,14 @@ class Node:
         if not self.is_front:
             self.channel.send(FRONT_END_RANK, Failed(self.place.rank, reason))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.dismissed.wait(), FAREWELL_S)
+                await asyncio.wait_for(self._front_gone.wait(), FAREWELL_S)
+
+    async def dismiss(self) -> None:
+        """On rank 0: the job ends here, and the others, which can do nothing about it, leave."""
+        self._leaving = True
+        self.channel.goodbye()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.channel.closed(), FAREWELL_S)
 
     def _load(self, progress: Progress) -> Loaded:
         loaded = load_rank(self.setup, progress)
@@ -194,8 +207,9 @@ class Node:
             case Goodbye(rank):
                 if rank == FRONT_END_RANK:
                     self.dismissed.set()
+                    self._front_gone.set()
             case Failed(rank, reason):
-                self._fail(f"rank {rank}: {reason}")
+                self._fail(RankFailed(f"rank {rank}: {reason}"))
             case Ping(number):
                 self.channel.send(source, Pong(self.place.rank, number, time.monotonic()))
             case Report() | ReplicaReady() | Pong():
@@ -211,29 +225,35 @@ class Node:
 
     def _on_lost(self, peer: int, reason: str) -> None:
         if peer == FRONT_END_RANK:
-            self.dismissed.set()
-        self._fail(f"lost the connection to rank {peer}: {reason}")
+            self._front_gone.set()
+        self._fail(JobFailed(f"lost the connection to rank {peer}: {reason}"))
 
     def _on_error(self, error: BaseException) -> None:
-        log.error("the worker of rank %d failed", self.place.rank, exc_info=error)
-        self._fail(f"{type(error).__name__}: {error}")
+        """The worker is broken; a rank that is lost breaks it as well, and is the better reason."""
+        asyncio.get_running_loop().call_later(BLAME_S, self._blame_worker, error)
+
+    def _blame_worker(self, error: BaseException) -> None:
+        if not self._leaving and not self._failed.done():
+            log.error("the worker of rank %d failed", self.place.rank, exc_info=error)
+            self._fail(JobFailed(f"{type(error).__name__}: {error}"))
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """What a callback raises would be logged and forgotten; a message is never just dropped."""
         loop.default_exception_handler(context)
         if "handle" in context:
-            self._fail(f"{context['message']}: {context.get('exception')!r}")
+            self._fail(JobFailed(f"{context['message']}: {context.get('exception')!r}"))
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, error: JobFailed) -> None:
         if not self._leaving and not self._failed.done():
-            self._failed.set_result(reason)
+            self._failed.set_result(error)
 
     async def _raise(self) -> None:
-        raise JobFailed(await self._failed)
+        raise await self._failed
 
     async def _watch(self) -> None:
         """End the job if a rank is silent on a connection that lives."""
         while True:
             await asyncio.sleep(SILENCE_CHECK_S)
             if silent := self.channel.silent_peers(SILENCE_LIMIT_S):
-                self._fail(f"rank {silent[0]} has been silent for {SILENCE_LIMIT_S:.0f} s")
+                reason = f"rank {silent[0]} has been silent for {SILENCE_LIMIT_S:.0f} s"
+                self._fail(JobFailed(reason))

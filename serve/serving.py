@@ -22,7 +22,7 @@ from serve.config import ServerConfig
 from serve.front import FrontEnd, describe, fit_max_model_len, make_front
 from serve.lifetime import StopSignals
 from serve.metrics import Metrics
-from serve.node import JobFailed, Node, pick_device
+from serve.node import JobFailed, Node, RankFailed, pick_device
 from serve.tokenizer import Tokenizer
 
 log = logging.getLogger("serve")
@@ -54,15 +54,18 @@ async def run_to_end(node: Node, main: Coroutine[Any, Any, None]) -> int:
 
 async def _report_failure(node: Node, error: BaseException) -> int:
     """Say why the job ends: on rank 0 to the user, elsewhere to rank 0, which passes it on."""
+    # The others are not to add what they make of rank 0's end to the one line that says why.
+    if node.is_front and isinstance(error, ValueError | RankFailed):
+        print(f"serve: error: {error}", file=sys.stderr)
+        await node.dismiss()
+        return 1 if isinstance(error, RankFailed) else 2
     if isinstance(error, JobFailed):
         print(f"serve: rank {node.place.rank} stops: {error}", file=sys.stderr)
         await node.last_words(str(error))
         return 1
-    if isinstance(error, ValueError):  # cannot be served as asked; one line
-        if node.is_front:
-            print(f"serve: error: {error}", file=sys.stderr)
+    if isinstance(error, ValueError):  # cannot be served as asked; rank 0 says so
         await node.last_words(str(error))
-        return 2 if node.is_front else 0
+        return 0
     log.error("rank %d failed", node.place.rank, exc_info=error)
     await node.last_words(f"{type(error).__name__}: {error}")
     return 1
@@ -75,11 +78,18 @@ def _first_leaf(error: BaseException) -> BaseException:
 
 
 async def follow(node: Node) -> None:
-    """Any rank but 0: load, then work until rank 0 says Goodbye."""
-    tokenizer = await node.load_tokenizer()
-    await node.load(tokenizer, lambda done, total: None)
-    await node.dismissed.wait()
+    """Any rank but 0: load, then work until rank 0 says Goodbye, which may be before."""
+    start = asyncio.create_task(_load(node))
+    await _either(start, node.dismissed.wait())
+    if start.done():
+        await start
+        await node.dismissed.wait()
+    start.cancel()
     await node.leave()
+
+
+async def _load(node: Node) -> None:
+    await node.load(await node.load_tokenizer(), lambda done, total: None)
 
 
 async def _serve(node: Node, listener: socket.socket, signals: StopSignals) -> None:
@@ -91,20 +101,33 @@ async def _serve(node: Node, listener: socket.socket, signals: StopSignals) -> N
     settings = _api_settings(node.config)
     app = create_app(front.service, tokenizer, metrics, settings)
     runner = await run_app_on(app, listener)
+    log.info("listening on %s", _url(listener))
     try:
         start = asyncio.create_task(_get_ready(node, front, tokenizer))
         await _either(start, signals.first.wait())
         if start.done():
             await start
             await signals.first.wait()
+        start.cancel()
         await _drain(front.service, signals, node.config.drain_timeout_s)
     except asyncio.CancelledError:  # the job has failed: every open stream gets its error
-        front.service.fail_all(node.reason)
+        _fail_all(front.service, node.reason)
         raise
     finally:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(runner.cleanup(), FAREWELL_S)
     await node.leave()
+
+
+def _fail_all(service: Service, reason: str) -> None:
+    if service.ready:
+        log.error("%d requests are open; replicas: %s", service.num_live, service.cluster())
+    service.fail_all(reason)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _api_settings(config: ServerConfig) -> ApiSettings:
@@ -139,7 +162,7 @@ async def _get_ready(node: Node, front: FrontEnd, tokenizer: Tokenizer | None) -
     num_blocks = await front.gather()
     block_size = node.setup.block_size
     max_model_len = fit_max_model_len(node.config, block_size, num_blocks)
-    front.service.set_ready(max_model_len)
+    front.service.set_ready(max_model_len, block_size, num_blocks)
     log.info("replicas: %s", describe(node.topology, block_size, num_blocks))
     log.info("ready: contexts of up to %d tokens", max_model_len)
 

@@ -278,8 +278,7 @@ def _read_decoder(decoder: tokenizers.decoders.Decoder | None) -> _Spelling:
     state: dict[str, Any] = json.loads(decoder.__getstate__())
     parts = state.get("decoders", [state])
     if any(part.get("type") == "ByteLevel" for part in parts):
-        # Every byte has a character of its own: what some versions of transformers put beside it
-        # (sentencepiece's steps) finds nothing to act on.
+        # Every byte has its character: sentencepiece's steps beside it find nothing to act on.
         return _Spelling(True, False, (), 0)
     byte_fallback = fused = False
     replacements: list[tuple[str, str]] = []

@@ -30,6 +30,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.engine.replica",
             "serve.engine.ending",
             "serve.engine.step",
+            "serve.engine.load",
         ),
         GPU: (
             "serve.engine.runner",

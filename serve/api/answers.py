@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from serve.api.call import Call
-from serve.api.service import Output
+from serve.dispatch.output import Output
 
 
 @dataclass(slots=True)
@@ -16,13 +16,18 @@ class Collected:
     """Everything one choice brought."""
 
     token_ids: list[int] = field(default_factory=list)
-    text: str = ""
     end: Output | None = None
+    _texts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self._texts)
 
     def add(self, output: Output) -> None:
         """Take in the next output."""
         self.token_ids += output.token_ids
-        self.text += output.text
+        self._texts.append(output.text)
         if output.finish_reason is not None:
             self.end = output
 
@@ -98,7 +103,13 @@ class ChatFormat:
 
 
 def _head(call: Call, kind: str) -> dict[str, Any]:
-    return {"id": call.id, "object": kind, "created": call.created, "model": call.model}
+    options = call.options
+    return {
+        "id": options.id,
+        "object": kind,
+        "created": options.created,
+        "model": options.model,
+    }
 
 
 def _closing(call: Call, kind: str, num_completion_tokens: int) -> dict[str, Any]:
@@ -115,7 +126,7 @@ def _object(call: Call, kind: str, choices: list[Collected], body: Any) -> dict[
             "finish_reason": end.finish_reason if end else None,
             "stop_reason": end.stop_reason if end else None,
         }
-        if call.return_token_ids:
+        if call.options.return_token_ids:
             entry["prompt_token_ids"] = call.prompt_of(index)
             entry["token_ids"] = collected.token_ids
         if end is not None:
@@ -137,7 +148,7 @@ def _chunk(
     if output.finish_reason is not None:
         entry["stop_reason"] = output.stop_reason
         entry |= _timeline(call, output)
-    if call.return_token_ids:
+    if call.options.return_token_ids:
         if output.first_index == 0:
             entry["prompt_token_ids"] = call.prompt_of(index)
         entry["token_ids"] = output.token_ids
@@ -145,6 +156,6 @@ def _chunk(
 
 
 def _timeline(call: Call, end: Output) -> dict[str, Any]:
-    if not call.return_timeline or end.timeline is None:
+    if not call.options.return_timeline or end.timeline is None:
         return {}
     return {"timeline": msgspec.to_builtins(end.timeline)}

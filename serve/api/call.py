@@ -12,32 +12,40 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from serve.api.body import Body
-from serve.api.errors import ApiError
+from serve.api.errors import ID, NAMED, ApiError, sane_id
 from serve.api.sampling import read_max_tokens, read_sampling, refuse_unsupported
 from serve.api.settings import Api
 from serve.request import Request, SamplingParams
 
-MAX_CHOICES = 128
-MAX_REQUESTS = 4096  # prompts times n
+MAX_CHOICES = 128  # of one prompt
+MAX_REQUESTS = 512  # prompts times n: each takes the event loop some 15 us at a stretch
+MAX_PROMPT_TOKENS = 1 << 23  # of all requests of a call together
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """What was asked and how it is to be answered.
-
-    ``requests[i]`` is choice ``i``: all choices of the first prompt, then those of the next.
-    """
+class Options:
+    """What a body says beside its prompts."""
 
     id: str
     created: int
     model: str
-    prompts: tuple[tuple[int, ...], ...]
-    requests: tuple[Request, ...]
+    n: int
+    sampling: SamplingParams  # max_tokens and min_tokens as asked, before the context is known
+    seeded: bool  # whether sampling.seed is the client's
     stream: bool
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
     return_timeline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """``requests[i]`` is choice ``i``: all choices of the first prompt, then those of the next."""
+
+    options: Options
+    prompts: tuple[tuple[int, ...], ...]
+    requests: tuple[Request, ...]
 
     def prompt_of(self, index: int) -> tuple[int, ...]:
         """The prompt of choice ``index``."""
@@ -45,12 +53,16 @@ class Call:
 
     def usage(self, num_completion_tokens: int) -> dict[str, int]:
         """The ``usage`` object; each prompt counts once, whatever ``n``."""
-        num_prompt_tokens = sum(map(len, self.prompts))
-        return {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_completion_tokens,
-            "total_tokens": num_prompt_tokens + num_completion_tokens,
-        }
+        return usage_object(sum(map(len, self.prompts)), num_completion_tokens)
+
+
+def usage_object(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
+    """``usage`` of so many tokens."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+    }
 
 
 def check_model(name: Any, api: Api) -> str:
@@ -65,40 +77,50 @@ def check_model(name: Any, api: Api) -> str:
     return name
 
 
-def make_call(
-    http: web.Request,
-    body: Body,
-    api: Api,
-    prompts: Sequence[tuple[int, ...]],
-    prefix: str,
-    default_max_tokens: int | None,
-) -> Call:
+def read_options(
+    http: web.Request, body: Body, api: Api, prefix: str, default_max_tokens: int | None
+) -> Options:
     """Check everything but the prompts. ``default_max_tokens`` None: what the context leaves."""
     model = check_model(body.get("model"), api)
     refuse_unsupported(body)
-    n = body.integer("n", 1, low=1, high=MAX_CHOICES)
-    if n * len(prompts) > MAX_REQUESTS:
-        raise ApiError(f"at most {MAX_REQUESTS} choices may be asked for at once", param="n")
     stream = body.boolean("stream")
-    options = _stream_options(body, stream)
+    stream_options = _stream_options(body, stream)
+    include_usage = stream_options.boolean("include_usage")
     max_tokens = read_max_tokens(body, default_max_tokens or api.service.max_model_len)
-    requests: list[Request] = []
-    for prompt_ids in prompts:
-        sampling = read_sampling(body, api, len(prompt_ids), max_tokens)
-        requests += _choices(prompt_ids, sampling, n)
-    return Call(
-        id=f"{prefix}-{http['id']}",
+    _take_id(http, body)
+    return Options(
+        id=f"{prefix}-{http[ID]}",
         created=int(time.time()),
         model=model,
-        prompts=tuple(prompts),
-        requests=tuple(requests),
+        n=body.integer("n", 1, low=1, high=min(MAX_CHOICES, _max_requests(api))),
+        sampling=read_sampling(body, api, max_tokens),
+        seeded=body.get("seed") is not None,
         stream=stream,
-        include_usage=options.boolean("include_usage"),
-        continuous_usage=options.boolean("include_usage")
-        and options.boolean("continuous_usage_stats"),
+        include_usage=include_usage,
+        continuous_usage=stream_options.boolean("continuous_usage_stats") and include_usage,
         return_token_ids=body.boolean("return_token_ids"),
         return_timeline=body.boolean("return_timeline"),
     )
+
+
+def max_prompts(options: Options, api: Api) -> int:
+    """How many prompts may come with this ``n``."""
+    return _max_requests(api) // options.n
+
+
+def _max_requests(api: Api) -> int:
+    # What can never be taken is the client's mistake, and not worth another try.
+    return max(1, min(MAX_REQUESTS, api.service.max_waiting))
+
+
+def make_call(options: Options, prompts: Sequence[tuple[int, ...]], api: Api) -> Call:
+    """The requests for ``prompts``, which are checked."""
+    if options.n * sum(map(len, prompts)) > MAX_PROMPT_TOKENS:
+        raise ApiError(f"prompts times n exceed {MAX_PROMPT_TOKENS} tokens", param="prompt")
+    requests: list[Request] = []
+    for prompt_ids in prompts:
+        requests += _choices(prompt_ids, options, api)
+    return Call(options, tuple(prompts), tuple(requests))
 
 
 def _stream_options(body: Body, stream: bool) -> Body:
@@ -108,16 +130,29 @@ def _stream_options(body: Body, stream: bool) -> Body:
     return Body(options)
 
 
-def _choices(prompt_ids: tuple[int, ...], sampling: SamplingParams, n: int) -> list[Request]:
+def _take_id(http: web.Request, body: Body) -> None:
+    """Let ``request_id`` name a request that no header names."""
+    given = body.get("request_id")
+    if not http[NAMED] and isinstance(given, str) and sane_id(given):
+        http[ID] = given
+
+
+def _choices(prompt_ids: tuple[int, ...], options: Options, api: Api) -> list[Request]:
     """``n`` requests that differ in their seed. Ids are ours: a client's may come twice."""
+    asked = options.sampling
+    max_tokens = min(asked.max_tokens, api.service.max_model_len - len(prompt_ids))
+    min_tokens = min(asked.min_tokens, max_tokens)
+    seed = asked.seed if options.seeded else api.seeds.getrandbits(63)
     unique = uuid.uuid4().hex
     return [
         Request(
             id=f"{unique}-{i}",
             prompt_ids=prompt_ids,
-            sampling=replace(sampling, seed=_wrap(sampling.seed + i)),
+            sampling=replace(
+                asked, max_tokens=max_tokens, min_tokens=min_tokens, seed=_wrap(seed + i)
+            ),
         )
-        for i in range(n)
+        for i in range(options.n)
     ]
 
 

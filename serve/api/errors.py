@@ -17,12 +17,20 @@ from serve.api.settings import API
 
 log = logging.getLogger(__name__)
 
+_OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics", "/cluster"))  # need no key
+
+ID = web.RequestKey("id", str)  # of the request, the client's or ours
+NAMED = web.RequestKey("named", bool)  # whether it is the client's
+STREAMING = web.RequestKey("streaming", bool)  # whether the status is sent already
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
     404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
     429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
@@ -48,6 +56,11 @@ def error_object(message: str, status: int, param: str | None = None) -> dict[st
     """The body of an error answer, and of an error event in a stream."""
     kind = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def sane_id(text: str) -> bool:
+    """Whether a client's name for its request can be ours, and go into a header."""
+    return 0 < len(text) <= 128 and text.isascii() and text.isprintable()
 
 
 def json_response(data: Any, status: int = 200, headers: Any = None) -> web.Response:
@@ -86,28 +99,30 @@ def _retry(seconds: float) -> dict[str, str]:
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn exceptions into error answers, and name the request in every answer."""
     given = request.headers.get("X-Request-Id", "")
-    sane = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-    request["id"] = given if sane else uuid.uuid4().hex
+    request[NAMED] = sane_id(given)
+    request[ID] = given if request[NAMED] else uuid.uuid4().hex
     try:
         response = await handler(request)
+    except ConnectionError:  # the client has gone: there is nobody to answer
+        raise
     except Exception as raised:
-        if request.get("streaming"):  # the status is sent; the connection is all that is left
+        if request.get(STREAMING):  # the status is sent; the connection is all that is left
             raise
         error = from_exception(raised)
         body = error_object(str(error), error.status, error.param)
         response = json_response(body, error.status, error.headers)
     if not response.prepared:
-        response.headers["X-Request-Id"] = request["id"]
+        response.headers["X-Request-Id"] = request[ID]
     return response
 
 
 @web.middleware
 async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """401 without the key, on everything that reads or writes text."""
+    """401 without the key, on everything but what tells only how the server is."""
     key = request.app[API].settings.api_key
-    guarded = request.path.startswith(("/v1/", "/tokenize", "/detokenize"))
-    if key is not None and guarded:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+    if key is not None and request.path not in _OPEN_PATHS:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        same = hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode())
+        if not same or scheme.lower() != "bearer":
             raise ApiError("the API key is missing or wrong", status=401)
     return await handler(request)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Sequence
 
 from aiohttp import web
 
 from serve.api.answers import ChatFormat, Collected, CompletionFormat, Format
-from serve.api.body import read_body
-from serve.api.call import Call, check_model, make_call
+from serve.api.body import Body, read_body
+from serve.api.call import Call, check_model, make_call, max_prompts, read_options
 from serve.api.errors import ApiError, json_response
-from serve.api.prompts import check_length, read_messages, read_prompts
-from serve.api.service import Stream, Unavailable
+from serve.api.prompts import read_messages_now, read_prompts_now
+from serve.api.service import Stream, read_all
 from serve.api.settings import API, Api
 from serve.api.streaming import stream_answer
 from serve.request import FinishReason
@@ -22,49 +22,48 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 async def completions(http: web.Request) -> web.StreamResponse:
     """Text after text."""
     api = http.app[API]
-    body = await read_body(http)
-    check_model(body.get("model"), api)
-    _check_open(api)
-    prompts = await read_prompts(body, api)
-    call = make_call(http, body, api, prompts, "cmpl", DEFAULT_COMPLETION_TOKENS)
+    body = await _read_open(http, api)
+    options = read_options(http, body, api, "cmpl", DEFAULT_COMPLETION_TOKENS)
+    limit = max_prompts(options, api)
+    call = await body.work(lambda: make_call(options, read_prompts_now(body, api, limit), api))
     return await _answer(http, api, call, CompletionFormat())
 
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
     """The assistant's next message."""
     api = http.app[API]
-    body = await read_body(http)
-    check_model(body.get("model"), api)
-    _check_open(api)
-    prompt_ids = await read_messages(body, api)
-    check_length(prompt_ids, api)
-    call = make_call(http, body, api, [prompt_ids], "chatcmpl", None)
+    body = await _read_open(http, api)
+    options = read_options(http, body, api, "chatcmpl", None)
+    call = await body.work(lambda: make_call(options, [read_messages_now(body, api)], api))
     return await _answer(http, api, call, ChatFormat())
 
 
-def _check_open(api: Api) -> None:
-    """503 before anything that needs the context's length, which is not known until ready."""
-    if not api.service.ready:
-        raise Unavailable("the server is starting")
+async def _read_open(http: web.Request, api: Api) -> Body:
+    """The body, if requests for its model are taken; nothing else is known before ready."""
+    body = await read_body(http)
+    check_model(body.get("model"), api)
+    api.service.check_open()
+    return body
 
 
 async def _answer(http: web.Request, api: Api, call: Call, answer: Format) -> web.StreamResponse:
     """Submit, answer, and whatever happens leave no request behind."""
     streams = api.service.submit(call.requests)
+    api.metrics.on_call(call.options.n, len(call.prompts))
     try:
-        if call.stream:
-            return await stream_answer(http, call, answer, api.service, streams)
-        choices = await asyncio.gather(*map(_collect, streams))
-        return json_response(answer.response(call, choices))
+        if call.options.stream:
+            return await stream_answer(http, call, answer, streams)
+        return json_response(answer.response(call, await _collect(streams)))
     finally:
         for request in call.requests:
             api.service.abort(request.id)  # those that have ended are not there to abort
 
 
-async def _collect(stream: Stream) -> Collected:
-    collected = Collected()
-    async for output in stream:
-        collected.add(output)
-        if output.finish_reason is FinishReason.ERROR:
-            raise ApiError(output.error or "the request failed", status=500)
-    return collected
+async def _collect(streams: Sequence[Stream]) -> list[Collected]:
+    choices = [Collected() for _ in streams]
+    async for batch in read_all(streams):
+        for index, output in batch:
+            choices[index].add(output)
+            if output.finish_reason is FinishReason.ERROR:
+                raise ApiError(output.error or "the request failed", status=500)
+    return choices

@@ -1,16 +1,21 @@
-"""Prompts as token ids: text tokenised, ids checked, lengths held against the context."""
+"""Prompts as token ids: text tokenised, ids checked, lengths held against the context.
+
+Functions named ``*_now`` take time that grows with the body: ``Body.work`` calls them.
+"""
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Iterator
 from typing import Any
 
-from serve.api.body import Body, is_integer
+from serve.api.body import Body
 from serve.api.errors import ApiError
 from serve.api.settings import Api
 from serve.tokenizer import Tokenizer
 
-LARGE_CHARACTERS = 4096  # above this the event loop is not held up with tokenising
+_SLICE = 4096  # ids that are looked at in one go: other threads have their turn in between
+
+_RESERVED = {"messages", "conversation", "tokenize", "chat_template"}  # of the template's options
 
 
 def need_tokenizer(api: Api, what: str) -> Tokenizer:
@@ -20,62 +25,68 @@ def need_tokenizer(api: Api, what: str) -> Tokenizer:
     return api.tokenizer
 
 
-async def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+def encode_now(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
     """Token ids of ``text``; 400 if it is no valid Unicode."""
     try:
-        if len(text) <= LARGE_CHARACTERS:
-            return tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+        return tokenizer.encode(text, add_special_tokens)
     except ValueError as error:
         raise ApiError(str(error), param="prompt") from None
 
 
-async def read_prompts(body: Body, api: Api) -> list[tuple[int, ...]]:
-    """``prompt``: a string, strings, token ids, or lists of token ids."""
-    value = body.get("prompt")
+def read_prompts_now(body: Body, api: Api, max_prompts: int) -> list[tuple[int, ...]]:
+    """``prompt``: a string, strings, token ids, or lists of token ids; at most ``max_prompts``."""
     special = body.boolean("add_special_tokens", True)
+    values = _listed(body.get("prompt"))
+    if len(values) > max_prompts:
+        raise ApiError(
+            f"{len(values)} prompts ask for too many choices at once: at most {max_prompts} "
+            "prompts may have this n",
+            param="prompt",
+        )
     prompts = []
-    for prompt in _listed(value):
-        if isinstance(prompt, str):
-            tokenizer = need_tokenizer(api, "a prompt as text")
-            prompts.append(tuple(await encode(tokenizer, prompt, special)))
-        else:
-            prompts.append(_check_ids(prompt, api.settings.vocab_size))
-    for prompt_ids in prompts:
-        check_length(prompt_ids, api)
+    for value in values:
+        if isinstance(value, str):
+            value = encode_now(need_tokenizer(api, "a prompt as text"), value, special)
+        prompts.append(_check_prompt(value, api, "prompt"))
     return prompts
 
 
-async def read_messages(body: Body, api: Api) -> tuple[int, ...]:
+def read_messages_now(body: Body, api: Api) -> tuple[int, ...]:
     """``messages`` through the chat template."""
+    token_ids = render_messages_now(body, api)
+    return _check_prompt(token_ids, api, "messages")
+
+
+def render_messages_now(body: Body, api: Api) -> list[int]:
+    """``messages`` through the chat template, however long."""
     tokenizer = need_tokenizer(api, "chat")
     if not tokenizer.has_chat_template:
         raise ApiError("the model has no chat template; start the server with --chat-template")
     messages = [_message(message) for message in _message_list(body.get("messages"))]
     options = body.mapping("chat_template_kwargs")
     generate = body.boolean("add_generation_prompt", True)
-    if reserved := options.keys() & {"messages", "conversation", "tokenize", "chat_template"}:
-        raise ApiError(f"chat_template_kwargs must not have {min(reserved)}", param="messages")
-    try:
-        text = await asyncio.to_thread(
-            lambda: tokenizer.render_chat(messages, add_generation_prompt=generate, **options)
+    special = body.boolean("add_special_tokens", False)
+    if reserved := options.keys() & _RESERVED:
+        raise ApiError(
+            f"chat_template_kwargs must not have {min(reserved)}", param="chat_template_kwargs"
         )
+    try:
+        text = tokenizer.render_chat(messages, add_generation_prompt=generate, **options)
     except (ValueError, TypeError) as error:
         raise ApiError(f"the chat template refuses: {error}", param="messages") from None
-    return tuple(await encode(tokenizer, text, body.boolean("add_special_tokens", False)))
+    return encode_now(tokenizer, text, special)
 
 
-def check_length(prompt_ids: tuple[int, ...], api: Api) -> None:
-    """400 for a prompt without tokens, or one that leaves no room for an answer."""
-    if not prompt_ids:
-        raise ApiError("the prompt must not be empty", param="prompt")
-    longest = api.service.max_model_len
-    if len(prompt_ids) >= longest:
-        raise ApiError(
-            f"This model's maximum context length is {longest} tokens. However, your prompt "
-            f"contains {len(prompt_ids)} input tokens and one more is needed for the answer.",
-            param="prompt",
-        )
+def are_token_ids_now(value: Any, num_ids: int) -> bool:
+    """Whether ``value`` is a list of integers in ``range(num_ids)``."""
+    return isinstance(value, list) and all(
+        set(map(type, part)) == {int} and min(part) >= 0 and max(part) < num_ids
+        for part in _slices(value)
+    )
+
+
+def _slices(values: list[Any]) -> Iterator[list[Any]]:
+    return (values[start : start + _SLICE] for start in range(0, len(values), _SLICE))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -86,23 +97,38 @@ def _listed(value: Any) -> list[Any]:
         return [value]
     if not isinstance(value, list) or not value:
         raise ApiError("prompt must be a string or a list, and not empty", param="prompt")
-    if all(is_integer(item) for item in value):
+    kinds = {kind for part in _slices(value) for kind in set(map(type, part))}
+    if kinds == {int}:
         return [value]
-    if all(isinstance(item, str) for item in value) or all(isinstance(i, list) for i in value):
+    if kinds in ({str}, {list}):
         return value
     raise ApiError("prompt must hold strings, token ids or lists of token ids", param="prompt")
 
 
-def _check_ids(ids: list[Any], vocab_size: int) -> tuple[int, ...]:
-    for token_id in ids:
-        if not is_integer(token_id):
-            raise ApiError("a prompt of token ids must hold integers only", param="prompt")
-        if not 0 <= token_id < vocab_size:
-            raise ApiError(
-                f"token id {token_id} is out of vocabulary, which has {vocab_size} tokens",
-                param="prompt",
-            )
-    return tuple(ids)
+def _check_prompt(token_ids: list[Any], api: Api, param: str) -> tuple[int, ...]:
+    """400 for what is no prompt, has no token, or leaves no room for an answer."""
+    if not token_ids:
+        raise ApiError("the prompt must not be empty", param=param)
+    longest = api.service.max_model_len
+    if len(token_ids) >= longest:
+        raise ApiError(
+            f"This model's maximum context length is {longest} tokens. However, your prompt "
+            f"contains {len(token_ids)} input tokens and one more is needed for the answer.",
+            param=param,
+        )
+    if not are_token_ids_now(token_ids, api.settings.vocab_size):
+        raise _bad_id(token_ids, api.settings.vocab_size, param)
+    return tuple(token_ids)
+
+
+def _bad_id(token_ids: list[Any], vocab_size: int, param: str) -> ApiError:
+    """What is wrong with the first of ``token_ids`` that is none; tokenizers too can have more."""
+    bad = next(i for i in token_ids if type(i) is not int or not 0 <= i < vocab_size)
+    if type(bad) is not int:
+        return ApiError("a prompt of token ids must hold integers only", param=param)
+    return ApiError(
+        f"token id {bad} is out of vocabulary, which has {vocab_size} tokens", param=param
+    )
 
 
 def _message_list(value: Any) -> list[Any]:

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from serve.api.body import INT64_MAX, INT64_MIN, Body, is_integer, is_number
+from serve.api.body import Body, is_integer, is_number
 from serve.api.errors import ApiError
 from serve.api.settings import Api
 from serve.request import SamplingParams
 
 MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 1024  # of one stop string: each new token is held against all of them
+MAX_TOKEN_RULES = 1024  # entries of logit_bias and of stop_token_ids: each step reads them
 _MAX_PENALTY = 2.0
 _MAX_BIAS = 100.0
 
 
 def _is_off(value: Any) -> bool:
     return value is False or value == [] or value == {}
+
+
+def _is_unset(value: Any) -> bool:
+    return value == "" or _is_off(value)
 
 
 def _is_plain_text(value: Any) -> bool:
@@ -29,9 +35,9 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "logprobs": lambda value: value is False,
     "top_logprobs": lambda value: value == 0,
     "prompt_logprobs": lambda value: False,
-    "tools": lambda value: False,
+    "tools": _is_off,
     "tool_choice": lambda value: value in ("none", "auto"),
-    "functions": lambda value: False,
+    "functions": _is_off,
     "function_call": lambda value: value in ("none", "auto"),
     "response_format": _is_plain_text,
     "suffix": lambda value: value == "",
@@ -43,6 +49,7 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "guided_regex": lambda value: False,
     "guided_choice": _is_off,
     "guided_grammar": lambda value: False,
+    "guided_json_object": _is_off,
     "allowed_token_ids": lambda value: False,
     "bad_words": _is_off,
     "truncate_prompt_tokens": lambda value: False,
@@ -56,6 +63,17 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "repetition_detection": lambda value: False,
     "return_tokens_as_token_ids": _is_off,
     "spaces_between_special_tokens": lambda value: value is True,
+    "regex": _is_unset,
+    "ebnf": _is_unset,
+    "json_schema": _is_unset,
+    "structural_tag": _is_unset,
+    "stop_regex": _is_unset,
+    "no_stop_trim": _is_off,
+    "lora_path": _is_unset,
+    "input_embeds": lambda value: False,
+    "return_hidden_states": _is_off,
+    "return_prompt_text": _is_off,
+    "logits_processors": _is_off,
 }
 
 
@@ -70,16 +88,14 @@ def refuse_unsupported(body: Body) -> None:
         raise ApiError("best_of is not supported by this server", param="best_of")
 
 
-def read_sampling(body: Body, api: Api, prompt_length: int, max_tokens: int) -> SamplingParams:
-    """The parameters of one prompt; ``max_tokens`` is cut to what its context leaves."""
-    max_tokens = min(max_tokens, api.service.max_model_len - prompt_length)
-    min_tokens = min(body.integer("min_tokens", 0, low=0), max_tokens)
+def read_sampling(body: Body, api: Api, max_tokens: int) -> SamplingParams:
+    """The parameters of all prompts, before ``max_tokens`` is cut to what a context leaves."""
     return SamplingParams(
         max_tokens=max_tokens,
-        seed=body.integer("seed", api.seeds.getrandbits(63), INT64_MIN, INT64_MAX),
+        seed=body.integer("seed", 0),
         temperature=body.number("temperature", 1.0, 0.0, 2.0),
         top_p=_top_p(body),
-        top_k=max(0, body.integer("top_k", 0, low=-1)),
+        top_k=min(max(0, body.integer("top_k", 0, low=-1)), api.settings.vocab_size),
         min_p=body.number("min_p", 0.0, 0.0, 1.0),
         presence_penalty=body.number("presence_penalty", 0.0, -_MAX_PENALTY, _MAX_PENALTY),
         frequency_penalty=body.number("frequency_penalty", 0.0, -_MAX_PENALTY, _MAX_PENALTY),
@@ -90,7 +106,7 @@ def read_sampling(body: Body, api: Api, prompt_length: int, max_tokens: int) -> 
         include_stop_str_in_output=body.boolean("include_stop_str_in_output"),
         skip_special_tokens=body.boolean("skip_special_tokens", True),
         ignore_eos=body.boolean("ignore_eos"),
-        min_tokens=min_tokens,
+        min_tokens=body.integer("min_tokens", 0, low=0),
     )
 
 
@@ -119,7 +135,10 @@ def _repetition_penalty(body: Body) -> float:
 
 def _logit_bias(body: Body, vocab_size: int) -> dict[int, float]:
     bias: dict[int, float] = {}
-    for key, value in body.mapping("logit_bias").items():
+    given = body.mapping("logit_bias")
+    if len(given) > MAX_TOKEN_RULES:
+        raise ApiError(f"logit_bias may have {MAX_TOKEN_RULES} entries", param="logit_bias")
+    for key, value in given.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 20 and int(key) < vocab_size):
             raise ApiError(
                 f"logit_bias has the key {key[:40]!r}, which is no token id below {vocab_size}",
@@ -136,10 +155,12 @@ def _stop(body: Body, api: Api) -> tuple[str, ...]:
     if value is None or value == []:
         return ()
     stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list) and len(stops) > MAX_STOPS:
+        raise ApiError(f"stop must have at most {MAX_STOPS} strings", param="stop")
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
         raise ApiError("stop must be a string or a list of strings, none empty", param="stop")
-    if len(stops) > MAX_STOPS:
-        raise ApiError(f"stop must have at most {MAX_STOPS} strings", param="stop")
+    if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+        raise ApiError(f"a stop string may have {MAX_STOP_CHARACTERS} characters", param="stop")
     if api.tokenizer is None:
         raise ApiError("stop needs a tokenizer, and the server runs without one", param="stop")
     return tuple(stops)
@@ -149,6 +170,8 @@ def _stop_token_ids(body: Body, vocab_size: int) -> tuple[int, ...]:
     value = body.get("stop_token_ids")
     if value is None:
         return ()
+    if isinstance(value, list) and len(value) > MAX_TOKEN_RULES:
+        raise ApiError(f"stop_token_ids may have {MAX_TOKEN_RULES} ids", param="stop_token_ids")
     if not isinstance(value, list) or not all(is_integer(i) and 0 <= i < vocab_size for i in value):
         raise ApiError(
             f"stop_token_ids must be a list of token ids below {vocab_size}",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from msgspec.structs import replace
@@ -14,7 +15,7 @@ from serve.dispatch.output import Output
 from serve.metrics import Metrics
 from serve.request import FinishReason, Request
 
-__all__ = ["Output", "Overloaded", "Service", "Stream", "Unavailable"]
+__all__ = ["Output", "Overloaded", "Service", "Stream", "Unavailable", "read_all"]
 
 RETRY_WHEN_FULL_S = 1.0
 RETRY_WHEN_DOWN_S = 5.0
@@ -38,41 +39,67 @@ class Unavailable(Exception):
 
 
 class Stream:
-    """The outputs of one request; ends after the one with a ``finish_reason``.
+    """The outputs of one request, for one reader; ends after the one with a ``finish_reason``.
 
-    What a slow reader has not taken is one output, not a queue of them.
+    What a slow reader has not taken comes to it as one output.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self._pending: Output | None = None
+        self.num_tokens = 0  # that came so far, read or not
+        self._unread: list[Output] = []
         self._ended = False
         self._changed = asyncio.Event()
 
     def put(self, output: Output) -> None:
-        """Add what came, joined to what is still unread. After the end nothing is added."""
+        """Add what came. After the end nothing is added."""
         if self._ended:
             return
         self._ended = output.finish_reason is not None
-        if self._pending is not None:
-            output = replace(
-                output,
-                first_index=self._pending.first_index,
-                token_ids=self._pending.token_ids + output.token_ids,
-                text=self._pending.text + output.text,
-            )
-        self._pending = output
+        self.num_tokens += len(output.token_ids)
+        self._unread.append(output)
         self._changed.set()
 
+    def take(self) -> Output | None:
+        """All that is unread, as one output; None if there is nothing."""
+        unread, self._unread = self._unread, []
+        if len(unread) < 2:
+            return unread[0] if unread else None
+        return replace(
+            unread[-1],
+            first_index=unread[0].first_index,
+            token_ids=tuple(chain.from_iterable(output.token_ids for output in unread)),
+            text="".join([output.text for output in unread]),
+        )
+
+    def signal(self, changed: asyncio.Event) -> None:
+        """Set ``changed`` whenever something comes, instead of the stream's own event."""
+        self._changed = changed
+
     async def __aiter__(self) -> AsyncIterator[Output]:
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            output, self._pending = self._pending, None
-            if output is not None:
-                yield output
-                if output.finish_reason is not None:
-                    return
+        async for batch in read_all([self]):
+            yield batch[0][1]
+
+
+async def read_all(streams: Sequence[Stream]) -> AsyncIterator[list[tuple[int, Output]]]:
+    """What came of any of ``streams``, with the index of each; until all have ended."""
+    changed = asyncio.Event()
+    changed.set()  # something may have come already
+    for stream in streams:
+        stream.signal(changed)
+    reading = dict(enumerate(streams))
+    while reading:
+        await changed.wait()
+        changed.clear()
+        batch = []
+        for index, stream in reading.items():
+            if (output := stream.take()) is not None:
+                batch.append((index, output))
+        for index, output in batch:
+            if output.finish_reason is not None:
+                del reading[index]
+        if batch:
+            yield batch
 
 
 class Service:
@@ -101,10 +128,22 @@ class Service:
         """Requests that are not answered to their end."""
         return self._dispatcher.num_live
 
-    def set_ready(self, max_model_len: int) -> None:
-        """Every replica is ready; contexts hold ``max_model_len`` tokens."""
+    @property
+    def max_waiting(self) -> int:
+        """Requests without a first token that may be live; ``submit`` never takes more at once."""
+        return self._dispatcher.max_waiting
+
+    def set_ready(
+        self, max_model_len: int, block_size: int = 0, num_blocks: Mapping[int, int] | None = None
+    ) -> None:
+        """Every replica is ready; contexts hold ``max_model_len`` tokens.
+
+        ``num_blocks`` by replica id; it and ``block_size`` are for the metrics only.
+        """
         self.max_model_len = max_model_len
         self.ready = True
+        for replica_id, count in (num_blocks or {}).items():
+            self._metrics.on_ready(replica_id, count, block_size)
 
     def start_draining(self) -> None:
         """Refuse new requests from now on."""
@@ -114,13 +153,21 @@ class Service:
         """Wait until no request is live."""
         await self._idle.wait()
 
+    def check_open(self) -> None:
+        """``Unavailable`` unless requests are taken."""
+        if self.draining:
+            raise Unavailable("the server is shutting down")
+        if not self.ready:
+            raise Unavailable("the server is starting")
+
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         """Accept all of ``requests`` or, raising ``Overloaded`` or ``Unavailable``, none.
 
-        Their ids must be unlike those of all live requests.
+        ``ValueError`` if their ids are not unlike each other and those of all live requests.
         """
-        self._check_open()
-        if any(request.id in self._streams for request in requests):
+        self.check_open()
+        ids = {request.id for request in requests}
+        if len(ids) < len(requests) or not ids.isdisjoint(self._streams):
             raise ValueError("a request with this id is live")
         try:
             outgoing = self._dispatcher.submit(requests)
@@ -128,10 +175,11 @@ class Service:
             self._metrics.on_rejected("overloaded", len(requests))
             raise Overloaded(str(error)) from None
         streams = [Stream(request) for request in requests]
-        self._streams |= {stream.request.id: stream for stream in streams}
-        self._idle.clear()
-        for request in requests:
-            self._metrics.on_accepted(request, self._clock())
+        now_s = self._clock()
+        for stream in streams:
+            self._streams[stream.request.id] = stream
+            self._metrics.on_accepted(stream.request, now_s)
+            self._idle.clear()
         self._send_all(outgoing)
         return streams
 
@@ -140,16 +188,16 @@ class Service:
         outgoing = self._dispatcher.abort(request_id)
         if not outgoing:
             return
-        self._send_all(outgoing)
         self._pass_on(
             Output(
                 request_id=request_id,
-                first_index=0,
+                first_index=self._streams[request_id].num_tokens,
                 token_ids=(),
                 text="",
                 finish_reason=FinishReason.ABORT,
             )
         )
+        self._send_all(outgoing)
 
     def on_report(self, report: Report, offset_s: float = 0.0) -> None:
         """Pass a replica's report on to the streams."""
@@ -168,12 +216,6 @@ class Service:
     def cluster(self) -> list[dict[str, Any]]:
         """The replicas of ``GET /cluster``."""
         return self._dispatcher.cluster()
-
-    def _check_open(self) -> None:
-        if self.draining:
-            raise Unavailable("the server is shutting down")
-        if not self.ready:
-            raise Unavailable("the server is starting")
 
     def _pass_on(self, output: Output) -> None:
         stream = self._streams[output.request_id]

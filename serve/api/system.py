@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -51,15 +53,20 @@ async def ping(http: web.Request) -> web.Response:
 
 async def get_version(http: web.Request) -> web.Response:
     """The server's version."""
+    return json_response({"version": _version()})
+
+
+@cache
+def _version() -> str:
     try:
-        return json_response({"version": version("serve")})
+        return version("serve")
     except PackageNotFoundError:  # run from a checkout that is not installed
-        return json_response({"version": "0+checkout"})
+        return "0+checkout"
 
 
 async def metrics(http: web.Request) -> web.Response:
     """Prometheus' text format."""
-    body, content_type = http.app[API].metrics.exposition()
+    body, content_type = await asyncio.to_thread(http.app[API].metrics.exposition)
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 

@@ -58,7 +58,7 @@ class Dispatcher:
     ) -> None:
         self._states = [ReplicaState(info) for info in replicas]
         self._policy = POLICIES[policy]
-        self._max_waiting = max_waiting
+        self.max_waiting = max_waiting
         self._clock = clock
         self._live: dict[str, LiveRequest] = {}
         self._num_dispatched = 0
@@ -80,9 +80,9 @@ class Dispatcher:
 
     def submit(self, requests: Sequence[Request]) -> list[Outgoing]:
         """Dispatch all of ``requests`` or, raising ``TooManyWaiting``, none."""
-        if self.num_waiting + len(requests) > self._max_waiting:
+        if self.num_waiting + len(requests) > self.max_waiting:
             raise TooManyWaiting(
-                f"{self.num_waiting} requests wait for their first token, {self._max_waiting} may"
+                f"{self.num_waiting} requests wait for their first token, {self.max_waiting} may"
             )
         return [self._dispatch(request) for request in requests]
 

@@ -40,6 +40,7 @@ from serve.comm.messages import (
 from serve.engine.block_pool import BlockPool
 from serve.engine.ending import find_ending
 from serve.engine.incoming import Arrival, IncomingTransfers
+from serve.engine.load import measure_load
 from serve.engine.outgoing import OutgoingTransfers
 from serve.engine.scheduler import Batch, Scheduler, SchedulerLimits
 from serve.engine.sequence import Sequence
@@ -175,7 +176,7 @@ class Replica:
 
     def idle_report(self) -> Actions:
         """Tell rank 0 of the load, if it changed since it was last told."""
-        if self._in_flight is None and self._load() != self._told_load:
+        if self._in_flight is None and self._measure_load() != self._told_load:
             self._report((), 0)
         return self._take_actions()
 
@@ -291,20 +292,11 @@ class Replica:
         return actions
 
     def _report(self, deltas: tuple[Delta, ...], num_step_tokens: int) -> None:
-        load = self._told_load = self._load()
+        load = self._told_load = self._measure_load()
         report = Report(self._settings.replica_id, load, deltas, num_step_tokens)
         self._actions.messages.append((FRONT_END_RANK, report))
 
-    def _load(self) -> ReplicaLoad:
-        scheduler = self._scheduler
-        return ReplicaLoad(
-            num_blocks=self._pool.num_blocks,
-            num_free_blocks=self._pool.num_free,
-            num_waiting=len(scheduler.waiting) + len(scheduler.arrived),
-            num_running=len(scheduler.running),
-            num_receiving=self._incoming.num_offered + self._incoming.num_lent,
-            num_sending=self._outgoing.num_sending,
-            num_unfinished_tokens=scheduler.num_unfinished_tokens,
-            num_preemptions=scheduler.num_preemptions,
-            num_steps=self._num_steps,
+    def _measure_load(self) -> ReplicaLoad:
+        return measure_load(
+            self._pool, self._scheduler, self._incoming, self._outgoing, self._num_steps
         )

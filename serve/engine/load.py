@@ -1,0 +1,30 @@
+"""What a replica holds at this moment, in numbers."""
+
+from __future__ import annotations
+
+from serve.comm.messages import ReplicaLoad
+from serve.engine.block_pool import BlockPool
+from serve.engine.incoming import IncomingTransfers
+from serve.engine.outgoing import OutgoingTransfers
+from serve.engine.scheduler import Scheduler
+
+
+def measure_load(
+    pool: BlockPool,
+    scheduler: Scheduler,
+    incoming: IncomingTransfers,
+    outgoing: OutgoingTransfers,
+    num_steps: int,
+) -> ReplicaLoad:
+    """The load of the replica that these belong to."""
+    return ReplicaLoad(
+        num_blocks=pool.num_blocks,
+        num_free_blocks=pool.num_free,
+        num_waiting=len(scheduler.waiting) + len(scheduler.arrived),
+        num_running=len(scheduler.running),
+        num_receiving=incoming.num_offered + incoming.num_lent,
+        num_sending=outgoing.num_sending,
+        num_unfinished_tokens=scheduler.num_unfinished_tokens,
+        num_preemptions=scheduler.num_preemptions,
+        num_steps=num_steps,
+    )

@@ -1,0 +1,12 @@
+"""``serve.launch`` with short limits for silence, for tests that cannot wait a minute."""
+
+from __future__ import annotations
+
+from serve import node
+from serve.launch import main
+
+node.SILENCE_LIMIT_S = 3.0
+node.SILENCE_CHECK_S = 0.5
+
+if __name__ == "__main__":
+    main()
