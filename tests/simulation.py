@@ -137,6 +137,7 @@ class Cluster:
         self.channels: dict[tuple[int, int], deque[AnyMessage]] = {}
         self.wire: dict[tuple[int, int, int], list[list[int | None]]] = {}
         self.posted: dict[tuple[int, int, int], int] = {}
+        self.notices: list[tuple[int, int, int]] = []  # received, and not yet heard of
         self.answers: dict[str, dict[int, int]] = {}
         self.endings: dict[str, list[FinishReason]] = {}
         self.places: dict[str, tuple[int, int]] = {}
@@ -203,6 +204,8 @@ class Cluster:
         for key in self.posted:
             if key in self.wire:
                 events.append(lambda key=key: self._receive(key))
+        for key in self.notices:
+            events.append(lambda key=key: self._notice(key))
         return events
 
     def _deliver(self, pair: tuple[int, int]) -> None:
@@ -229,6 +232,12 @@ class Cluster:
         slot = (prefill, number % NUM_STAGING_SLOTS)
         assert slot not in self.nodes[decode].staging, "a staging slot is overwritten"
         self.nodes[decode].staging[slot] = blocks
+        self.notices.append(key)
+
+    def _notice(self, key: tuple[int, int, int]) -> None:
+        """The leader hears of it: from several ranks and threads, so not always in order."""
+        self.notices.remove(key)
+        prefill, decode, number = key
         self._apply(decode, self.nodes[decode].replica.on_received(prefill, number))
 
     def _apply(self, i: int, actions: Actions) -> None:

@@ -1,4 +1,4 @@
-"""Thousands of requests, aborts and malformed bodies at once: each answered once, nothing leaked."""
+"""Thousands of requests, aborts and malformed bodies: each answered once, nothing leaked."""
 
 from __future__ import annotations
 

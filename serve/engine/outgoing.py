@@ -7,8 +7,8 @@ One prompt, with who owns its blocks on this side (always the sequence)::
        +------withdraw()-----+-----> gone     announced pushes are still carried out
 
 A block is packed in plan order on the stream that also writes KV, so it may be reused as soon as
-its ``Send`` entry is issued. At most ``NUM_STAGING_SLOTS`` pushes to one replica are not
-acknowledged, so that every ``Send`` finds a staging slot on both sides.
+its ``Send`` entry is issued. A push waits until the one before it in its staging slot is acknowledged;
+acknowledgements may come out of order, for the receiver's ranks and threads report for themselves.
 """
 
 from __future__ import annotations
@@ -36,8 +36,13 @@ class Link:
     """What goes to one decode replica: prompts in the order of their offers."""
 
     next_number: int = 0
-    num_unacknowledged: int = 0
+    unacknowledged: set[int] = field(default_factory=set)  # numbers of pushes
     prompts: list[Outgoing] = field(default_factory=list)
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether the slot of the next push is free on both sides."""
+        return self.next_number - NUM_STAGING_SLOTS not in self.unacknowledged
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +89,9 @@ class OutgoingTransfers:
         if outgoing := self._prompts.get(request_id):
             outgoing.ready = True
 
-    def on_push_received(self, decode_replica: int) -> None:
-        """A staging slot towards ``decode_replica`` is free again."""
-        self._links[decode_replica].num_unacknowledged -= 1
+    def on_push_received(self, decode_replica: int, number: int) -> None:
+        """The staging slot of push ``number`` to ``decode_replica`` is free again."""
+        self._links[decode_replica].unacknowledged.remove(number)
 
     def hand_over(self, request_id: str, handover: Handover) -> None:
         """The prompt is computed and token 0 sampled: its last push may go."""
@@ -107,7 +112,7 @@ class OutgoingTransfers:
         """Every push that can go now, in the order in which it must be announced and issued."""
         plans: list[PushPlan] = []
         for decode_replica, link in self._links.items():
-            while link.num_unacknowledged < NUM_STAGING_SLOTS:
+            while link.has_slot:
                 outgoing = next((o for o in link.prompts if self._num_pushable(o) > 0), None)
                 if outgoing is None:
                     break
@@ -131,7 +136,7 @@ class OutgoingTransfers:
         outgoing.num_pushes += 1
         last = outgoing.handover is not None and first + count == len(sequence.block_table)
         number, link.next_number = link.next_number, link.next_number + 1
-        link.num_unacknowledged += 1
+        link.unacknowledged.add(number)
         if last:
             self._close(outgoing)
         handover = outgoing.handover if last else None

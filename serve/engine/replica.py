@@ -120,8 +120,8 @@ class Replica:
                 self._outgoing.on_ready(request_id)
             case Push():
                 self._actions.entries.append(self._incoming.on_push(message))
-            case PushReceived(decode_replica, _):
-                self._outgoing.on_push_received(decode_replica)
+            case PushReceived(decode_replica, number):
+                self._outgoing.on_push_received(decode_replica, number)
             case Withdraw():
                 self._incoming.on_withdraw(message)
             case _:
