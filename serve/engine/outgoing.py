@@ -7,8 +7,9 @@ One prompt, with who owns its blocks on this side (always the sequence)::
        +------withdraw()-----+-----> gone     announced pushes are still carried out
 
 A block is packed in plan order on the stream that also writes KV, so it may be reused as soon as
-its ``Send`` entry is issued. A push waits until the one before it in its staging slot is acknowledged;
-acknowledgements may come out of order, for the receiver's ranks and threads report for themselves.
+its ``Send`` entry is issued. A push waits until the one before it in its staging slot is
+acknowledged; acknowledgements may come out of order, for the receiver's ranks and threads report
+for themselves.
 """
 
 from __future__ import annotations
