@@ -32,12 +32,12 @@ class Server:
     """One job. Its methods may be called from any thread; the ones that wait take time limits."""
 
     def __init__(self, options: Sequence[str], num_ranks: int, entry: str) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(num_ranks), "-m", entry, "--port", "0", *options]
-        self.num_ranks = num_ranks
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        ranks = ["--nproc-per-node", str(num_ranks), "-m", entry, "--port", "0", *options]
+        self.command = [*torchrun, *ranks]
         self.url = ""  # known once it listens
         self.torchrun = subprocess.Popen(
-            command,
+            self.command,
             cwd=_ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -59,7 +59,10 @@ class Server:
             return "\n".join(self._lines)
 
     def wait_log(self, pattern: str, timeout_s: float = START_S) -> re.Match[str]:
-        """Wait for a line in which ``pattern`` is found; ``AssertionError`` if none comes."""
+        """Wait for a line in which ``pattern`` is found.
+
+        ``AssertionError`` if the job ends without, or writes nothing for ``timeout_s``.
+        """
         seen = 0
         with self._grown:
             while True:
@@ -68,10 +71,8 @@ class Server:
                         return found
                 seen = len(self._lines)
                 assert not self._ended, f"the job ended without a line like {pattern!r}"
-                in_time = self._grown.wait_for(
-                    lambda seen=seen: self._ended or len(self._lines) > seen, timeout_s
-                )
-                assert in_time, f"no line like {pattern!r} within {timeout_s} s"
+                in_time = self._grown.wait(timeout_s)  # of silence
+                assert in_time, f"no line like {pattern!r}, and {timeout_s} s of silence"
 
     def wait_listening(self) -> str:
         """Wait until rank 0 answers HTTP, which is before it is ready; the URL."""
@@ -142,7 +143,7 @@ def serving(
             server.wait_ready()
         yield server
     except BaseException:
-        print(f"--- {' '.join(map(str, server.torchrun.args))}\n{server.log}")
+        print(f"--- {' '.join(server.command)}\n{server.log}")
         raise
     finally:
         server.kill()

@@ -203,11 +203,10 @@ async def run_storm(
         assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize("policy", ["least-num-unfinished-tokens"])
 async def test_storm_over_two_prefill_and_two_decode_replicas(
-    model: Path, prompts: list[list[int]], expected: list[tuple[int, ...]], policy: str
+    model: Path, prompts: list[list[int]], expected: list[tuple[int, ...]]
 ) -> None:
-    await run_storm(model, prompts, expected, (*TINY_POOLS, "--dispatch-policy", policy), 2000)
+    await run_storm(model, prompts, expected, TINY_POOLS, 2000)
 
 
 async def test_storm_over_two_ranks_each(

@@ -37,6 +37,9 @@ _TYPES = {
 }
 
 
+CLIENT_GONE = 499  # as nginx has it; only ever seen in a log
+
+
 class ApiError(Exception):
     """An answer other than success; ``param`` names the field of the body that is at fault."""
 
@@ -103,8 +106,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     request[ID] = given if request[NAMED] else uuid.uuid4().hex
     try:
         response = await handler(request)
-    except ConnectionError:  # the client has gone: there is nobody to answer
-        raise
+    except ConnectionError:  # the client has gone: nobody reads this, and it is no error
+        return web.Response(status=CLIENT_GONE)
     except Exception as raised:
         if request.get(STREAMING):  # the status is sent; the connection is all that is left
             raise
