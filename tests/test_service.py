@@ -40,6 +40,21 @@ async def test_unread_outputs_come_as_one() -> None:
     assert output == make_output(0, 5, FinishReason.STOP)
 
 
+async def test_what_a_slow_reader_leaves_is_joined_and_complete() -> None:
+    stream = Stream(make_request("a"))
+    for index in range(1000):
+        stream.put(make_output(index, reason=FinishReason.STOP if index == 999 else None))
+    (output,) = await read(stream)
+    assert output == make_output(0, 1000, FinishReason.STOP)
+
+
+async def test_reading_again_after_the_end_ends_at_once() -> None:
+    stream = Stream(make_request("a"))
+    stream.put(make_output(0, reason=FinishReason.LENGTH))
+    assert len(await read(stream)) == 1
+    assert await asyncio.wait_for(read(stream), 10) == []
+
+
 async def test_nothing_comes_after_the_end() -> None:
     stream = Stream(make_request("a"))
     stream.put(make_output(0, reason=FinishReason.LENGTH))

@@ -17,6 +17,7 @@ from serve.request import FinishReason, Request
 
 __all__ = ["Output", "Overloaded", "Service", "Stream", "Unavailable", "read_all"]
 
+MAX_UNREAD = 64  # outputs that a slow reader leaves as they came; beyond, they are joined
 RETRY_WHEN_FULL_S = 1.0
 RETRY_WHEN_DOWN_S = 5.0
 
@@ -57,8 +58,16 @@ class Stream:
             return
         self._ended = output.finish_reason is not None
         self.num_tokens += len(output.token_ids)
+        if len(self._unread) == MAX_UNREAD:
+            merged = self.take()
+            self._unread = [merged] if merged is not None else []
         self._unread.append(output)
         self._changed.set()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last output has been read."""
+        return self._ended and not self._unread
 
     def take(self) -> Output | None:
         """All that is unread, as one output; None if there is nothing."""
@@ -87,7 +96,7 @@ async def read_all(streams: Sequence[Stream]) -> AsyncIterator[list[tuple[int, O
     changed.set()  # something may have come already
     for stream in streams:
         stream.signal(changed)
-    reading = dict(enumerate(streams))
+    reading = {i: stream for i, stream in enumerate(streams) if not stream.exhausted}
     while reading:
         await changed.wait()
         changed.clear()
