@@ -23,15 +23,16 @@ import torch
 import torch.distributed as dist
 
 from serve.comm.kv_transfer import Pair, warm_up
-from serve.comm.process_groups import init_world, new_control_group, new_pair_groups
-from serve.comm.topology import build_topology, read_place
-from serve.config import parse_args
+from serve.comm.process_groups import new_pair_groups
+from serve.comm.topology import Place, read_place
+from serve.config import ServerConfig, parse_args
 from serve.engine.kv_cache import KVCache
 from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now
 from serve.metrics import Metrics
-from serve.node import Node, pick_device
+from serve.node import Node, join_job
 from serve.request import Request, SamplingParams, Timeline
+from serve.serving import follow
 
 NUM_ROUNDS = 10
 BLOCK_SIZE = 64
@@ -48,13 +49,9 @@ def main() -> None:
     place = read_place(os.environ)
     if place.world_size != 2:
         parser.error("two ranks are wanted: one that prefills and one that decodes")
-    device = pick_device(place)
-    init_world(place, "cuda" if device.type == "cuda" else "cpu")
     argv = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
     config = parse_args([*argv, "--max-model-len", str(args.prompt_tokens + 64)], 2)
-    topology = build_topology(config.replica_specs, config.partition_id, False)
-    node_args = (config, place, topology, device, new_control_group())
-    result = asyncio.run(_serve(lambda: Node(*node_args), args, place.rank))
+    device, result = asyncio.run(_serve(config, place, args))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layout = config.model_config.kv_layout(BLOCK_SIZE, dtype.itemsize, 1, 0)
     cache = KVCache(layout, args.prompt_tokens // BLOCK_SIZE, dtype, device)
@@ -111,18 +108,13 @@ def _rate(run: Callable[[], None], num_bytes: int, device: torch.device) -> floa
 
 
 async def _serve(
-    make_node: Callable[[], Node], args: argparse.Namespace, rank: int
-) -> dict[str, Any]:
+    config: ServerConfig, place: Place, args: argparse.Namespace
+) -> tuple[torch.device, dict[str, Any]]:
+    """Serve the requests one at a time: this rank's device, and on rank 0 the stages."""
     timelines: list[Timeline] = []
-    node = make_node()
-    await node.run(_ask(node, args, timelines) if rank == 0 else _follow(node))
-    return _summarise(timelines) if timelines else {}
-
-
-async def _follow(node: Node) -> None:
-    await node.load(None, lambda done, total: None)
-    await node.dismissed.wait()
-    await node.leave()
+    node = join_job(config, place)
+    await node.run(_ask(node, args, timelines) if node.is_front else follow(node))
+    return node.setup.device, _summarise(timelines) if timelines else {}
 
 
 async def _ask(node: Node, args: argparse.Namespace, timelines: list[Timeline]) -> None:

@@ -1,4 +1,4 @@
-"""torchrun's entry: reads the options, builds the topology, runs this rank to its end.
+"""torchrun's entry: reads the options, then runs this rank to its end.
 
 torchrun --nproc-per-node 8 -m serve.launch --model M
 """
@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 
-from serve.comm.topology import Place, build_topology, read_place
+from serve.comm.topology import Place, read_place
 from serve.config import ConfigError, ServerConfig, parse_args
 from serve.lifetime import die_with_parent, exit_now
 
@@ -30,8 +30,7 @@ def main() -> None:
     from serve.serving import serve_rank
 
     sys.setswitchinterval(1e-4)  # with 5 ms a busy event loop starves the GPU thread
-    topology = build_topology(config.replica_specs, config.partition_id, mixed=config.colocated)
-    exit_now(uvloop.run(serve_rank(config, place, topology, listener)))
+    exit_now(uvloop.run(serve_rank(config, place, listener)))
 
 
 def start_logging(config: ServerConfig, place: Place) -> None:

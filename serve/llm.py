@@ -27,14 +27,13 @@ import uvloop
 from tqdm import tqdm
 
 from serve.api.service import Service, Stream
-from serve.comm.process_groups import init_world, new_control_group
-from serve.comm.topology import build_topology, read_place
+from serve.comm.topology import read_place
 from serve.config import ConfigError, parse_args
 from serve.front import fit_max_model_len, make_front
 from serve.launch import start_logging
 from serve.lifetime import die_with_parent, exit_now
 from serve.metrics import Metrics
-from serve.node import Node, pick_device
+from serve.node import Node, join_job
 from serve.request import FinishReason, Request, SamplingParams
 from serve.serving import follow, run_to_end
 from serve.tokenizer import Tokenizer
@@ -68,17 +67,11 @@ class LLM:
         self.config = replace(config, max_waiting=sys.maxsize)  # a batch waits as long as it must
         start_logging(self.config, place)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        topology = build_topology(
-            self.config.replica_specs, self.config.partition_id, self.config.colocated
-        )
-        device = pick_device(place)
-        init_world(place, "cuda" if device.type == "cuda" else "cpu")
         self._loop = uvloop.new_event_loop()
         self._closing = asyncio.Event()
-        group = new_control_group()
 
         async def make() -> Node:
-            return Node(self.config, place, topology, device, group)
+            return join_job(self.config, place)
 
         self._node = self._loop.run_until_complete(make())
         if place.rank != 0:

@@ -34,7 +34,8 @@ from serve.comm.messages import (
     ReplicaReady,
     Report,
 )
-from serve.comm.topology import Place, Topology
+from serve.comm.process_groups import init_world, new_control_group
+from serve.comm.topology import Place, Topology, build_topology
 from serve.config import Role, ServerConfig
 from serve.engine.loading import Loaded, Progress, load_rank
 from serve.engine.rank_setup import RankSetup
@@ -257,3 +258,11 @@ class Node:
             if silent := self.channel.silent_peers(SILENCE_LIMIT_S):
                 reason = f"rank {silent[0]} has been silent for {SILENCE_LIMIT_S:.0f} s"
                 self._fail(JobFailed(reason))
+
+
+def join_job(config: ServerConfig, place: Place) -> Node:
+    """Meet the other ranks of the job and become one of its nodes, on the running event loop."""
+    device = pick_device(place)
+    init_world(place, "cuda" if device.type == "cuda" else "cpu")
+    topology = build_topology(config.replica_specs, config.partition_id, mixed=config.colocated)
+    return Node(config, place, topology, device, new_control_group())

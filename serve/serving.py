@@ -16,13 +16,12 @@ from tqdm import tqdm
 from serve.api.app import create_app, run_app_on
 from serve.api.service import Service
 from serve.api.settings import ApiSettings
-from serve.comm.process_groups import init_world, new_control_group
-from serve.comm.topology import Place, Topology
+from serve.comm.topology import Place
 from serve.config import ServerConfig
 from serve.front import FrontEnd, describe, fit_max_model_len, make_front
 from serve.lifetime import StopSignals
 from serve.metrics import Metrics
-from serve.node import JobFailed, Node, RankFailed, pick_device
+from serve.node import JobFailed, Node, RankFailed, join_job
 from serve.tokenizer import Tokenizer
 
 log = logging.getLogger("serve")
@@ -30,13 +29,9 @@ log = logging.getLogger("serve")
 FAREWELL_S = 2.0  # how long clients of a failed job may take to read their error
 
 
-async def serve_rank(
-    config: ServerConfig, place: Place, topology: Topology, listener: socket.socket | None
-) -> int:
+async def serve_rank(config: ServerConfig, place: Place, listener: socket.socket | None) -> int:
     """Run this rank until the job ends; the process's exit code."""
-    device = pick_device(place)
-    init_world(place, "cuda" if device.type == "cuda" else "cpu")
-    node = Node(config, place, topology, device, new_control_group())
+    node = join_job(config, place)
     signals = StopSignals()
     signals.install(lambda: node.abandon("torchrun is gone"))
     main = follow(node) if listener is None else _serve(node, listener, signals)

@@ -24,6 +24,7 @@ from serve.front import fit_max_model_len, make_front
 from serve.metrics import Metrics
 from serve.node import Node, pick_device
 from serve.request import FinishReason, Request, SamplingParams
+from serve.serving import follow
 
 
 class Job(msgspec.Struct):
@@ -84,14 +85,8 @@ async def _run(
 ) -> bytes | None:
     node = Node(config, place, topology, pick_device(place), control_group)
     results: list[CaseResult] = []
-    await node.run(_lead(node, jobs, results) if place.rank == 0 else _follow(node))
+    await node.run(_lead(node, jobs, results) if place.rank == 0 else follow(node))
     return msgspec.msgpack.encode(results[0]) if results else None
-
-
-async def _follow(node: Node) -> None:
-    await node.load(await node.load_tokenizer(), lambda done, total: None)
-    await node.dismissed.wait()
-    await node.leave()
 
 
 async def _lead(node: Node, jobs: list[Job], results: list[CaseResult]) -> None:
