@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 2 -m bench.kv_transfer MODEL [--prompt-tokens 8192]
 
 MODEL is a directory with a config.json; its weights are random. Rank 0 prefills, rank 1 decodes.
-Prints one JSON line: GB/s of a plain send/recv, of a packed push and of a push with pack and
-unpack, all of the same bytes in the same run; then the stages of requests served one at a time.
+Prints one JSON line: GB/s of plain sends and of pushes, one alone and many in a row, all of the
+same bytes in the same run, for each transport; then the stages of requests served one at a time.
 """
 
 from __future__ import annotations
@@ -22,20 +22,25 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from serve.comm.kv_transfer import Pair, warm_up
+from serve.comm.kv_transfer import Pair, packed_bytes
+from serve.comm.messages import NUM_STAGING_SLOTS
 from serve.comm.process_groups import new_pair_groups
+from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.topology import Place, read_place
+from serve.comm.wires import P2PWire, SymmetricWire, Wire
 from serve.config import ServerConfig, parse_args
 from serve.engine.kv_cache import KVCache
 from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now
 from serve.metrics import Metrics
+from serve.model.flash_attention import preferred_block_size
 from serve.node import Node, join_job
 from serve.request import Request, SamplingParams, Timeline
 from serve.serving import follow
 
 NUM_ROUNDS = 10
-BLOCK_SIZE = 64
+NUM_IN_A_ROW = 16
+PUSH_BYTES = 256 << 20
 PAIR = (0, 1)
 
 
@@ -45,51 +50,107 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=8192)
     parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--kv-transport", choices=("p2p", "symm"), default="p2p")
     args = parser.parse_args()
     place = read_place(os.environ)
     if place.world_size != 2:
         parser.error("two ranks are wanted: one that prefills and one that decodes")
     argv = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
+    argv += ["--kv-transport", args.kv_transport]
     config = parse_args([*argv, "--max-model-len", str(args.prompt_tokens + 64)], 2)
     device, result = asyncio.run(_serve(config, place, args))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    layout = config.model_config.kv_layout(BLOCK_SIZE, dtype.itemsize, 1, 0)
-    cache = KVCache(layout, args.prompt_tokens // BLOCK_SIZE, dtype, device)
-    result |= _measure_link(cache, place.rank, device)
+    block_size = preferred_block_size(device)
+    layout = config.model_config.kv_layout(block_size, dtype.itemsize, 1, 0)
+    cache = KVCache(layout, args.prompt_tokens // block_size, dtype, device)
+    result |= _measure_links(cache, place, device)
     if place.rank == 0:
         print(json.dumps(result), flush=True)
     dist.barrier()
     exit_now(0)
 
 
-def _measure_link(cache: KVCache, rank: int, device: torch.device) -> dict[str, Any]:
+def _measure_links(cache: KVCache, place: Place, device: torch.device) -> dict[str, Any]:
     backend: Literal["gloo", "nccl"] = "nccl" if device.type == "cuda" else "gloo"
     group = new_pair_groups([PAIR], backend)[PAIR]
-    peer = 1 - rank
-    warm_up(group, peer, device, sending=rank == 0)
-    count = min(cache.num_blocks, max(1, (256 << 20) // cache.layout.block_bytes))
+    peer = 1 - place.rank
+    count = min(cache.num_blocks, max(1, PUSH_BYTES // cache.layout.block_bytes))
+    num_bytes = count * packed_bytes(cache.blocks, len(cache.layout.kv_heads))
+    found: dict[str, Any] = {"bytes": num_bytes}
+    plain = P2PWire(peer, group, num_bytes, device)
+    found |= _measure_wire("plain", _Plain(plain, num_bytes), place.rank, num_bytes, device)
+    found |= _measure_wire("p2p", _push_end(cache, plain, count), place.rank, num_bytes, device)
+    if can_share_memory(place, PAIR):
+        arena = SymmetricArena(NUM_STAGING_SLOTS * num_bytes, device)
+        end = _push_end(cache, SymmetricWire(arena, peer, 0, 0, num_bytes), count)
+        found |= _measure_wire("symm", end, place.rank, num_bytes, device)
+    return found
+
+
+class _Plain:
+    """The bytes alone: nothing is packed."""
+
+    def __init__(self, wire: Wire, num_bytes: int) -> None:
+        self._wire, self._num_bytes = wire, num_bytes
+
+    def send(self, slot: int) -> None:
+        self._wait(self._wire.send(slot, self._num_bytes))
+
+    def receive(self, slot: int) -> Callable[[], object]:
+        wait = self._wire.receive(slot, self._num_bytes)
+        return wait or (lambda: None)
+
+    def take_out(self, slot: int) -> None:
+        pass
+
+    def _wait(self, wait: Callable[[], object] | None) -> None:
+        if wait is not None:
+            wait()
+
+
+class _Push:
+    """Pack, send, receive, unpack."""
+
+    def __init__(self, pair: Pair, block_ids: torch.Tensor) -> None:
+        self._pair, self._block_ids = pair, block_ids
+
+    def send(self, slot: int) -> None:
+        self._pair.send(slot, self._block_ids)
+
+    def receive(self, slot: int) -> Callable[[], object]:
+        return self._pair.receive(slot, len(self._block_ids))
+
+    def take_out(self, slot: int) -> None:
+        self._pair.unpack(slot, self._block_ids)
+
+
+def _push_end(cache: KVCache, wire: Wire, count: int) -> _Push:
     heads = tuple(range(len(cache.layout.kv_heads)))
-    pair = Pair(cache.blocks, heads, peer, group, count)
-    ids = torch.randperm(cache.num_blocks, device=device)[:count]
-    plain = torch.empty(count * cache.layout.block_bytes, dtype=torch.uint8, device=device)
+    block_ids = torch.randperm(cache.num_blocks, device=cache.blocks.device)[:count]
+    return _Push(Pair(cache.blocks, heads, wire), block_ids)
 
-    def exchange() -> None:
-        work = (dist.isend if rank == 0 else dist.irecv)(plain, peer, group=group)
-        if work is not None:
-            work.wait()
 
-    def push() -> None:
-        if rank == 0:
-            pair.send(0, ids)
-        else:
-            pair.receive(0, count)()
-            pair.unpack(0, ids)
+def _measure_wire(
+    name: str, end: _Plain | _Push, rank: int, num_bytes: int, device: torch.device
+) -> dict[str, float]:
+    def send(count: int) -> None:
+        for number in range(count):
+            end.send(number % NUM_STAGING_SLOTS)
 
-    num_bytes = plain.numel()
+    def receive(count: int) -> None:
+        """The next one is posted before the one before it is waited for, as in serving."""
+        waits = [end.receive(number) for number in range(min(count, NUM_STAGING_SLOTS))]
+        for number in range(count):
+            slot = number % NUM_STAGING_SLOTS
+            waits[slot]()
+            end.take_out(slot)
+            if number + NUM_STAGING_SLOTS < count:
+                waits[slot] = end.receive(slot)
+
+    run = send if rank == 0 else receive
     return {
-        "bytes": num_bytes,
-        "plain_gb_s": _rate(exchange, num_bytes, device),
-        "push_gb_s": _rate(push, num_bytes, device),
+        f"{name}_gb_s": _rate(lambda: run(1), num_bytes, device),
+        f"{name}_in_a_row_gb_s": _rate(lambda: run(NUM_IN_A_ROW), num_bytes * NUM_IN_A_ROW, device),
     }
 
 

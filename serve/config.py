@@ -76,6 +76,7 @@ class ServerConfig:
     max_model_len: int | None  # None: what the model and the pools allow
     max_waiting: int
     kv_push_bytes: int
+    kv_transport: Literal["p2p", "symm"]
     drain_timeout_s: float
     seed: int
     chat_template: str | None  # the template's text
@@ -123,6 +124,7 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
         decode=decode,
         max_model_len=_max_model_len(given, prefill, model_config, notes),
         kv_push_bytes=given.kv_push_bytes or option_defaults.KV_PUSH_BYTES,
+        kv_transport=given.kv_transport or "p2p",
         chat_template=read_chat_template(given.chat_template),
         notes=tuple(notes),
         **{name: getattr(given, name) for name in _TAKEN_AS_GIVEN},
@@ -193,7 +195,7 @@ def _partition_id(
 def _refuse_ignored(given: argparse.Namespace, *, colocated: bool) -> None:
     if colocated:
         names = [f"{phase}_{name}" for phase in ("prefill", "decode") for name in _LIMITS]
-        for name in [*names, "kv_push_bytes"]:
+        for name in [*names, "kv_push_bytes", "kv_transport"]:
             if getattr(given, name) is not None:
                 raise ValueError(f"{_option(name)} has no meaning when replicas are colocated")
     if given.num_blocks is not None:

@@ -263,6 +263,10 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         help="Most bytes that one message of KV carries between two ranks: a whole number, or one "
         "with the unit KiB, MiB or GiB. Two buffers of this size are kept for every pair of "
         "ranks. Refused in colocated mode. Default: 256MiB.")  # fmt: skip
+    add("--kv-transport", choices=("p2p", "symm"), metavar="WAY",
+        help="How KV crosses between two ranks: p2p, matched sends and receives (NCCL, or gloo on "
+        "CPUs); symm, the sender's copy engine writes into the receiver's symmetric memory, which "
+        "needs GPUs of one host. Refused in colocated mode. Default: p2p.")  # fmt: skip
 
 
 def _add_operation(parser: argparse.ArgumentParser) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from serve.request import FinishReason
+from tests.cases import CaseResult, Job
 from tests.checkpoints import ROPES, load_reference, write_llama_checkpoint
 from tests.test_matrix import SPLITS, check_parity, greedy, random_jobs, run_case
 from tests.world import World
@@ -36,6 +37,23 @@ def gpus() -> Iterator[World]:
     world.close()
 
 
+FreshWorld = Callable[[int], World]
+
+
+@pytest.fixture
+def fresh() -> Iterator[FreshWorld]:
+    """Makes the world of one job: symmetric memory is for processes that serve once."""
+    worlds: list[World] = []
+
+    def make(size: int) -> World:
+        worlds.append(World(size))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama_checkpoint(tmp_path_factory.mktemp("small"), seed=1, num_kv_heads=2)
@@ -57,12 +75,9 @@ def test_each_rope_type(gpus: World, tmp_path: Path, rope: str) -> None:
     check_parity(model, jobs, run_case(gpus, model, "colocated", jobs, *options))
 
 
-def test_bfloat16_tokens_are_as_good_as_the_references(gpus: World, small: Path) -> None:
+def check_near(model: Path, jobs: list[Job], result: CaseResult) -> None:
     """Teacher-forced: no token is worse than the best by more than bfloat16 can tell."""
-    jobs = random_jobs(17, 16)
-    split = "1P+1D" if NUM_GPUS > 1 else "colocated"
-    result = run_case(gpus, small, split, jobs, "--dtype", "bfloat16")
-    reference = load_reference(small)
+    reference = load_reference(model)
     for job, answer in zip(jobs, result.answers, strict=True):
         ids = torch.tensor([[*job.prompt_ids, *answer.token_ids]])
         with torch.no_grad():
@@ -70,6 +85,26 @@ def test_bfloat16_tokens_are_as_good_as_the_references(gpus: World, small: Path)
         chosen = logits.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
         shortfall = (logits.amax(dim=1) - chosen) / logits.abs().amax(dim=1)
         assert shortfall.max() < 0.05
+
+
+def test_bfloat16_tokens_are_as_good_as_the_references(gpus: World, small: Path) -> None:
+    jobs = random_jobs(17, 16)
+    split = "1P+1D" if NUM_GPUS > 1 else "colocated"
+    check_near(small, jobs, run_case(gpus, small, split, jobs, "--dtype", "bfloat16"))
+
+
+@pytest.mark.parametrize("transport", ["p2p", "symm"])
+@pytest.mark.parametrize("split", ["1P+1D", "2P+2D", "colocated tp 2", "tp 2 to 1", "tp 2 to 2"])
+def test_symmetric_memory(fresh: FreshWorld, small: Path, split: str, transport: str) -> None:
+    """Sums over ranks and transfers, many pushes a prompt, each slot used again and again."""
+    need(split)
+    if split.startswith("colocated") and transport == "symm":
+        pytest.skip("nothing is transferred")
+    jobs = random_jobs(29, 48, longest=120)
+    options = ["--dtype", "bfloat16", "--block-size", "64", "--max-num-batched-tokens", "64"]
+    if not split.startswith("colocated"):
+        options += ["--kv-push-bytes", "1", "--kv-transport", transport]
+    check_near(small, jobs, run_case(fresh(SPLITS[split][0]), small, split, jobs, *options))
 
 
 @pytest.mark.parametrize("split", ["2P+2D", "tp 2 to 2", "1P+1D"])
@@ -101,10 +136,11 @@ def test_tens_of_thousands_of_transfers(gpus: World, small: Path, split: str) ->
 
 
 @pytest.mark.parametrize("split", ["colocated", "1P+1D", "tp 1 to 2", "tp 2 to 2"])
-def test_llama_3_8b_shape(gpus: World, split: str) -> None:
+def test_llama_3_8b_shape(fresh: FreshWorld, split: str) -> None:
     need(split)
     rng = random.Random(23)
     jobs = [greedy([rng.randrange(128256) for _ in range(8192)], 8) for _ in range(4)]
     options = ["--load-format", "dummy", "--max-model-len", "8400", "--num-blocks", "600"]
-    result = run_case(gpus, LLAMA_3_8B, split, jobs, *options, timeout_s=300)
+    world = fresh(SPLITS[split][0])
+    result = run_case(world, LLAMA_3_8B, split, jobs, *options, timeout_s=300)
     assert [len(answer.token_ids) for answer in result.answers] == [8] * 4

@@ -61,6 +61,8 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.engine.gpu_sampler",
             "serve.engine.triton_sampling",
             "serve.comm.kv_transfer",
+            "serve.comm.wires",
+            "serve.comm.triton_kv",
         ),
     },
     {
@@ -75,6 +77,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.engine.kv_cache",
             "serve.engine.forward_batch",
             "serve.comm.tensor_parallel",
+            "serve.comm.symmetric",
             "serve.comm.process_groups",
         ),
     },

@@ -6,33 +6,31 @@ reads is complete, for the leader has seen the result of the step that wrote it,
 followers the last all-reduce of that step comes after their writing; and it stays, for blocks are
 freed only when the push is acknowledged. Unpacking is on the compute stream in plan order, so every
 writer of KV blocks is on one stream. Sends and receives run on a stream of their own per directed
-pair of ranks (NCCL), or in gloo's threads (CPU). A staging slot passes between them by events::
+pair of ranks (GPU), or in gloo's threads (CPU). A staging slot passes between them by events::
 
-    sender    sent[slot] -> pack (packing) -> packed -> isend (pair) -> sent[slot]
-    receiver  unpacked[slot] -> irecv (pair) -> filled[slot] -> unpack (compute) -> unpacked[slot]
+    sender    sent[slot] -> pack (packing) -> packed -> send (pair) -> sent[slot]
+    receiver  unpacked[slot] -> receive (pair) -> filled[slot] -> unpack (compute) -> unpacked[slot]
 
-The acknowledgement of each push keeps both sides from coming back to a slot too early, so none of
-these waits is ever long.
+A push is sent only once the one before it in its slot is acknowledged, which the receiver does when
+it is in the slot: so none of these waits is longer than a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from serve.comm.messages import NUM_STAGING_SLOTS
+from serve.comm.wires import Wait, Wire
 
 _MAX_WARM_BLOCKS = 1 << 14  # block ids of a push
 
-Wait = Callable[[], object]  # blocks the calling thread until a transfer is done
-
 
 class Pair:
-    """One directed pair of ranks, seen from one of them: its communicator, stream and slots.
+    """One directed pair of ranks, seen from one of them: its wire, its stream, its slots' state.
 
     ``heads`` are the positions, in this rank's layout, of the heads that travel on it, in the order
     of the packed form: ``[num_blocks, num_layers, 2, block_size, len(heads), head_dim]``.
@@ -42,18 +40,14 @@ class Pair:
         self,
         cache: Tensor,  # [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
         heads: tuple[int, ...],
-        peer: int,
-        group: dist.ProcessGroup,
-        max_push_blocks: int,
+        wire: Wire,
     ) -> None:
-        self.peer = peer
-        cache = _widen(cache)
-        self._cache = cache
-        self._group = group
+        self._cache = cache = _widen(cache)
+        self._wire = wire
         self._all_heads = heads == tuple(range(cache.shape[4]))
         self._heads = torch.tensor(heads, device=cache.device)
-        shape = (NUM_STAGING_SLOTS, max_push_blocks, *cache.shape[1:4], len(heads), cache.shape[5])
-        self._staging = torch.empty(shape, dtype=cache.dtype, device=cache.device)
+        self._shape = (*cache.shape[1:4], len(heads), cache.shape[5])  # of a packed block
+        self._block_bytes = packed_bytes(cache, len(heads))
         self._on_gpu = cache.is_cuda
         self._stream = (
             torch.cuda.Stream() if self._on_gpu else None  # type: ignore[no-untyped-call]
@@ -61,51 +55,61 @@ class Pair:
         self._free: list[Wait | torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
         self._filled: list[torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
 
-    @staticmethod
-    def staging_bytes(block_bytes: int, max_push_blocks: int) -> int:
-        """Memory of one pair whose heads make ``block_bytes`` of a block."""
-        return NUM_STAGING_SLOTS * max_push_blocks * block_bytes
-
     def send(self, slot: int, block_ids: Tensor) -> None:
         """Pack ``block_ids`` (int64, on the cache's device) into ``slot`` and send it.
 
         Packs on the current stream.
         """
-        buffer = self._staging[slot, : len(block_ids)]
         self._await_free(slot)
-        self._pack(block_ids, buffer)
+        self._pack(block_ids, self._packed(slot, len(block_ids)))
         with self._transfer_stream(self._mark()):
-            work = dist.isend(buffer, self.peer, group=self._group)
-            self._free[slot] = self._after(work)
+            wait = self._wire.send(slot, len(block_ids) * self._block_bytes)
+            self._free[slot] = wait or self._mark()
 
     def receive(self, slot: int, num_blocks: int) -> Wait:
         """Post the receive of ``num_blocks`` blocks into ``slot``; the result waits for it."""
-        buffer = self._staging[slot, :num_blocks]
         with self._transfer_stream(self._free[slot]):
-            work = dist.irecv(buffer, self.peer, group=self._group)
-            done = self._after(work)
-        if isinstance(done, torch.cuda.Event):
-            self._filled[slot] = done
-            return done.synchronize
-        return done
+            wait = self._wire.receive(slot, num_blocks * self._block_bytes)
+            if wait is not None:
+                return wait
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            done.record()
+        self._filled[slot] = done
+        return done.synchronize
 
     def unpack(self, slot: int, block_ids: Tensor) -> None:
         """Copy what is in ``slot`` into ``block_ids``. Only after the receive is done."""
         if (filled := self._filled[slot]) is not None:
             torch.cuda.current_stream().wait_event(filled)
         if len(block_ids):
-            source = self._staging[slot, : len(block_ids)]
-            if self._all_heads:
-                self._cache.index_copy_(0, block_ids, source)
-            else:
-                self._cache[block_ids[:, None], :, :, :, self._heads] = source.movedim(4, 1)
+            self._unpack(self._packed(slot, len(block_ids)), block_ids)
+        self._wire.release(slot)
         self._free[slot] = self._mark()
 
-    def _pack(self, block_ids: Tensor, buffer: Tensor) -> None:
-        if self._all_heads:
-            torch.index_select(self._cache, 0, block_ids, out=buffer)
+    def _packed(self, slot: int, num_blocks: int) -> Tensor:
+        """The packed form in ``slot``."""
+        flat = self._wire.staging[slot, : num_blocks * self._block_bytes]
+        return flat.view(self._cache.dtype).view(num_blocks, *self._shape)
+
+    def _pack(self, block_ids: Tensor, packed: Tensor) -> None:
+        if self._on_gpu:
+            from serve.comm.triton_kv import pack
+
+            pack(self._cache, block_ids, self._heads, packed)
+        elif self._all_heads:
+            torch.index_select(self._cache, 0, block_ids, out=packed)
         else:
-            buffer.copy_(self._cache[block_ids].index_select(4, self._heads))
+            packed.copy_(self._cache[block_ids].index_select(4, self._heads))
+
+    def _unpack(self, packed: Tensor, block_ids: Tensor) -> None:
+        if self._on_gpu:
+            from serve.comm.triton_kv import unpack
+
+            unpack(packed, block_ids, self._heads, self._cache)
+        elif self._all_heads:
+            self._cache.index_copy_(0, block_ids, packed)
+        else:
+            self._cache[block_ids[:, None], :, :, :, self._heads] = packed.movedim(4, 1)
 
     def _await_free(self, slot: int) -> None:
         match self._free[slot]:
@@ -124,22 +128,17 @@ class Pair:
         return event
 
     def _transfer_stream(self, after: object) -> torch.cuda.StreamContext | nullcontext[None]:
-        """Issue on the pair's stream, once ``after`` (an event of the compute stream) is past."""
+        """Issue on the pair's stream, once ``after`` (an event of another stream) is past."""
         if self._stream is None:
             return nullcontext()
         if isinstance(after, torch.cuda.Event):
             self._stream.wait_event(after)
         return torch.cuda.stream(self._stream)
 
-    def _after(self, work: dist.Work | None) -> Wait | torch.cuda.Event:
-        if work is None:
-            raise RuntimeError(f"rank {self.peer} is not in the pair's group")
-        if self._stream is None:
-            return work.wait
-        work.wait()  # on NCCL: the pair's stream waits, the thread does not
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        return event
+
+def packed_bytes(cache: Tensor, num_heads: int) -> int:
+    """Bytes that ``num_heads`` heads of one block of ``cache`` (see ``Pair``) take."""
+    return cache[0].numel() // cache.shape[4] * num_heads * cache.itemsize
 
 
 class KVSender:
@@ -189,17 +188,6 @@ class KVReceiver:
 def _widen(cache: Tensor) -> Tensor:
     """The same memory in elements of 8 bytes: indexed copies cost by the element."""
     return cache.view(torch.int64) if cache.shape[-1] * cache.itemsize % 8 == 0 else cache
-
-
-def warm_up(group: dist.ProcessGroup, peer: int, device: torch.device, *, sending: bool) -> None:
-    """Make the communicator of a pair: one small message, waited for. Both ends must call it."""
-    token = torch.zeros(1, device=device)
-    work = (dist.isend if sending else dist.irecv)(token, peer, group=group)
-    if work is None:
-        raise RuntimeError(f"rank {peer} is not in the pair's group")
-    work.wait()
-    if token.is_cuda:
-        torch.cuda.synchronize(device)
 
 
 def _to_device(block_ids: Iterable[int], device: torch.device) -> Tensor:

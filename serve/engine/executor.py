@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from serve.comm.kv_transfer import KVReceiver, KVSender, Wait
+from serve.comm.kv_transfer import KVReceiver, KVSender
 from serve.comm.messages import (
     NUM_STAGING_SLOTS,
     Entry,
@@ -27,6 +27,7 @@ from serve.comm.messages import (
     Stop,
     Unpack,
 )
+from serve.comm.wires import Wait
 from serve.engine.runner import Runner
 
 T = TypeVar("T")

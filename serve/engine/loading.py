@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from serve.comm.kv_transfer import KVReceiver, KVSender, Pair, warm_up
-from serve.comm.messages import FRONT_END_RANK
+from serve.comm.kv_transfer import KVReceiver, KVSender, Pair
+from serve.comm.messages import FRONT_END_RANK, NUM_STAGING_SLOTS
 from serve.comm.process_groups import Backend, new_pair_groups, new_tp_groups
+from serve.comm.symmetric import SymmetricArena, SymmetricReduction, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
 from serve.comm.topology import ReplicaInfo
 from serve.comm.transfer_plan import Slice, plan_transfer
+from serve.comm.wires import P2PWire, SymmetricWire, Wire
 from serve.engine.executor import Equipment
 from serve.engine.kv_cache import KVCache
 from serve.engine.memory import make_graphs, measure_num_blocks, uses_graphs
@@ -68,17 +70,18 @@ def load_rank(setup: RankSetup, progress: Progress) -> Loaded:
     Raises ``ValueError`` with one line for a checkpoint or a memory setting that cannot be served.
     """
     backend: Backend = "nccl" if setup.device.type == "cuda" else "gloo"
-    group = new_tp_groups(setup.topology, backend)
-    tp = TensorParallel(setup.topology.tp_rank(setup.place.rank), setup.replica.tp, group)
     routes = find_routes(setup)
-    groups = _connect(setup, routes, backend)
+    _check_transport(setup, routes)
+    group = new_tp_groups(setup.topology, backend)
+    pair_groups = new_pair_groups([route.ranks for route in routes], backend)
+    wires = _connect(setup, routes, pair_groups)
+    tp = _make_tensor_parallel(setup, group)
     model = _load_model(setup, tp, progress)
-    staging_bytes = sum(_staging_bytes(setup, route) for route in _own(setup, routes))
-    measured = measure_num_blocks(setup, model, tp, staging_bytes)
+    measured = measure_num_blocks(setup, model, tp)
     num_blocks = _agree(measured, group, setup.device)
     layout = setup.layouts(setup.replica)[tp.rank]
     cache = KVCache(layout, num_blocks, setup.dtype, setup.device)
-    sender, receiver = _make_transfers(setup, routes, groups, cache)
+    sender, receiver = _make_transfers(setup, cache, routes, wires)
     runner = Runner(model, cache, tp, setup.limits.max_num_seqs)
     if uses_graphs(setup):
         graphs = make_graphs(setup, model, cache, runner.sampled)
@@ -96,21 +99,83 @@ def find_routes(setup: RankSetup) -> list[Route]:
     ]
 
 
+def _check_transport(setup: RankSetup, routes: list[Route]) -> None:
+    """Refuse symmetric memory where there is none, on all ranks alike."""
+    if setup.config.kv_transport == "symm":
+        ranks = {rank for route in routes for rank in route.ranks}
+        if not can_share_memory(setup.place, sorted(ranks)):
+            raise ValueError(
+                "--kv-transport symm needs GPUs of one host that can read each other's memory"
+            )
+
+
 def _own(setup: RankSetup, routes: list[Route]) -> list[Route]:
     return [route for route in routes if setup.place.rank in route.ranks]
 
 
+def _make_tensor_parallel(setup: RankSetup, group: dist.ProcessGroup | None) -> TensorParallel:
+    reduction = None
+    if (
+        group is not None
+        and setup.dtype is torch.bfloat16
+        and can_share_memory(setup.place, setup.replica.ranks)
+    ):
+        reduction = SymmetricReduction(group, setup.device)
+    tp_rank = setup.topology.tp_rank(setup.place.rank)
+    return TensorParallel(tp_rank, setup.replica.tp, group, reduction)
+
+
 def _connect(
-    setup: RankSetup, routes: list[Route], backend: Backend
-) -> dict[tuple[int, int], dist.ProcessGroup]:
-    """Make the communicator of every pair, and use each once, in one order everywhere."""
-    groups = new_pair_groups([route.ranks for route in routes], backend)
-    for source, target in (route.ranks for route in routes):
-        if setup.place.rank == source:
-            warm_up(groups[source, target], target, setup.device, sending=True)
-        elif setup.place.rank == target:
-            warm_up(groups[source, target], source, setup.device, sending=False)
-    return groups
+    setup: RankSetup, routes: list[Route], groups: Mapping[tuple[int, int], dist.ProcessGroup]
+) -> dict[tuple[int, int], Wire]:
+    """Make the wire of every pair of this rank's, and use each once, in one order everywhere."""
+    make = _symmetric_wires if setup.config.kv_transport == "symm" else _p2p_wires
+    wires = make(setup, routes, groups)
+    for (source, _), wire in wires.items():
+        wire.warm_up(sending=setup.place.rank == source)
+    return wires
+
+
+def _p2p_wires(
+    setup: RankSetup, routes: list[Route], groups: Mapping[tuple[int, int], dist.ProcessGroup]
+) -> dict[tuple[int, int], Wire]:
+    return {
+        route.ranks: P2PWire(
+            _peer(setup, route), groups[route.ranks], _slot_bytes(setup, route), setup.device
+        )
+        for route in _own(setup, routes)
+    }
+
+
+def _symmetric_wires(
+    setup: RankSetup, routes: list[Route], groups: Mapping[tuple[int, int], dist.ProcessGroup]
+) -> dict[tuple[int, int], Wire]:
+    """One arena holds the slots of all pairs; every rank knows where they lie at every other."""
+    ends: dict[int, int] = dict.fromkeys(range(setup.place.world_size), 0)
+    begins: dict[tuple[int, tuple[int, int]], int] = {}
+    for route in routes:
+        for rank in route.ranks:
+            begins[rank, route.ranks] = ends[rank]
+            ends[rank] += NUM_STAGING_SLOTS * _slot_bytes(setup, route)
+    arena = SymmetricArena(max(ends.values()), setup.device)
+    wires: dict[tuple[int, int], Wire] = {}
+    for route in _own(setup, routes):
+        peer = _peer(setup, route)
+        ours, theirs = begins[setup.place.rank, route.ranks], begins[peer, route.ranks]
+        wires[route.ranks] = SymmetricWire(arena, peer, ours, theirs, _slot_bytes(setup, route))
+    return wires
+
+
+def _peer(setup: RankSetup, route: Route) -> int:
+    source, target = route.ranks
+    return target if setup.place.rank == source else source
+
+
+def _slot_bytes(setup: RankSetup, route: Route) -> int:
+    """Of the largest push between the two ranks."""
+    layout = setup.layouts(route.prefill)[route.slice.src]
+    num_heads = len(route.slice.src_heads)
+    return setup.max_push_blocks * layout.block_bytes * num_heads // len(layout.kv_heads)
 
 
 def _load_model(setup: RankSetup, tp: TensorParallel, progress: Progress) -> nn.Module:
@@ -136,12 +201,6 @@ def _capture(setup: RankSetup, graphs: DecodeGraphs) -> None:
     log.info("rank %d: CUDA graphs in %.1f s", setup.place.rank, time.monotonic() - begun_s)
 
 
-def _staging_bytes(setup: RankSetup, route: Route) -> int:
-    layout = setup.layouts(route.prefill)[route.slice.src]
-    share = layout.block_bytes * len(route.slice.src_heads) // len(layout.kv_heads)
-    return Pair.staging_bytes(share, setup.max_push_blocks)
-
-
 def _agree(num_blocks: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
     """The smallest count of the replica's ranks: they share one block table."""
     if group is None:
@@ -153,24 +212,18 @@ def _agree(num_blocks: int, group: dist.ProcessGroup | None, device: torch.devic
 
 def _make_transfers(
     setup: RankSetup,
-    routes: list[Route],
-    groups: dict[tuple[int, int], dist.ProcessGroup],
     cache: KVCache,
+    routes: list[Route],
+    wires: Mapping[tuple[int, int], Wire],
 ) -> tuple[KVSender, KVReceiver]:
     outgoing: dict[int, list[Pair]] = {}
     incoming: dict[int, list[Pair]] = {}
     for route in _own(setup, routes):
-        source, target = route.ranks
-        sends = setup.place.rank == source
-        pair = Pair(
-            cache.blocks,
-            route.slice.src_heads if sends else route.slice.dst_heads,
-            target if sends else source,
-            groups[route.ranks],
-            setup.max_push_blocks,
-        )
-        if sends:
+        wire = wires[route.ranks]
+        if setup.place.rank == route.ranks[0]:
+            pair = Pair(cache.blocks, route.slice.src_heads, wire)
             outgoing.setdefault(route.decode.id, []).append(pair)
         else:
+            pair = Pair(cache.blocks, route.slice.dst_heads, wire)
             incoming.setdefault(route.prefill.id, []).append(pair)
     return KVSender(outgoing, setup.device), KVReceiver(incoming, setup.device)

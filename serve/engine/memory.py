@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 CPU_KV_BYTES = 2 << 30
 
 
-def measure_num_blocks(
-    setup: RankSetup, model: nn.Module, tp: TensorParallel, staging_bytes: int
-) -> int:
-    """KV blocks of this rank: the option, or what memory allows. ``ValueError`` if it is none."""
+def measure_num_blocks(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> int:
+    """KV blocks of this rank: the option, or what memory allows. ``ValueError`` if it is none.
+
+    All that takes memory beside them is there already, or measured here.
+    """
     layout = setup.layouts(setup.replica)[setup.topology.tp_rank(setup.place.rank)]
     if setup.config.num_blocks is not None:
         return setup.config.num_blocks
@@ -34,11 +35,11 @@ def measure_num_blocks(
     if uses_graphs(setup):
         peak_bytes += _measure_graphs(setup, model)
     total_bytes = torch.cuda.mem_get_info(setup.device)[1]
-    budget = int(total_bytes * setup.limits.gpu_memory_utilization) - peak_bytes - staging_bytes
+    budget = int(total_bytes * setup.limits.gpu_memory_utilization) - peak_bytes
     if budget < layout.block_bytes:
         raise ValueError(
-            f"no memory is left for the KV cache on {setup.device}: model and activations take "
-            f"{peak_bytes >> 20} MiB of {total_bytes >> 20} MiB, staging {staging_bytes >> 20}; "
+            f"no memory is left for the KV cache on {setup.device}: model, activations and staging "
+            f"buffers take {peak_bytes >> 20} MiB of {total_bytes >> 20} MiB; "
             "raise --gpu-memory-utilization or lower --max-num-batched-tokens or --kv-push-bytes"
         )
     return budget // layout.block_bytes
