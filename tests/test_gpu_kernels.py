@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow, Step, StepSequence
-from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, build_forward_batch
+from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, build_forward_batch, fill_in
 from serve.engine.sampler import plain_parameters, sample
 from serve.model import ops
 from serve.request import Request, SamplingParams
@@ -110,7 +110,7 @@ def test_split_decode(dim: int, count: int) -> None:
     numbers = torch.arange(4 * count + 1, device=GPU, dtype=torch.int32)
     splits = DecodeSplits(count, numbers, lengths, tables)
     values = {name: getattr(metadata, name) for name in metadata.__slots__} | {"splits": splits}
-    split = attention(q, k, v, AttentionMetadata(**values))
+    split = attention(q.repeat(count, 1, 1), k, v, AttentionMetadata(**values))
     assert_near(split, exact_attention(q, k, v, metadata), dtype)
 
 
@@ -134,6 +134,31 @@ def test_norms(num_rows: int, size: int, dtype: torch.dtype) -> None:
     assert_near(normed, exact(total), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("out_features", "size"), [(4096, 4096), (7, 576), (1001, 8192), (5, 9000)]
+)
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_linear(num_rows: int, out_features: int, size: int, dtype: torch.dtype) -> None:
+    """One row goes another way than several; with and without a bias, and into given memory."""
+    x = torch.randn(num_rows, size, device=GPU, dtype=dtype)
+    weight = torch.randn(out_features, size, device=GPU, dtype=dtype)
+    bias = 100 * torch.randn(out_features, device=GPU, dtype=dtype)
+    exact = x.double() @ weight.double().T
+    assert_near(ops.linear(x, weight), exact, dtype)
+    assert_near(ops.linear(x, weight, bias), exact + bias.double(), dtype)
+    out = torch.full((num_rows, out_features), float("nan"), device=GPU, dtype=dtype)
+    assert ops.linear(x, weight, out=out) is out
+    assert_near(out, exact, dtype)
+
+
+def test_tokens_of_the_step_before_are_taken_up() -> None:
+    kernels = pytest.importorskip("serve.model.triton_ops")
+    sampled = torch.randint(1000, (300,), device=GPU)
+    token_ids = torch.randint(-300, 1000, (300,), device=GPU)
+    torch.testing.assert_close(kernels.take_up(token_ids, sampled), fill_in(token_ids, sampled))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("num_rows", "size"), [(1, 1536), (64, 14336), (513, 300)])
 def test_silu_mul(num_rows: int, size: int, dtype: torch.dtype) -> None:
@@ -144,7 +169,8 @@ def test_silu_mul(num_rows: int, size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64), (4, 4, 96)])
-def test_rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("copies", [1, 3])
+def test_rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, copies: int) -> None:
     num_tokens, num_blocks = 50, 6
     qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * dim, device=GPU, dtype=dtype)
     angles = torch.randn(num_tokens, dim // 2, device=GPU)
@@ -152,14 +178,34 @@ def test_rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> 
     shape = (num_blocks, 2, 2, BLOCK_SIZE, kv_heads, dim)
     cache = torch.zeros(shape, device=GPU, dtype=dtype)
     exact = torch.zeros(shape, device=GPU, dtype=torch.float64)
-    q = ops.rope_write(qkv, angles.cos(), angles.sin(), cache[:, 1, 0], cache[:, 1, 1], slots)
+    caches = cache[:, 1, 0], cache[:, 1, 1]
+    q = ops.rope_write(qkv, angles.cos(), angles.sin(), *caches, slots, copies)
     wide = qkv.double().view(num_tokens, -1, dim)
     expected = ops.rotate(wide[:, : heads + kv_heads], angles.double().cos(), angles.double().sin())
     blocks, offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
     exact[blocks, 1, 0, offsets] = expected[:, heads:]
     exact[blocks, 1, 1, offsets] = wide[:, heads + kv_heads :]
-    assert_near(q, expected[:, :heads], dtype)
+    assert_near(q, expected[:, :heads].repeat(copies, 1, 1), dtype)
     assert_near(cache, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dim", "heads"), [(128, (0, 1, 2, 3)), (64, (2, 3)), (96, (3, 0, 1))])
+def test_packing(dim: int, heads: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Exactly the blocks and heads that are wanted, there and back."""
+    kernels = pytest.importorskip("serve.comm.triton_kv")
+    source = torch.randn(9, 3, 2, 16, 4, dim, device=GPU, dtype=dtype)
+    target = torch.randn_like(source)
+    before = target.clone()
+    there, here = torch.tensor([5, 0, 8], device=GPU), torch.tensor([1, 7, 2], device=GPU)
+    index = torch.tensor(heads, device=GPU)
+    packed = source.new_empty(3, 3, 2, 16, len(heads), dim)
+    kernels.pack(source, there, index, packed)
+    torch.testing.assert_close(packed, source[there].index_select(4, index), rtol=0, atol=0)
+    kernels.unpack(packed, here, index, target)
+    for block, place in zip(there, here, strict=True):
+        before[place][..., index, :] = source[block][..., index, :]
+    torch.testing.assert_close(target, before, rtol=0, atol=0)
 
 
 def test_combining_ignores_parts_without_positions() -> None:

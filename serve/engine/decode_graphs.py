@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from serve.comm.messages import Step
-from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch, fill_in
+from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.engine.sampler import plain_parameters
 from serve.engine.triton_sampling import sample_plain
-from serve.model.triton_ops import slice_tables
+from serve.model.triton_ops import slice_tables, take_up
 
 NOWHERE = -1  # the slot of a row whose keys and values are not kept
 _WARM_UPS = 2
@@ -89,6 +89,9 @@ class DecodeGraphs:
         self._buffer = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._sizes = batch_sizes(max_num_seqs)
+        # A split never makes more rows than there are multiprocessors.
+        most = max(max_num_seqs, self._num_sms) + 1
+        self._numbers = torch.arange(most, device=device, dtype=torch.int32)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor | None] = {}
         self._pool: Any = None
@@ -131,7 +134,7 @@ class DecodeGraphs:
         self._graphs[size] = graph
 
     def _forward(self, inputs: Inputs, size: int) -> Tensor | None:
-        token_ids = fill_in(inputs.token_ids, self._sampled)
+        token_ids = take_up(inputs.token_ids, self._sampled)
         batch = ForwardBatch(token_ids, inputs.positions, self._metadata(inputs, size), None)
         logits: Tensor | None = self._model(batch, self._kv_cache)
         if logits is not None:
@@ -145,7 +148,7 @@ class DecodeGraphs:
         tables, lengths = slice_tables(
             inputs.blocks, inputs.offsets, inputs.lengths, count, self._width, self._block_size
         )
-        numbers = torch.arange(count * size + 1, device=tables.device, dtype=torch.int32)
+        numbers = self._numbers[: count * size + 1]
         return AttentionMetadata(
             cu_seqlens_q=numbers,
             seqlens_k=lengths,

@@ -37,7 +37,7 @@ class FlashAttention:
     ) -> Tensor:
         """See ``Attention``. Decode rows and prefill rows are two calls: their tiles differ."""
         count = metadata.num_decodes
-        if count == len(q):
+        if count * metadata.num_query_copies == len(q):
             return self._decode(q, k_cache, v_cache, metadata)
         if count == 0:
             return self._prefill(q, k_cache, v_cache, metadata)
@@ -74,7 +74,7 @@ class FlashAttention:
             )
             return self._decode_rows(q, k_cache, v_cache, *rows, metadata.max_seqlen_k)[0]
         out, lse = self._decode_rows(
-            q.repeat(splits.count, 1, 1),
+            q,  # a copy for each split already
             k_cache,
             v_cache,
             splits.cu_seqlens_q,

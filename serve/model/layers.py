@@ -125,7 +125,7 @@ class ColumnParallelLinear(ShardedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[num_tokens, in_features]`` to ``[num_tokens, local rows]``."""
-        return functional.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 class FusedLinear:
@@ -143,7 +143,7 @@ class FusedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[num_tokens, in_features]`` to the layers' results side by side."""
-        return functional.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 def _join(parameters: list[nn.Parameter]) -> Tensor:
@@ -171,7 +171,8 @@ class RowParallelLinear(ShardedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[num_tokens, local columns]`` to ``[num_tokens, out_features]``, equal on all ranks."""
-        out = self.tp.all_reduce(functional.linear(x, self.weight))
+        summand = self.tp.summand((len(x), len(self.weight)), x.dtype)
+        out = self.tp.all_reduce(ops.linear(x, self.weight, out=summand))
         return out if self.bias is None else out + self.bias  # once, after the sum
 
 
@@ -212,7 +213,7 @@ class ParallelLMHead(ShardedLayer):
         """``[num_rows, size]`` to ``[num_rows, vocab_size]`` on the leader, else None."""
         if len(x) == 0:  # known to all ranks alike: nothing is exchanged
             return x.new_empty((0, self.vocab_size)) if self.tp.is_leader else None
-        logits = functional.linear(x, self.weight)
+        logits = ops.linear(x, self.weight)
         # Only the tail of the vocabulary can lie on a shorter shard, so the padding comes last.
         width = math.ceil(self.vocab_size / self.tp.size)
         gathered = self.tp.gather_to_leader(

@@ -55,7 +55,8 @@ class LlamaAttention(nn.Module):
     ) -> Tensor:
         """``[num_tokens, hidden]`` to the same; the new keys and values go into the cache."""
         caches = kv_cache.layer(self.layer)
-        q = ops.rope_write(self.qkv(x), *rotation, *caches, metadata.slot_mapping)
+        slots, num_copies = metadata.slot_mapping, metadata.num_query_copies
+        q = ops.rope_write(self.qkv(x), *rotation, *caches, slots, num_copies)
         out = self.attention(q, *caches, metadata)  # [num_tokens, num_heads, head_dim]
         projected: Tensor = self.o_proj(out.flatten(1))
         return projected

@@ -7,6 +7,23 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``x`` (``[num_tokens, in_features]``) times the transpose of ``weight``, plus ``bias``.
+
+    Into ``out``, if given, which goes without a bias.
+    """
+    if x.is_cuda:
+        from serve.model import triton_ops
+
+        if triton_ops.prefers_row_linear(x, weight):
+            return triton_ops.row_linear(x, weight, bias, out)
+    if out is None:
+        return functional.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x`` (``[num_tokens, size]``) scaled to unit mean square in float32, times ``weight``."""
     if x.is_cuda:
@@ -39,19 +56,25 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rope_write(
-    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_copies: int = 1,
 ) -> Tensor:
     """Turn queries and keys; keys and values go to their slots, the queries are returned.
 
     ``qkv``: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``; ``cos`` and ``sin``:
     ``[num_tokens, head_dim / 2]``, float32; the caches ``[num_blocks, block_size, num_kv_heads,
-    head_dim]``, strided; ``slot_mapping``: ``[num_tokens]``, int64. Returns ``[num_tokens,
-    num_heads, head_dim]``.
+    head_dim]``, strided; ``slot_mapping``: ``[num_tokens]``, int64. Returns ``[num_copies *
+    num_tokens, num_heads, head_dim]``, copy after copy.
     """
     if qkv.is_cuda:
         from serve.model import triton_ops
 
-        return triton_ops.rope_write(qkv, cos, sin, k_cache, v_cache, slot_mapping)
+        return triton_ops.rope_write(qkv, cos, sin, k_cache, v_cache, slot_mapping, num_copies)
     block_size, num_kv_heads, dim = k_cache.shape[1:]
     heads = qkv.view(len(qkv), -1, dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
@@ -59,7 +82,7 @@ def rope_write(
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     k_cache[blocks, offsets] = rotate(k, cos, sin)
     v_cache[blocks, offsets] = v
-    return rotate(q, cos, sin)
+    return rotate(q, cos, sin).repeat(num_copies, 1, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -39,8 +39,9 @@ class RotaryEmbedding:
             frequencies = self._dynamic_frequencies(positions)
         else:
             frequencies = self._frequencies
-        angles = positions[:, None].float() * frequencies
-        return angles.cos() * self._scale, angles.sin() * self._scale
+        angles = positions[:, None] * frequencies  # positions rounded to float32 first
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self._scale == 1.0 else (cos * self._scale, sin * self._scale)
 
     def _dynamic_frequencies(self, positions: Tensor) -> Tensor:
         """``[num_tokens, head_dim / 2]``: beyond the original context the base grows."""
