@@ -5,7 +5,8 @@
 Prints one JSON object a line: the time of a decode step (as served: a CUDA graph, from embedding to
 token id) or of a prefill step, beside its floor measured in the same process. A decode step's floor
 is all matrix products in a CUDA graph plus the bytes of its KV cache over the bandwidth of a copy;
-a prefill step's is the matrix products plus attention over contiguous memory.
+a prefill step's is the matrix products plus attention over contiguous memory. Under torchrun the
+ranks share the model by tensor parallelism, and the floor is that of one of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,21 +22,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from serve.comm.messages import SampleRow, Step, StepSequence
+from serve.comm.process_groups import init_world, new_tp_groups
+from serve.comm.symmetric import SymmetricReduction
 from serve.comm.tensor_parallel import TensorParallel
+from serve.comm.topology import build_topology, read_place
+from serve.config import ReplicaSpec
 from serve.engine.decode_graphs import DecodeGraphs
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
-from serve.model.config import ModelConfig, load_model_config
+from serve.lifetime import exit_now
+from serve.model.config import load_model_config
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
+from serve.node import pick_device
 from serve.request import Request, SamplingParams
 
-DEVICE = torch.device("cuda", 0)
+PLACE = read_place(os.environ)
+DEVICE = torch.device("cuda", PLACE.local_rank)
 DTYPE = torch.bfloat16
 BLOCK_SIZE = preferred_block_size(DEVICE)
 DECODES = ["1x1024", "64x1024", "64x4096", "8x32768", "256x1024", "1x131072"]
@@ -49,10 +59,10 @@ class Engine:
         self.config = load_model_config(str(path))
         head_dim = self.config.head_dim
         attention, self.attention = choose_attention(DEVICE, DTYPE, head_dim, BLOCK_SIZE)
-        tp = TensorParallel(0, 1)
+        tp = join_ranks()
         self.model = build_model(self.config, tp, DTYPE, DEVICE, attention)
         load_weights(self.model, str(path), "dummy", 0, lambda done, total: None)
-        self.layout = self.config.kv_layout(BLOCK_SIZE, DTYPE.itemsize, 1, 0)
+        self.layout = self.config.kv_layout(BLOCK_SIZE, DTYPE.itemsize, tp.size, tp.rank)
         self.cache = KVCache(self.layout, max_tokens // BLOCK_SIZE, DTYPE, DEVICE)
         self.cache.blocks.normal_()
         self.eager = Runner(self.model, self.cache, tp, max_num_seqs)
@@ -71,6 +81,19 @@ class Engine:
         return Step(0, tuple(sequences), tuple(rows))
 
 
+def join_ranks() -> TensorParallel:
+    """All ranks of the job as one replica."""
+    pick_device(PLACE)
+    if PLACE.world_size == 1:
+        return TensorParallel(0, 1)
+    init_world(PLACE, "cuda")
+    topology = build_topology((ReplicaSpec(PLACE.world_size),), 0, mixed=True)
+    group = new_tp_groups(topology, "nccl")
+    assert group is not None
+    reduction = SymmetricReduction(group, DEVICE)
+    return TensorParallel(PLACE.rank, PLACE.world_size, group, reduction)
+
+
 def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -84,11 +107,23 @@ def main() -> None:
     longest = max([length for _, length in decodes], default=BLOCK_SIZE) + BLOCK_SIZE
     engine = Engine(args.model, most, max([b for b, _ in decodes], default=1), longest)
     engine.graphs.capture(lambda done, total: None, [batch for batch, _ in decodes])
-    ceilings = {"copy_tb_s": _copy_tb_s(), "gpu": torch.cuda.get_device_name(DEVICE)}
+    ceilings = {
+        "tp": PLACE.world_size,
+        "copy_tb_s": _copy_tb_s(),
+        "gpu": torch.cuda.get_device_name(DEVICE),
+    }
     for batch, context in decodes:
-        print(json.dumps(_decode(engine, batch, context, args.profile) | ceilings), flush=True)
+        _tell(_decode(engine, batch, context, args.profile) | ceilings)
     for batch, length in prefills:
-        print(json.dumps(_prefill(engine, batch, length, args.profile) | ceilings), flush=True)
+        _tell(_prefill(engine, batch, length, args.profile) | ceilings)
+    if PLACE.world_size > 1:
+        dist.barrier()
+        exit_now(0)  # the graphs hold the communicators
+
+
+def _tell(found: dict[str, Any]) -> None:
+    if PLACE.rank == 0:
+        print(json.dumps(found), flush=True)
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -122,7 +157,7 @@ def _prefill(engine: Engine, batch: int, length: int, profile: bool) -> dict[str
     run()
     step_ms = _median_ms(run, 5)
     products_ms = _median_ms(_products(engine.model, batch * length, batch), 5)
-    attention_ms = _median_ms(_contiguous_attention(engine.config, batch, length), 5)
+    attention_ms = _median_ms(_contiguous_attention(engine, batch, length), 5)
     attention_ms *= engine.config.num_layers
     found = {
         "prefill": f"{batch}x{length}",
@@ -162,12 +197,12 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
         yield layer.mlp.down_proj.weight
 
 
-def _contiguous_attention(config: ModelConfig, batch: int, length: int) -> Callable[[], None]:
+def _contiguous_attention(engine: Engine, batch: int, length: int) -> Callable[[], None]:
     run = importlib.import_module("flash_attn.cute").flash_attn_func
-    shape = (batch, length, config.num_heads, config.head_dim)
-    q = torch.randn(shape, dtype=DTYPE, device=DEVICE)
-    k, v = torch.randn(2, batch, length, config.num_kv_heads, config.head_dim,
-                       dtype=DTYPE, device=DEVICE)  # fmt: skip
+    config, kv_heads = engine.config, len(engine.layout.kv_heads)
+    num_heads = config.num_heads // config.num_kv_heads * kv_heads
+    q = torch.randn(batch, length, num_heads, config.head_dim, dtype=DTYPE, device=DEVICE)
+    k, v = torch.randn(2, batch, length, kv_heads, config.head_dim, dtype=DTYPE, device=DEVICE)
     return lambda: run(q, k, v, causal=True)
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     ours, bare = [], []
     for _ in range(_ROUNDS):
-        ours.append(uvloop.run(_measure(_start_ours, args.streams, args.tokens)))
+        ours.append(uvloop.run(_measure(start_ours, args.streams, args.tokens)))
         bare.append(uvloop.run(_measure(_start_bare, args.streams, args.tokens)))
     rate, bare_rate = (float(np.median([run["tokens_s"] for run in runs])) for runs in (ours, bare))
     found = {
@@ -76,7 +76,7 @@ async def _measure(start: Start, num_streams: int, num_tokens: int) -> dict[str,
     client.start()
     await all_open.wait()
     lags_s: list[float] = []
-    ticking = asyncio.create_task(_tick(lags_s))
+    ticking = asyncio.create_task(tick(lags_s))
     started_s = time.perf_counter()
     for step in range(num_tokens):
         feed(step)
@@ -96,7 +96,7 @@ async def _measure(start: Start, num_streams: int, num_tokens: int) -> dict[str,
     }
 
 
-async def _tick(lags_s: list[float]) -> None:
+async def tick(lags_s: list[float]) -> None:
     """How much later than asked for the loop comes back."""
     while True:
         asked_s = time.perf_counter() + _TICK_S
@@ -104,7 +104,7 @@ async def _tick(lags_s: list[float]) -> None:
         lags_s.append(time.perf_counter() - asked_s)
 
 
-async def _start_ours(
+async def start_ours(
     listener: socket.socket, num_streams: int, num_tokens: int
 ) -> tuple[web.AppRunner, Feed, asyncio.Event]:
     topology = build_topology((ReplicaSpec(1), ReplicaSpec(1)), 1, mixed=False)

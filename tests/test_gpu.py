@@ -78,33 +78,39 @@ def test_each_rope_type(gpus: World, tmp_path: Path, rope: str) -> None:
 def check_near(model: Path, jobs: list[Job], result: CaseResult) -> None:
     """Teacher-forced: no token is worse than the best by more than bfloat16 can tell."""
     reference = load_reference(model)
+    shortfalls = []
     for job, answer in zip(jobs, result.answers, strict=True):
         ids = torch.tensor([[*job.prompt_ids, *answer.token_ids]])
         with torch.no_grad():
             logits = reference(ids).logits[0, len(job.prompt_ids) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-        shortfall = (logits.amax(dim=1) - chosen) / logits.abs().amax(dim=1)
-        assert shortfall.max() < 0.05
+        shortfalls.append((logits.amax(dim=1) - chosen) / logits.abs().amax(dim=1))
+    every = torch.cat(shortfalls)
+    print(f"of {len(every)} tokens {int((every > 0).sum())} fall short, by {every.max():.3f}")
+    assert every.max() < 0.1  # the logits of this model lie close together
+    assert (every > 0.03).float().mean() < 0.01
 
 
-def test_bfloat16_tokens_are_as_good_as_the_references(gpus: World, small: Path) -> None:
-    jobs = random_jobs(17, 16)
-    split = "1P+1D" if NUM_GPUS > 1 else "colocated"
-    check_near(small, jobs, run_case(gpus, small, split, jobs, "--dtype", "bfloat16"))
-
-
-@pytest.mark.parametrize("transport", ["p2p", "symm"])
-@pytest.mark.parametrize("split", ["1P+1D", "2P+2D", "colocated tp 2", "tp 2 to 1", "tp 2 to 2"])
-def test_symmetric_memory(fresh: FreshWorld, small: Path, split: str, transport: str) -> None:
-    """Sums over ranks and transfers, many pushes a prompt, each slot used again and again."""
+@pytest.mark.parametrize("split", ["colocated", "1P+1D", "colocated tp 2", "tp 2 to 2"])
+def test_bfloat16_tokens_are_as_good_as_the_references(
+    fresh: FreshWorld, small: Path, split: str
+) -> None:
+    """With the kernels, graphs and sums over ranks that serve."""
     need(split)
-    if split.startswith("colocated") and transport == "symm":
-        pytest.skip("nothing is transferred")
+    jobs = random_jobs(17, 48)
+    world = fresh(SPLITS[split][0])
+    check_near(small, jobs, run_case(world, small, split, jobs, "--dtype", "bfloat16"))
+
+
+@pytest.mark.parametrize("split", ["1P+1D", "2P+2D", "tp 2 to 1", "tp 1 to 2", "tp 2 to 2"])
+def test_symmetric_transport(fresh: FreshWorld, small: Path, split: str) -> None:
+    """Many pushes a prompt, each slot used again and again."""
+    need(split)
     jobs = random_jobs(29, 48, longest=120)
-    options = ["--dtype", "bfloat16", "--block-size", "64", "--max-num-batched-tokens", "64"]
-    if not split.startswith("colocated"):
-        options += ["--kv-push-bytes", "1", "--kv-transport", transport]
-    check_near(small, jobs, run_case(fresh(SPLITS[split][0]), small, split, jobs, *options))
+    options = ["--dtype", "float32", "--max-num-batched-tokens", "48", "--max-num-seqs", "8"]
+    options += ["--block-size", "8", "--kv-push-bytes", "1", "--kv-transport", "symm"]
+    world = fresh(SPLITS[split][0])
+    check_parity(small, jobs, run_case(world, small, split, jobs, *options))
 
 
 @pytest.mark.parametrize("split", ["2P+2D", "tp 2 to 2", "1P+1D"])

@@ -15,13 +15,21 @@ _MAX_BLOCK = 8192  # elements one program holds in registers
 
 
 # On Hopper and newer the kernels of a layer are set up while the kernel before still runs, and wait
-# for its results on the device (programmatic dependent launch).
+# for its results on the device (programmatic dependent launch). What they read before they wait
+# must be older than that kernel: weights.
 _IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 _LAUNCH = {"EARLY": True, "launch_pdl": True} if _IS_HOPPER else {"EARLY": False}
 
 
 _MAX_ROW_FEATURES = 8192  # longer rows are read as fast by the library
 _ROW_BLOCK = 2048
+
+
+@triton.jit
+def _await_kernel_before():
+    """Wait for its results; whatever is launched ahead next may be set up from now on."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -37,7 +45,7 @@ def _row_linear_kernel(
     # The weights do not depend on the kernel before.
     weight = tl.load(weights, exists & (at < SIZE)[None, :], 0.0)
     if EARLY:
-        tl.extra.cuda.gdc_wait()
+        _await_kernel_before()
     x = tl.load(x_ptr + at, at < SIZE, 0.0)
     total = weight.to(tl.float32) * x.to(tl.float32)[None, :]
     for start in tl.static_range(BLOCK, SIZE, BLOCK):
@@ -89,7 +97,7 @@ def _rms_norm_kernel(
     valid = at < size
     weight = tl.load(weight_ptr + at, valid, 0.0)
     if EARLY:
-        tl.extra.cuda.gdc_wait()
+        _await_kernel_before()
     x = tl.load(x_ptr + row * x_stride + at, valid, 0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * size + at, valid, 0.0)
@@ -135,7 +143,7 @@ def _silu_mul_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, EARLY: tl.conste
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = at < size
     if EARLY:
-        tl.extra.cuda.gdc_wait()
+        _await_kernel_before()
     gate = tl.load(x_ptr + row * 2 * size + at, valid, 0.0)
     up = tl.load(x_ptr + row * 2 * size + size + at, valid, 0.0)
     wide = gate.to(tl.float32)
@@ -169,7 +177,7 @@ def _rope_write_kernel(
     at = tl.arange(0, HALF_BLOCK)[None, :]
     valid = (head < NUM_Q + 2 * NUM_KV) & (at < half)
     if EARLY:
-        tl.extra.cuda.gdc_wait()
+        _await_kernel_before()
     source = qkv_ptr + token * qkv_stride + head * DIM + at
     first = tl.load(source, valid, 0.0)
     second = tl.load(source + half, valid, 0.0)
@@ -255,7 +263,7 @@ def _combine_kernel(
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        tl.extra.cuda.gdc_wait()
+        _await_kernel_before()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split = tl.arange(0, SPLITS_BLOCK)
     total = NUM_SPLITS * num_rows

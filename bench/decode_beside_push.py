@@ -1,0 +1,300 @@
+"""What arriving KV costs the decode steps that run beside it.
+
+    torchrun --standalone --nproc-per-node 2 -m bench.decode_beside_push MODEL_DIRECTORY
+        [--sequences 64] [--context 4096] [--push-gb-s 12] [--steps 300] [--kv-transport p2p|symm]
+
+The weights are random. Rank 1 decodes, one step prepared while one runs, and rank 0 pushes to it as
+in serving. Prints one JSON object: the time of a step on the device and from one step's end to the
+next (ITL, unpacking included), in four phases of one run:
+
+    undisturbed   no push
+    paced         pushes come at the given rate, each unpacked between two steps once it is there
+    saturated     the same, and the next push is asked for as soon as one of the slots is free
+    on_wire       there is always a push on the wire, and what comes is dropped
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from serve.comm.kv_transfer import Pair, packed_bytes
+from serve.comm.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
+from serve.comm.process_groups import init_world, new_pair_groups
+from serve.comm.symmetric import SymmetricArena, can_share_memory
+from serve.comm.tensor_parallel import TensorParallel
+from serve.comm.topology import read_place
+from serve.comm.wires import P2PWire, SymmetricWire, Wait, Wire
+from serve.engine.kv_cache import KVCache
+from serve.engine.runner import Runner
+from serve.lifetime import exit_now
+from serve.llm import SWITCH_INTERVAL_S
+from serve.model.config import load_model_config
+from serve.model.flash_attention import choose_attention, preferred_block_size
+from serve.model.registry import build_model
+from serve.model.weights import load_weights
+from serve.node import pick_device
+from serve.request import Request, SamplingParams
+
+SENDER, DECODER = PAIR = (0, 1)
+WARM_UPS = 10  # steps before those that are measured
+ON_WIRE_DEPTH = 64  # pushes asked for at once: more than the link carries in two steps
+_END = -1  # instead of a push's number
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Take this rank's side."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--push-gb-s", type=float, default=12.0, help="of the paced phase")
+    parser.add_argument("--push-bytes", type=int, default=256 << 20, help="of one push")
+    parser.add_argument("--steps", type=int, default=300, help="of each phase")
+    parser.add_argument("--kv-transport", choices=("p2p", "symm"), default="p2p")
+    args = parser.parse_args(argv)
+    place = read_place(os.environ)
+    if place.world_size != 2:
+        parser.error("two ranks are wanted: one that pushes and one that decodes")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    device = pick_device(place)
+    if args.kv_transport == "symm" and not can_share_memory(place, PAIR):
+        parser.error("symm needs two GPUs of one host that can read each other's memory")
+    init_world(place, "cuda" if device.type == "cuda" else "cpu")
+    (_push_as_told if place.rank == SENDER else _decode)(args, device)
+    dist.barrier()
+    exit_now(0)
+
+
+class _End:
+    """One rank's end of the link, made at once on both: ``num_blocks`` blocks, then a push's."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, num_blocks: int) -> None:
+        self.config = load_model_config(str(args.model))
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        layout = self.config.kv_layout(preferred_block_size(device), dtype.itemsize, 1, 0)
+        count = max(1, args.push_bytes // layout.block_bytes)
+        self.cache = KVCache(layout, num_blocks + count, dtype, device)
+        self.cache.blocks.normal_()
+        self.ids = torch.randperm(count, device=device) + num_blocks  # int64, of a push
+        self.push_bytes: int = count * packed_bytes(self.cache.blocks, len(layout.kv_heads))
+        sends = dist.get_rank() == SENDER
+        self.wire = self._make_wire(args.kv_transport, DECODER if sends else SENDER, device)
+        self.wire.warm_up(sending=sends)
+        self.pair = Pair(self.cache.blocks, tuple(range(len(layout.kv_heads))), self.wire)
+
+    def _make_wire(self, transport: str, peer: int, device: torch.device) -> Wire:
+        if transport == "symm":
+            arena = SymmetricArena(NUM_STAGING_SLOTS * self.push_bytes, device)
+            return SymmetricWire(arena, peer, 0, 0, self.push_bytes)
+        group = new_pair_groups([PAIR], "nccl" if device.type == "cuda" else "gloo")[PAIR]
+        return P2PWire(peer, group, self.push_bytes, device)
+
+
+def _push_as_told(args: argparse.Namespace, device: torch.device) -> None:
+    """Rank 0: send a push whenever rank 1 names its number."""
+    end = _End(args, device, 0)
+    number = torch.zeros(1, dtype=torch.int64)
+    while True:
+        dist.recv(number, DECODER)
+        if (push := int(number.item())) == _END:
+            break  # rank 1 has all
+        end.pair.send(push % NUM_STAGING_SLOTS, end.ids)
+
+
+class _Inbox:
+    """Rank 1: the pushes that are asked for, each received as soon as rank 0 can have sent it."""
+
+    def __init__(self, end: _End, device: torch.device) -> None:
+        self._end = end
+        self.push_bytes = end.push_bytes
+        self._drops = torch.cuda.Stream() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="waiter")
+        # The slot of each, whether it is to be unpacked, and the wait for it.
+        self.coming: deque[tuple[int, bool, Future[object]]] = deque()
+        self._asked: list[object] = []  # their numbers, which must live until they are sent
+
+    def ask(self, *, unpack: bool) -> None:
+        """One more push, to be unpacked or dropped. In the thread that decodes."""
+        slot = len(self._asked) % NUM_STAGING_SLOTS
+        number = torch.tensor([len(self._asked)])
+        self._asked.append((number, dist.isend(number, SENDER)))
+        wait = self._end.pair.receive(slot, len(self._end.ids)) if unpack else self._drop(slot)
+        self.coming.append((slot, unpack, self._waiter.submit(wait)))
+
+    def take(self, *, wait: bool = False) -> int:
+        """Unpack on the current stream what has come, or all: how many pushes that was."""
+        before = len(self.coming)
+        while self.coming and (wait or self.coming[0][2].done()):
+            slot, unpack, received = self.coming.popleft()
+            received.result()
+            if unpack:
+                self._end.pair.unpack(slot, self._end.ids)
+        return before - len(self.coming)
+
+    def _drop(self, slot: int) -> Wait:
+        """Receive into ``slot``, which is free again as soon as it is full."""
+        with nullcontext() if self._drops is None else torch.cuda.stream(self._drops):
+            wait = self._end.wire.receive(slot, self._end.push_bytes)
+            self._end.wire.release(slot)
+            if wait is not None:
+                return wait
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            done.record()
+            return done.synchronize
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """One phase: milliseconds of its steps, and what came meanwhile."""
+
+    step_ms: list[float]
+    itl_ms: list[float]
+    num_pushes: int
+    gb_s: float  # of what came
+
+
+def _decode(args: argparse.Namespace, device: torch.device) -> None:
+    blocks_each = -(-args.context // preferred_block_size(device))
+    end = _End(args, device, args.sequences * blocks_each)
+    inbox = _Inbox(end, device)
+    runner = _make_runner(args, end, device)
+    step = _step(args.sequences, args.context, blocks_each)
+    for unpack in (True, False):  # what is done for the first time is slow
+        inbox.ask(unpack=unpack)
+        inbox.take(wait=True)
+
+    def measure(bytes_per_s: float, depth: int, *, unpack: bool) -> Times:
+        clock = _Clock(device, lambda: runner.run(step))
+        return _measure(clock, args.steps, inbox, bytes_per_s, depth, unpack)
+
+    calm = measure(0.0, 0, unpack=False)
+    paced = measure(args.push_gb_s * 1e9, NUM_STAGING_SLOTS, unpack=True)
+    saturated = measure(math.inf, NUM_STAGING_SLOTS, unpack=True)
+    on_wire = measure(math.inf, ON_WIRE_DEPTH, unpack=False)
+    dist.send(torch.tensor([_END]), SENDER)
+    phases = {"undisturbed": calm, "paced": paced, "saturated": saturated, "on_wire": on_wire}
+    asked = {n: getattr(args, n) for n in ("sequences", "context", "steps", "kv_transport")}
+    print(json.dumps(asked | {"push_bytes": end.push_bytes} | summarise(phases)), flush=True)
+
+
+def _step(num_sequences: int, context: int, blocks_each: int) -> Step:
+    """One token for each sequence, at the end of its context, over shuffled blocks."""
+    order = torch.randperm(num_sequences * blocks_each).view(num_sequences, -1).tolist()
+    sequences = tuple(StepSequence(context - 1, (7,), tuple(table), True) for table in order)
+    sampling = [SamplingParams(max_tokens=1, temperature=float(i % 2)) for i in range(2)]
+    requests = [Request(id="r", prompt_ids=(0,), sampling=one) for one in sampling]
+    return Step(0, sequences, tuple(SampleRow(requests[i % 2], 0) for i in range(num_sequences)))
+
+
+def _make_runner(args: argparse.Namespace, end: _End, device: torch.device) -> Runner:
+    """The model as it is served: on a GPU its steps are CUDA graphs."""
+    config, cache, tp = end.config, end.cache, TensorParallel(0, 1)
+    dtype, block_size = cache.blocks.dtype, cache.layout.block_size
+    attention, _ = choose_attention(device, dtype, config.head_dim, block_size)
+    model = build_model(config, tp, dtype, device, attention)
+    load_weights(model, str(args.model), "dummy", 0, lambda done, total: None)
+    runner = Runner(model.eval(), cache, tp, args.sequences)
+    if device.type == "cuda":
+        from serve.engine.decode_graphs import DecodeGraphs  # needs Triton, as GPUs do
+
+        graphs = DecodeGraphs(model, cache, runner.sampled, args.context + block_size)
+        graphs.capture(lambda done, total: None, [args.sequences])
+        runner.use_graphs(graphs)
+    return runner
+
+
+def _measure(
+    clock: _Clock, num_steps: int, inbox: _Inbox, bytes_per_s: float, depth: int, unpack: bool
+) -> Times:
+    """``num_steps`` steps, and pushes between them: so many per second, ``depth`` under way."""
+    begun_s = time.perf_counter()
+    num_asked = num_pushes = 0
+    for _ in range(WARM_UPS + num_steps):
+        num_pushes += inbox.take()
+        due = bytes_per_s * (time.perf_counter() - begun_s) / inbox.push_bytes
+        while len(inbox.coming) < depth and num_asked < due:
+            inbox.ask(unpack=unpack)
+            num_asked += 1
+        clock.step()
+    clock.finish()
+    num_pushes += inbox.take()
+    gb_s = num_pushes * inbox.push_bytes / (time.perf_counter() - begun_s) / 1e9
+    inbox.take(wait=True)
+    return Times(clock.step_ms()[WARM_UPS:], clock.itl_ms()[WARM_UPS - 1 :], num_pushes, gb_s)
+
+
+class _Clock:
+    """Runs steps and times them: by events on a GPU, which the host leads by a step at most."""
+
+    def __init__(self, device: torch.device, run: Callable[[], object]) -> None:
+        self._on_gpu, self._run = device.type == "cuda", run
+        self._starts: list[Any] = []  # events on a GPU, else seconds
+        self._ends: list[Any] = []
+
+    def step(self) -> None:
+        """Issue a step, and wait for the one before it."""
+        self._starts.append(self._mark())
+        self._run()
+        end = self._mark()
+        self.finish()
+        self._ends.append(end)
+
+    def finish(self) -> None:
+        """Wait for the last step."""
+        if self._on_gpu and self._ends:
+            self._ends[-1].synchronize()
+
+    def step_ms(self) -> list[float]:
+        """From each step's start to its end."""
+        return [self._ms(*marks) for marks in zip(self._starts, self._ends, strict=True)]
+
+    def itl_ms(self) -> list[float]:
+        """From each step's end to the next one's."""
+        return [self._ms(*marks) for marks in itertools.pairwise(self._ends)]
+
+    def _mark(self) -> object:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _ms(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end) if self._on_gpu else (end - start) * 1e3)
+
+
+def summarise(phases: dict[str, Times]) -> dict[str, Any]:
+    """Medians and 99th percentiles of each phase, and their ratios to those of ``undisturbed``."""
+    found: dict[str, Any] = {}
+    for name, times in phases.items():
+        for kind, values in (("step", times.step_ms), ("itl", times.itl_ms)):
+            p50, p99 = np.percentile(values, (50, 99))
+            found |= {f"{name}_{kind}_p50_ms": float(p50), f"{name}_{kind}_p99_ms": float(p99)}
+        if name == "undisturbed":
+            continue
+        found |= {f"{name}_gb_s": times.gb_s, f"{name}_pushes": times.num_pushes}
+        for q in ("p50", "p99"):
+            over = found[f"{name}_itl_{q}_ms"] / found[f"undisturbed_itl_{q}_ms"]
+            found[f"{name}_over_undisturbed_{q}"] = over
+    return found
+
+
+if __name__ == "__main__":
+    main()

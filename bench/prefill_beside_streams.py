@@ -1,0 +1,300 @@
+"""What streaming to many clients costs a prefill on the same rank, which is rank 0 of a server.
+
+    python -m bench.prefill_beside_streams MODEL_DIRECTORY [--prompt-tokens 8192]
+        [--tokens-per-s 20000] [--streams 256] [--requests 10]
+
+The weights are random. Prompts are prefilled one at a time on the engine as served, while the front
+end in the same process, on the same event loop, streams what decode replicas report. Those are
+faked at the message level, as in ``bench.front_end``; the clients are a process of their own.
+Prints one JSON object: the median prefill with an idle front end (before and after) and beside the
+streams, and the rate that the clients really saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import random
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import uvloop
+
+from bench.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
+from serve.api.service import Service
+from serve.comm.topology import read_place
+from serve.config import ServerConfig, parse_args
+from serve.front import fit_max_model_len, make_front
+from serve.lifetime import exit_now
+from serve.llm import SWITCH_INTERVAL_S
+from serve.metrics import Metrics
+from serve.node import Node, join_job
+from serve.request import Request, SamplingParams
+
+WARM_UPS = 2  # prefills
+SETTLING_REPORTS = 20  # before the streams count as flowing
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure with and without streams; print both."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--prompt-tokens", type=int, default=8192)
+    parser.add_argument("--tokens-per-s", type=float, default=20_000.0, help="of all streams")
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--requests", type=int, default=10, help="prefills of each kind")
+    args = parser.parse_args(argv)
+    length = args.prompt_tokens
+    options = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
+    options += ["--max-model-len", str(length + 1), "--max-num-seqs", "2"]
+    # Whole prompts in a step, as on a rank that only prefills.
+    config = parse_args([*options, "--max-num-batched-tokens", str(max(2, length))], 1)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    print(json.dumps(uvloop.run(_measure(config, args))), flush=True)
+    exit_now(0)
+
+
+async def _measure(config: ServerConfig, args: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    node = join_job(config, read_place({}))
+    await node.run(_serve(node, args, found))
+    return found
+
+
+async def _serve(node: Node, args: argparse.Namespace, found: dict[str, Any]) -> None:
+    front = make_front(node.config, node.topology, Metrics("bench"), node.channel.send)
+    node.tell_front = front.on_message
+    await node.load(None, lambda done, total: None)
+    num_blocks = await front.gather()
+    front.service.set_ready(fit_max_model_len(node.config, node.setup.block_size, num_blocks))
+    engine = _Engine(front.service, node.config.model_config.vocab_size, args.prompt_tokens)
+    await engine.prefills_ms(WARM_UPS)
+    idle_ms = await engine.prefills_ms(args.requests)
+    loaded = await _measure_loaded(engine, args)
+    idle_ms += await engine.prefills_ms(args.requests)
+    idle, beside = statistics.median(idle_ms), statistics.median(loaded.prefills_ms)
+    found |= {name: getattr(args, name) for name in ("prompt_tokens", "requests", "streams")}
+    found |= {
+        "asked_tokens_s": args.tokens_per_s,
+        "streamed_tokens_s": loaded.tokens_s,
+        "fed_tokens": loaded.num_fed,
+        "streamed_tokens": loaded.num_streamed,
+        "lag_p99_ms": loaded.lag_p99_ms,
+        "idle_prefill_ms": idle,
+        "loaded_prefill_ms": beside,
+        "over_idle": beside / idle,
+    }
+    await node.leave()
+
+
+class _Engine:
+    """The rank's own replica: prompts of random tokens, one at a time."""
+
+    def __init__(self, service: Service, vocab_size: int, num_tokens: int) -> None:
+        self._service, self._num_tokens = service, num_tokens
+        self._vocab = range(vocab_size)
+        self._rng = random.Random(0)
+        self._num_requests = 0
+
+    async def prefills_ms(self, count: int) -> list[float]:
+        """From the start of each prefill to its first token, on the replica's clock."""
+        return [await self._prefill_ms() for _ in range(count)]
+
+    async def _prefill_ms(self) -> float:
+        self._num_requests += 1
+        request = Request(
+            id=f"r{self._num_requests}",
+            prompt_ids=tuple(self._rng.choices(self._vocab, k=self._num_tokens)),
+            sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
+        )
+        async for output in self._service.submit([request])[0]:
+            stamps = output.timeline
+            if stamps is not None and stamps.prefill_started_s and stamps.prefill_ended_s:
+                return (stamps.prefill_ended_s - stamps.prefill_started_s) * 1e3
+        raise RuntimeError(f"{request.id} ended without having been prefilled")
+
+
+class _Loaded(NamedTuple):
+    """Prefills beside streams."""
+
+    prefills_ms: list[float]
+    tokens_s: float  # as the clients saw it, during the prefills
+    lag_p99_ms: float  # of the event loop, during the prefills
+    num_fed: int  # tokens, in all
+    num_streamed: int
+
+
+async def _measure_loaded(engine: _Engine, args: argparse.Namespace) -> _Loaded:
+    listener = socket.create_server(("127.0.0.1", 0), backlog=args.streams)
+    runner, feed, all_open = await start_ours(listener, args.streams, 0)
+    clients = _Clients(listener.getsockname()[1], args.streams)
+    pacer = _Pacer(feed, args.streams / args.tokens_per_s)
+    opening = asyncio.create_task(_start_when(all_open, pacer))
+    before = await clients.count(SETTLING_REPORTS * args.streams)
+    lags_s: list[float] = []
+    ticking = asyncio.create_task(tick(lags_s))
+    prefills_ms = await engine.prefills_ms(args.requests)
+    after = await clients.count(0)
+    ticking.cancel()
+    pacer.stop()
+    await opening
+    num_fed = pacer.num_reports * args.streams
+    last = await clients.count(num_fed)
+    await clients.leave()
+    await runner.cleanup()
+    return _Loaded(
+        prefills_ms,
+        (after.num_tokens - before.num_tokens) / (after.at_s - before.at_s),
+        float(np.percentile(lags_s or [0.0], 99)) * 1e3,
+        num_fed,
+        last.num_tokens,
+    )
+
+
+async def _start_when(all_open: asyncio.Event, pacer: _Pacer) -> None:
+    await all_open.wait()
+    pacer.start()
+
+
+class _Pacer:
+    """Brings every stream a token each ``period_s``; what the loop was late for follows at once."""
+
+    def __init__(self, feed: Feed, period_s: float) -> None:
+        self._feed, self._period_s = feed, period_s
+        self._loop = asyncio.get_running_loop()
+        self._next: asyncio.TimerHandle | None = None
+        self._due_s, self.num_reports = 0.0, 0
+
+    def start(self) -> None:
+        """The first report, and from now on the others."""
+        self._due_s = self._loop.time()
+        self._report()
+
+    def stop(self) -> None:
+        """No report will follow."""
+        if self._next is not None:
+            self._next.cancel()
+
+    def _report(self) -> None:
+        self._feed(self.num_reports)
+        self.num_reports += 1
+        self._due_s += self._period_s
+        self._next = self._loop.call_at(self._due_s, self._report)
+
+
+# --- the clients, in a process of their own -----------------------------------------------------
+
+
+class _Count(NamedTuple):
+    """Tokens that have come to all clients together by a moment of their clock."""
+
+    num_tokens: int
+    at_s: float
+
+
+class _Clients:
+    """This process's view of them."""
+
+    def __init__(self, port: int, num_streams: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        given = theirs, port, num_streams
+        self._process = context.Process(target=_run_clients, args=given, daemon=True)
+        self._process.start()
+        theirs.close()  # so that their end is noticed
+
+    async def count(self, least: int) -> _Count:
+        """As soon as at least ``least`` tokens have come. ``EOFError`` if the clients are gone."""
+        self._pipe.send(least)
+        found: _Count = await asyncio.to_thread(self._pipe.recv)
+        return found
+
+    async def leave(self) -> None:
+        """Close all connections and end."""
+        self._pipe.send(None)
+        await asyncio.to_thread(self._process.join)
+
+
+def _run_clients(pipe: Connection, port: int, num_streams: int) -> None:
+    uvloop.run(_read_streams(pipe, port, num_streams))
+
+
+async def _read_streams(pipe: Connection, port: int, num_streams: int) -> None:
+    """Read ``num_streams`` streams until told to leave; answer the questions of ``_Clients``."""
+    loop = asyncio.get_running_loop()
+    tally = _Tally(pipe)
+    loop.add_reader(pipe.fileno(), tally.on_question)
+    request = _request()
+    for _ in range(num_streams):
+        await loop.create_connection(lambda: _Reader(request, tally), "127.0.0.1", port)
+    await tally.leave
+
+
+def _request() -> bytes:
+    body = json.dumps(
+        {"prompt": [1], "max_tokens": MAX_MODEL_LEN // 2, "stream": True, "ignore_eos": True}
+    ).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
+
+
+class _Tally:
+    """The tokens of all clients, and the question that waits for more of them."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._num_tokens = 0
+        self._wanted: int | None = None
+        self.leave: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def add(self, num_tokens: int) -> None:
+        """So many more have come."""
+        self._num_tokens += num_tokens
+        self._answer()
+
+    def on_question(self) -> None:
+        """One is in the pipe."""
+        self._wanted = self._pipe.recv()
+        if self._wanted is None:
+            self.leave.set_result(None)
+        self._answer()
+
+    def _answer(self) -> None:
+        if self._wanted is not None and self._num_tokens >= self._wanted:
+            self._wanted = None
+            self._pipe.send(_Count(self._num_tokens, time.perf_counter()))
+
+
+class _Reader(asyncio.Protocol):
+    """One connection: sends a request and counts tokens."""
+
+    def __init__(self, request: bytes, tally: _Tally) -> None:
+        self._request, self._tally, self._rest = request, tally, b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask at once."""
+        cast(asyncio.Transport, transport).write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Count, also what is cut in two."""
+        seen = self._rest + data
+        self._tally.add(seen.count(WORD))
+        self._rest = seen[-len(WORD) + 1 :]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Too early, unless all leave."""
+        if not self._tally.leave.done():
+            self._tally.leave.set_exception(error or ConnectionError("a stream has ended"))
+
+
+if __name__ == "__main__":
+    main()
