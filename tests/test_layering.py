@@ -60,6 +60,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.engine.sampler",
             "serve.engine.gpu_sampler",
             "serve.engine.triton_sampling",
+            "serve.engine.triton_filters",
             "serve.comm.kv_transfer",
             "serve.comm.wires",
             "serve.comm.triton_kv",

@@ -1,4 +1,8 @@
-"""Sampling on a GPU: the plain rows of a batch in two kernels, the others as the reference does."""
+"""Sampling on a GPU in a few kernels: the ids of the reference, without its sort and its noise.
+
+Plain rows are sampled from the logits as they are. The others are copied first, and the copy takes
+penalties, bias, bans, temperature and filters before it is sampled in the same way.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,57 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.engine.sampler import is_plain, plain_parameters, sample
+from serve.engine.sampler import adjust, filter_parameters, is_plain, plain_parameters
+from serve.engine.triton_filters import filter_logits
 from serve.engine.triton_sampling import sample_plain
 
 
 def sample_on_gpu(logits: Tensor, rows: Sequence[SampleRow], tokens: Tensor) -> None:
     """One id for each row of ``logits`` (``[num_rows, vocab_size]``), into ``tokens`` (int64)."""
     temperatures, streams = plain_parameters(rows)
-    heat = torch.tensor(temperatures, dtype=torch.float32).pin_memory()
-    noise = torch.tensor(streams, dtype=torch.int64).pin_memory()
-    device = logits.device
-    sample_plain(
-        logits, heat.to(device, non_blocking=True), noise.to(device, non_blocking=True), tokens
-    )
+    columns = [
+        torch.tensor(streams, dtype=torch.int64),
+        torch.tensor(temperatures, dtype=torch.float32),
+    ]
+    noise, heat = _move(columns, logits.device)
+    sample_plain(logits, heat, noise, tokens)
     sample_special(logits, rows, tokens)
 
 
 def sample_special(logits: Tensor, rows: Sequence[SampleRow], tokens: Tensor) -> None:
     """Sample anew, into ``tokens``, the rows that are not plain. ``logits`` stays as it is."""
     special = [index for index, row in enumerate(rows) if not is_plain(row)]
-    if special:
-        index = torch.tensor(special).pin_memory().to(logits.device, non_blocking=True)
-        tokens[index] = sample(logits[index].float(), [rows[i] for i in special])
+    if not special:
+        return
+    chosen = [rows[index] for index in special]
+    temperatures, streams = plain_parameters(chosen)
+    min_p, top_k, top_p = filter_parameters(chosen, logits.shape[1])
+    heat = torch.tensor(temperatures, dtype=torch.float32)
+    columns = [
+        torch.tensor(special, dtype=torch.int64),
+        torch.tensor(streams, dtype=torch.int64),
+        torch.tensor(top_p, dtype=torch.float64),
+        torch.tensor(top_k, dtype=torch.int32),
+        torch.tensor(min_p, dtype=torch.float32).log(),
+        torch.where(heat > 0, heat, 1.0),
+        (heat > 0).float(),
+    ]
+    index, noise, mass, rank, floor, divisor, heat = _move(columns, logits.device)
+    part = logits[index].float()  # [num_special, vocab_size]
+    adjust(part, chosen)
+    part.div_(divisor[:, None])
+    filter_logits(part, floor, rank, mass)
+    ids = torch.empty_like(index)
+    # What is divided already is divided by 1 once more, which changes nothing; 0 is greedy.
+    sample_plain(part, heat, noise, ids)
+    tokens[index] = ids
+
+
+def _move(columns: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """``columns``, the widest types first, on ``device``: by one copy, which nothing waits for."""
+    host = torch.cat([column.view(torch.uint8) for column in columns])
+    if device.type == "cuda":
+        host = host.pin_memory()
+    moved = host.to(device, non_blocking=True)
+    parts = torch.split(moved, [column.nbytes for column in columns])
+    return [part.view(column.dtype) for part, column in zip(parts, columns, strict=True)]

@@ -51,13 +51,32 @@ def plain_parameters(rows: Sequence[SampleRow]) -> tuple[list[float], list[int]]
     return temperatures, streams
 
 
+def filter_parameters(
+    rows: Sequence[SampleRow], vocab_size: int
+) -> tuple[list[float], list[int], list[float]]:
+    """min_p (0: off), top_k (``vocab_size``: off) and top_p (1: off) of each row; off if greedy."""
+    min_p, top_k, top_p = [], [], []
+    for row in rows:
+        sampling = row.request.sampling
+        noisy = not _is_greedy(sampling)
+        min_p.append(sampling.min_p if noisy else 0.0)
+        top_k.append(min(sampling.top_k or vocab_size, vocab_size) if noisy else vocab_size)
+        top_p.append(min(sampling.top_p, 1.0) if noisy else 1.0)
+    return min_p, top_k, top_p
+
+
+def adjust(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Penalties, bias and bans of each row, on ``[num_rows, vocab]`` float32, in place."""
+    _penalise(logits, rows)
+    _bias(logits, rows)
+
+
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """One token id for each row: ``[num_rows]``, int64, on the device of ``logits``.
 
     ``logits`` is ``[num_rows, vocab]``, float32, may hold -inf, and is overwritten.
     """
-    _penalise(logits, rows)
-    _bias(logits, rows)
+    adjust(logits, rows)
     tokens = logits.argmax(dim=-1)
     noisy = [i for i, row in enumerate(rows) if not _is_greedy(row.request.sampling)]
     chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
