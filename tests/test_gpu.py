@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from serve.engine.memory import warm_up_pinned_memory
 from serve.request import FinishReason
 from tests.cases import CaseResult, Job
 from tests.checkpoints import ROPES, load_reference, write_llama_checkpoint
@@ -35,6 +36,19 @@ def gpus() -> Iterator[World]:
     world = World(NUM_GPUS)
     yield world
     world.close()
+
+
+def test_pinned_memory_is_there_when_serving_begins() -> None:
+    """Whatever its size, and though several steps and pushes hold some."""
+    warm_up_pinned_memory()
+    before = torch.cuda.host_memory_stats()["num_host_alloc"]
+    held = [
+        torch.empty(size, dtype=torch.int32, pin_memory=True)
+        for size in (1, 3, 100, 5000, 70_000, 2_000_000)
+        for _ in range(8)
+    ]
+    assert torch.cuda.host_memory_stats()["num_host_alloc"] == before
+    assert all(tensor.is_pinned() for tensor in held)
 
 
 FreshWorld = Callable[[int], World]

@@ -27,7 +27,12 @@ from serve.comm.transfer_plan import Slice, plan_transfer
 from serve.comm.wires import P2PWire, SymmetricWire, Wire
 from serve.engine.executor import Equipment
 from serve.engine.kv_cache import KVCache
-from serve.engine.memory import make_graphs, measure_num_blocks, uses_graphs
+from serve.engine.memory import (
+    make_graphs,
+    measure_num_blocks,
+    uses_graphs,
+    warm_up_pinned_memory,
+)
 from serve.engine.rank_setup import RankSetup
 from serve.engine.runner import Runner
 from serve.model.flash_attention import choose_attention
@@ -87,6 +92,8 @@ def load_rank(setup: RankSetup, progress: Progress) -> Loaded:
         graphs = make_graphs(setup, model, cache, runner.sampled)
         _capture(setup, graphs)
         runner.use_graphs(graphs)
+    if setup.device.type == "cuda":
+        warm_up_pinned_memory()
     return Loaded(Equipment(runner, sender, receiver), num_blocks)
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from serve.engine.decode_graphs import DecodeGraphs  # needs Triton, as GPUs do
 
 CPU_KV_BYTES = 2 << 30
+_MAX_PINNED_POWER = 23  # of two: bytes; the largest step's integers take less
+_SMALL_PINNED_POWER = 14
 
 
 def measure_num_blocks(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> int:
@@ -64,6 +66,20 @@ def _profile(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> int:
     del cache, runner
     torch.cuda.empty_cache()
     return outside_bytes + own_bytes
+
+
+def warm_up_pinned_memory() -> None:
+    """Fill torch's cache of pinned memory, which has lists by power of two.
+
+    An empty list is filled by the driver, which waits for all that runs on the device: a push that
+    met this behind a prefill would be a whole prompt late.
+    """
+    held = [
+        torch.empty(1 << power, dtype=torch.uint8, pin_memory=True)
+        for power in range(_MAX_PINNED_POWER + 1)
+        for _ in range(64 if power <= _SMALL_PINNED_POWER else 8)
+    ]
+    del held
 
 
 def uses_graphs(setup: RankSetup) -> bool:
