@@ -123,6 +123,16 @@ class Running(Strict, frozen=True):
     load_options: Workload = Workload()
 
 
+class Reference(Strict, frozen=True):
+    """SLO attainment measured elsewhere, on as many GPUs, to be drawn beside; ``name`` says where.
+
+    ``points``: rate [req/s] and the share of requests within all objectives.
+    """
+
+    name: Annotated[str, Meta(min_length=1)]
+    points: Annotated[list[tuple[Positive, Annotated[float, Meta(ge=0, le=1)]]], Meta(min_length=1)]
+
+
 Server = Splits | Command | Running
 _KINDS: dict[str, type[Server]] = {"splits": Splits, "command": Command, "base_urls": Running}
 
@@ -138,6 +148,7 @@ class _Head(Strict, frozen=True, kw_only=True):
     )
     workload: Workload = Workload()
     serve_options: dict[str, Option] = {}
+    references: tuple[Reference, ...] = ()
     rates: Rates
 
 

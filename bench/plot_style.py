@@ -102,6 +102,17 @@ def points_style(index: int) -> dict[str, Any]:
     }
 
 
+def reference_style(index: int) -> dict[str, Any]:
+    """A line through points that were measured elsewhere."""
+    return {
+        "color": "0.45",
+        "linestyle": DASHES[(index + 1) % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markerfacecolor": "white",
+        "clip_on": False,
+    }
+
+
 def curve_style(index: int) -> dict[str, Any]:
     """A curve without points, of the series with this index."""
     return {

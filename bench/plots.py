@@ -29,6 +29,7 @@ from bench.plot_style import (
     fit_percent,
     new_figure,
     points_style,
+    reference_style,
     save,
     styled,
 )
@@ -38,6 +39,8 @@ SAME_RATE = 0.01  # relative: rates measured from random arrivals are never quit
 SCALES = 2.0 ** np.linspace(-2, 2, 65)
 
 Run = dict[str, Any]
+# By name: rate per GPU and joint SLO attainment of points that were measured elsewhere.
+References = Mapping[str, Sequence[tuple[float, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +97,19 @@ def draw_run(run: Run, folder: Path) -> list[Path]:
 
 
 def draw_sweep(
-    title: str, series: Sequence[Series], goals: Sequence[float], folder: Path
+    title: str,
+    series: Sequence[Series],
+    goals: Sequence[float],
+    folder: Path,
+    references: References | None = None,
 ) -> list[Path]:
     """Figures of several server configurations over rates; the files written, PNG and SVG.
 
     They are those of DistServe (OSDI'24), section 6.2: ``attainment``, ``latency``,
     ``queueing``, ``cdf`` and ``slo_scale``. ``goals`` are shares of SLO attainment such as
-    0.9. Figures for which nothing was measured are left out. ValueError if there is no series, or
-    one has no run with a rate; OSError if the folder cannot be written.
+    0.9. ``references`` are drawn beside the joint attainment. Figures for which nothing was
+    measured are left out. ValueError if there is no series, or one has no run with a rate; OSError
+    if the folder cannot be written.
     """
     if not series:
         raise ValueError(f"nothing to draw for {title!r}: no series")
@@ -110,7 +118,7 @@ def draw_sweep(
             raise ValueError(f"nothing to draw for series {one.name!r}: no run with a rate")
     with styled():
         figures = {
-            "attainment": _attainment(title, series, goals),
+            "attainment": _attainment(title, series, goals, references or {}),
             "latency": _latency(title, series),
             "queueing": _queueing(title, series),
             "cdf": _cdf(title, series),
@@ -160,7 +168,9 @@ def _draw_against_rate(
     return drawn
 
 
-def _attainment(title: str, series: Sequence[Series], goals: Sequence[float]) -> Figure | None:
+def _attainment(
+    title: str, series: Sequence[Series], goals: Sequence[float], references: References
+) -> Figure | None:
     runs = [run for run in _all_runs(series) if run["summary"]["attainment"] is not None]
     if not runs:
         return None
@@ -178,7 +188,12 @@ def _attainment(title: str, series: Sequence[Series], goals: Sequence[float]) ->
             draw_guide(axes, "y", 100 * goal, f"{100 * goal:.4g} %" if kind == "joint" else "")
         axes.set(title=text, xlabel=RATE_LABEL)
     panels[0][0].set(ylabel="SLO attainment [%]")
-    _add_series_legend(figure, series, points_style)
+    for index, points in enumerate(references.values()):
+        joint = [100 * share for _, share in points]
+        panels[0][0].plot([rate for rate, _ in points], joint, **reference_style(index))
+    names = [*(one.name for one in series), *references]
+    styles = [points_style(index) for index in range(len(series))]
+    add_legend(figure, names, styles + [reference_style(i) for i in range(len(references))])
     return figure
 
 

@@ -121,9 +121,14 @@ class Sweep:
         summary = summarise_sweep(self.experiment, measured)
         self.folder.write("summary.json", indented(summary))
         written = self.folder.write("summary.md", render_sweep(summary).encode())
+        experiment = self.experiment
         series = [Series(one.name, one.runs, one.num_gpus) for one in measured if one.runs]
+        peers = {
+            one.name: [(rate / experiment.gpus, share) for rate, share in one.points]
+            for one in experiment.references
+        }
         if series:
-            draw_sweep(self.experiment.name, series, self.experiment.goals, self.folder.plots)
+            draw_sweep(experiment.name, series, experiment.goals, self.folder.plots, peers)
         print(f"summary: {written}", flush=True)
 
     def _measure(self, configuration: Configuration) -> bool:

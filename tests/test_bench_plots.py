@@ -88,6 +88,17 @@ def test_a_sweep_has_the_papers_figures(tmp_path: Path) -> None:
     assert "90 %" in found and "99 %" in found
 
 
+def test_points_measured_elsewhere_are_named_beside_ours(tmp_path: Path) -> None:
+    series = [Series("1P+1D", (make_run(2), make_run(4)), 2)]
+    peers = {"a peer (another day)": [(1.0, 1.0), (2.0, 0.8)]}
+    drawn = draw_sweep("both", series, [0.9], tmp_path / "with", peers)
+    draw_sweep("both", series, [0.9], tmp_path / "without")
+    assert "a peer (another day)" in texts(tmp_path / "with" / "attainment.svg")
+    for path in drawn:
+        same = path.read_bytes() == (tmp_path / "without" / path.name).read_bytes()
+        assert same == (path.stem != "attainment"), path.name
+
+
 def test_queueing_needs_the_servers_timelines(tmp_path: Path) -> None:
     series = [Series("other", (make_run(2, staged=False),), 1)]
     drawn = draw_sweep("other", series, [0.9], tmp_path)
