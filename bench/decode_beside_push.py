@@ -44,12 +44,11 @@ from serve.comm.wires import P2PWire, SymmetricWire, Wait, Wire
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.lifetime import exit_now
-from serve.llm import SWITCH_INTERVAL_S
 from serve.model.config import load_model_config
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
-from serve.node import pick_device
+from serve.node import SWITCH_INTERVAL_S, pick_device
 from serve.request import Request, SamplingParams
 
 SENDER, DECODER = PAIR = (0, 1)

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ from serve.comm.topology import read_place
 from serve.config import ServerConfig, parse_args
 from serve.front import FrontEnd, fit_max_model_len, make_front
 from serve.lifetime import exit_now
-from serve.llm import SWITCH_INTERVAL_S
 from serve.metrics import Metrics
 from serve.node import Node, join_job
 from serve.request import FinishReason, Request, SamplingParams
@@ -56,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("counts must be at least 1")
     load = Load(args.sequences, args.context, args.steps)
     config = parse_args(load.options(args.model), 1)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     print(json.dumps(uvloop.run(_measure(config, load))), flush=True)
     exit_now(0)
 

@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,6 @@ from serve.config import ServerConfig, parse_args
 from serve.engine.kv_cache import KVCache
 from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now
-from serve.llm import SWITCH_INTERVAL_S
 from serve.metrics import Metrics
 from serve.model.flash_attention import preferred_block_size
 from serve.node import Node, join_job
@@ -55,7 +53,6 @@ def main() -> None:
     parser.add_argument("--kv-transport", choices=("p2p", "symm"), default="p2p")
     args = parser.parse_args()
     place = read_place(os.environ)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     if place.world_size != 2:
         parser.error("two ranks are wanted: one that prefills and one that decodes")
     argv = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]

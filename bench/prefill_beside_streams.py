@@ -19,7 +19,6 @@ import multiprocessing
 import random
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -35,7 +34,6 @@ from serve.comm.topology import read_place
 from serve.config import ServerConfig, parse_args
 from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now
-from serve.llm import SWITCH_INTERVAL_S
 from serve.metrics import Metrics
 from serve.node import Node, join_job
 from serve.request import Request, SamplingParams
@@ -58,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options += ["--max-model-len", str(length + 1), "--max-num-seqs", "2"]
     # Whole prompts in a step, as on a rank that only prefills.
     config = parse_args([*options, "--max-num-batched-tokens", str(max(2, length))], 1)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     print(json.dumps(uvloop.run(_measure(config, args))), flush=True)
     exit_now(0)
 

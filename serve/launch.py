@@ -29,7 +29,6 @@ def main() -> None:
 
     from serve.serving import serve_rank
 
-    sys.setswitchinterval(1e-4)  # with 5 ms a busy event loop starves the GPU thread
     exit_now(uvloop.run(serve_rank(config, place, listener)))
 
 

@@ -40,8 +40,6 @@ from serve.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-SWITCH_INTERVAL_S = 1e-4  # as in the server: the GPU thread must not wait for the loop
-
 
 class Completion(msgspec.Struct, frozen=True):
     """What became of one prompt."""
@@ -66,7 +64,6 @@ class LLM:
         config = parse_args([*argv, *to_argv(options)], place.world_size)
         self.config = replace(config, max_waiting=sys.maxsize)  # a batch waits as long as it must
         start_logging(self.config, place)
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._loop = uvloop.new_event_loop()
         self._closing = asyncio.Event()
 

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 SILENCE_LIMIT_S = 60.0
 SILENCE_CHECK_S = 5.0
 BLAME_S = 1.0  # within which the channel tells that a rank is lost, if that is what broke the rest
+SWITCH_INTERVAL_S = 1e-4  # with 5 ms a busy event loop starves the GPU thread, and it the loop
 FAREWELL_S = 3.0  # how long a failing rank waits for rank 0 to have read its last words
 
 
@@ -263,6 +265,7 @@ class Node:
 
 def join_job(config: ServerConfig, place: Place) -> Node:
     """Meet the other ranks of the job and become one of its nodes, on the running event loop."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     device = pick_device(place)
     init_world(place, "cuda" if device.type == "cuda" else "cpu")
     topology = build_topology(config.replica_specs, config.partition_id, mixed=config.colocated)

@@ -31,6 +31,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.engine.ending",
             "serve.engine.step",
             "serve.engine.load",
+            "serve.engine.stamps",
         ),
         GPU: (
             "serve.engine.runner",

@@ -45,6 +45,7 @@ from serve.engine.load import measure_load
 from serve.engine.outgoing import OutgoingTransfers
 from serve.engine.scheduler import Batch, Scheduler, SchedulerLimits
 from serve.engine.sequence import Sequence
+from serve.engine.stamps import stamp_first_token, stamp_start
 from serve.engine.step import build_step
 from serve.output_text import OutputText
 from serve.request import Request, Timeline
@@ -82,6 +83,11 @@ class Live:
     text: OutputText
     decode_replica: int
     told: bool = False  # whether rank 0 has this replica's stamps
+
+    def untold_stamps(self) -> Timeline | None:
+        """The stamps of this replica, with its first token of the request only."""
+        told, self.told = self.told, True
+        return None if told else self.sequence.stamps
 
 
 class Replica:
@@ -148,7 +154,7 @@ class Replica:
             raise RuntimeError("a step's result came, but no step is in flight")
         batch = self._in_flight.popleft()
         if self._in_flight:
-            self._stamp_start(self._in_flight[0])
+            stamp_start(self._in_flight[0], self._clock())
         self._scheduler.update(batch)
         sampled = [chunk.sequence for chunk in batch.chunks if chunk.sample]
         deltas: list[Delta] = []
@@ -178,7 +184,7 @@ class Replica:
         for sequence in batch.admitted:
             self._offer(self._live[sequence.id])
         if len(self._in_flight) == 1:
-            self._stamp_start(batch)
+            stamp_start(batch, self._clock())
         return build_step(self._num_steps, batch, self._settings.eos_token_ids)
 
     def idle_report(self) -> Actions:
@@ -212,16 +218,6 @@ class Replica:
         if not sequence.decodes_here and sequence.id not in self._outgoing:
             self._send(live.decode_replica, self._outgoing.offer(sequence, live.decode_replica))
 
-    def _stamp_start(self, batch: Batch) -> None:
-        """No step is before ``batch`` any more: it runs from now on."""
-        now = self._clock()
-        for chunk in batch.chunks:
-            stamps = chunk.sequence.stamps
-            if stamps.prefill_queued_s is not None:
-                stamps.prefill_started_s = stamps.prefill_started_s or now
-            if stamps.decode_queued_s is not None:
-                stamps.decode_started_s = stamps.decode_started_s or now
-
     def _take_arrival(self, arrival: Arrival) -> None:
         sequence = arrival.sequence
         text = OutputText.resume(self._tokenizer, sequence.request.sampling, arrival.text)
@@ -233,7 +229,7 @@ class Replica:
         sequence.token_ids.append(token_id)
         ending = find_ending(sequence, live.text, token_id, self._settings.eos_token_ids)
         if sequence.num_output_tokens == 1:
-            self._stamp_first_token(sequence)
+            stamp_first_token(sequence, self._clock())
         if ending.reason is not None:
             self._close(live)
         elif not sequence.decodes_here:
@@ -246,21 +242,8 @@ class Replica:
             text=ending.text,
             finish_reason=ending.reason,
             stop_reason=ending.stop,
-            stamps=self._untold_stamps(live),
+            stamps=live.untold_stamps(),
         )
-
-    def _stamp_first_token(self, sequence: Sequence) -> None:
-        now = self._clock()
-        sequence.stamps.prefill_ended_s = now
-        if sequence.decodes_here:
-            sequence.stamps.decode_queued_s = sequence.stamps.decode_started_s = now
-
-    def _untold_stamps(self, live: Live) -> Timeline | None:
-        """The stamps of this replica, with its first token of the request only."""
-        if live.told:
-            return None
-        live.told = True
-        return live.sequence.stamps
 
     def _abort(self, request_id: str) -> None:
         self._incoming.abort(request_id)

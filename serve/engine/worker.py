@@ -110,10 +110,11 @@ class Worker:
         self._issue(self._leading.idle_report())
 
     def _issue(self, actions: Actions) -> None:
-        for entry in actions.entries:
-            self._submit(entry)
+        # Messages first: others act on them meanwhile, and the GPU has a step in hand.
         for rank, message in actions.messages:
             self._send(rank, message)
+        for entry in actions.entries:
+            self._submit(entry)
 
     def _submit(self, entry: Entry) -> None:
         # The followers first, so that no rank waits for them in the step's collectives.
