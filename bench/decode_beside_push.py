@@ -44,7 +44,7 @@ from serve.comm.wires import P2PWire, SymmetricWire, Wait, Wire
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.lifetime import exit_now
-from serve.model.config import load_model_config
+from serve.model.config_file import load_model_config
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights import load_weights

@@ -36,7 +36,7 @@ from serve.engine.decode_graphs import DecodeGraphs
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.lifetime import exit_now
-from serve.model.config import load_model_config
+from serve.model.config_file import load_model_config
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
@@ -196,9 +196,9 @@ def _products(model: nn.Module, num_tokens: int, num_rows: int) -> Callable[[], 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
     for layer in model.model.layers:  # type: ignore[union-attr]
-        yield layer.self_attn.qkv.weight
+        yield layer.self_attn._qkv.weight
         yield layer.self_attn.o_proj.weight
-        yield layer.mlp.gate_up.weight
+        yield layer.mlp._gate_up.weight
         yield layer.mlp.down_proj.weight
 
 

@@ -9,7 +9,8 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from serve import options as option_defaults
-from serve.model.config import ModelConfig, load_model_config
+from serve.model.config import ModelConfig
+from serve.model.config_file import load_model_config
 from serve.model_source import (
     DEFAULT_NAME,
     LoadFormat,

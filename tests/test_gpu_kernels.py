@@ -100,7 +100,7 @@ def test_split_decode(dim: int, count: int) -> None:
     dtype = torch.bfloat16
     attention, _ = flash.choose_attention(GPU, dtype, dim, BLOCK_SIZE)
     q, k, v, metadata = make_case([(1, 1), (1, 130), (1, 5000), (1, 64)], 8, 2, dim, dtype)
-    kernels = pytest.importorskip("serve.model.triton_ops")
+    kernels = pytest.importorskip("serve.model.triton_decode")
     width = metadata.block_tables.shape[1]
     flat = metadata.block_tables.flatten()
     offsets = torch.arange(4, device=GPU, dtype=torch.int32) * width
@@ -153,7 +153,7 @@ def test_linear(num_rows: int, out_features: int, size: int, dtype: torch.dtype)
 
 
 def test_tokens_of_the_step_before_are_taken_up() -> None:
-    kernels = pytest.importorskip("serve.model.triton_ops")
+    kernels = pytest.importorskip("serve.model.triton_decode")
     sampled = torch.randint(1000, (300,), device=GPU)
     token_ids = torch.randint(-300, 1000, (300,), device=GPU)
     torch.testing.assert_close(kernels.take_up(token_ids, sampled), fill_in(token_ids, sampled))
@@ -164,7 +164,7 @@ def test_tokens_of_the_step_before_are_taken_up() -> None:
 def test_silu_mul(num_rows: int, size: int, dtype: torch.dtype) -> None:
     x = torch.randn(num_rows, 2 * size, device=GPU, dtype=dtype)
     gate, up = x.double().chunk(2, dim=-1)
-    assert_near(ops.silu_mul(x), torch.nn.functional.silu(gate) * up, dtype)
+    assert_near(ops.gate(x, "silu"), torch.nn.functional.silu(gate) * up, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

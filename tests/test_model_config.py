@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 from transformers import MistralConfig
 
-from serve.model.config import RopeConfig, load_model_config
+from serve.model.config_file import load_model_config
+from serve.model.config_rope import RopeConfig
 from tests.checkpoints import smollm2_gguf
 
 LLAMA: dict[str, Any] = {
@@ -78,7 +78,7 @@ def test_scaling_widens_the_context(tmp_path: Path, scaling: dict[str, Any], con
     assert load_model_config(path).max_position_embeddings == context
 
 
-def test_mistral_is_limited_to_its_window(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_mistrals_layers_have_a_window(tmp_path: Path) -> None:
     MistralConfig(
         architectures=["MistralForCausalLM"],
         hidden_size=64,
@@ -87,17 +87,18 @@ def test_mistral_is_limited_to_its_window(tmp_path: Path, caplog: pytest.LogCapt
         max_position_embeddings=512,
         sliding_window=96,
     ).save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        config = load_model_config(str(tmp_path))
+    config = load_model_config(str(tmp_path))
     assert (config.architecture, config.num_kv_heads) == ("llama", 2)
-    assert config.max_position_embeddings == 96 and "window" in caplog.text
+    assert config.max_position_embeddings == 512
+    assert config.windows == (96,) * config.num_layers and config.max_window == 96
     mistral: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "num_key_value_heads": None}
-    path = write(tmp_path, **mistral, sliding_window=None)
-    assert load_model_config(path).max_position_embeddings == 128
+    for window in (None, 128):  # none, and one that covers the whole context
+        config = load_model_config(write(tmp_path, **mistral, sliding_window=window))
+        assert config.max_position_embeddings == 128 and config.max_window is None
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"architectures": ["Qwen2ForCausalLM"]}, "supported: LlamaForCausalLM"),
+    "architecture": ({"architectures": ["BloomForCausalLM"]}, "supported: LlamaForCausalLM"),
     "no architecture": ({"architectures": None}, "architecture None"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "rope type": ({"rope_scaling": {"type": "longrope", "factor": 2}}, "supported: default, lin"),
@@ -147,7 +148,7 @@ def test_an_unreadable_gguf_file(tmp_path: Path, content: bytes | None) -> None:
 
 def test_the_configuration_needs_no_torch() -> None:
     code = (
-        "import sys; from serve.model.config import load_model_config as load; "
+        "import sys; from serve.model.config_file import load_model_config as load; "
         f"config = load({str(smollm2_gguf())!r}); "
         "assert 'torch' not in sys.modules; "
         "assert (config.vocab_size, config.num_layers, config.head_dim) == (49152, 30, 64)"

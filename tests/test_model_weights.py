@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from serve.comm.tensor_parallel import TensorParallel
 from serve.model.checkpoint import open_checkpoint, take
-from serve.model.config import ModelConfig, load_model_config
+from serve.model.config import ModelConfig
+from serve.model.config_file import load_model_config
 from serve.model.layers import ParallelLMHead, Placement, Range, Shard, parameter_shards
 from serve.model.registry import build_model
 from serve.model.rope import rope_frequencies

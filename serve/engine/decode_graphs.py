@@ -21,7 +21,7 @@ from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, ForwardB
 from serve.engine.kv_cache import KVCache
 from serve.engine.sampler import plain_parameters
 from serve.engine.triton_sampling import sample_plain
-from serve.model.triton_ops import slice_tables, take_up
+from serve.model.triton_decode import slice_tables, take_up
 
 NOWHERE = -1  # the slot of a row whose keys and values are not kept
 _WARM_UPS = 2
@@ -77,9 +77,19 @@ class DecodeGraphs:
     """The graphs of one rank. Captured and launched in the GPU thread."""
 
     def __init__(
-        self, model: nn.Module, kv_cache: KVCache, sampled: Tensor, max_model_len: int
+        self,
+        model: nn.Module,
+        kv_cache: KVCache,
+        sampled: Tensor,
+        max_model_len: int,
+        *,
+        has_windows: bool = False,
     ) -> None:
-        """``sampled``: int64, as many as rows in the largest batch; where a step leaves its ids."""
+        """``sampled``: int64, as many as rows in the largest batch; where a step leaves its ids.
+
+        ``has_windows``: some layers see a window alone, and read each row in one piece.
+        """
+        self._has_windows = has_windows
         self._model, self._kv_cache, self._sampled = model, kv_cache, sampled
         max_num_seqs = len(sampled)
         self._block_size = kv_cache.layout.block_size
@@ -145,10 +155,11 @@ class DecodeGraphs:
     def _metadata(self, inputs: Inputs, size: int) -> AttentionMetadata:
         num_kv_heads = len(self._kv_cache.layout.kv_heads)
         count = choose_num_splits(size, num_kv_heads, self._num_sms)
-        tables, lengths = slice_tables(
-            inputs.blocks, inputs.offsets, inputs.lengths, count, self._width, self._block_size
-        )
+        tables, lengths = self._slice(inputs, count)
         numbers = self._numbers[: count * size + 1]
+        splits = DecodeSplits(count, numbers, lengths, tables) if count > 1 else None
+        if splits is not None and self._has_windows:
+            tables, lengths = self._slice(inputs, 1)
         return AttentionMetadata(
             cu_seqlens_q=numbers,
             seqlens_k=lengths,
@@ -159,7 +170,12 @@ class DecodeGraphs:
             query_lengths=(1,) * size,
             key_lengths=(),  # nothing that runs here asks for lengths on the host
             num_decodes=size,
-            splits=DecodeSplits(count, numbers, lengths, tables) if count > 1 else None,
+            splits=splits,
+        )
+
+    def _slice(self, inputs: Inputs, count: int) -> tuple[Tensor, Tensor]:
+        return slice_tables(
+            inputs.blocks, inputs.offsets, inputs.lengths, count, self._width, self._block_size
         )
 
     def holds(self, step: Step) -> bool:

@@ -46,10 +46,12 @@ class AttentionMetadata:
     cu_seqlens_prefill: Tensor | None = None  # [num_seqs - num_decodes + 1]: of the others alone
     splits: DecodeSplits | None = None  # for the decode rows; None: each is read in one piece
 
-    @property
-    def num_query_copies(self) -> int:
-        """How often attention wants the queries, copy after copy: once for each split."""
-        return 1 if self.splits is None else self.splits.count
+    def num_copies(self, window: int | None) -> int:
+        """How often attention wants the queries, copy after copy: once for each split.
+
+        A layer that sees a ``window`` alone reads little, and is not split.
+        """
+        return 1 if self.splits is None or window is not None else self.splits.count
 
 
 @dataclass(frozen=True, slots=True)

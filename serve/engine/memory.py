@@ -98,7 +98,8 @@ def make_graphs(
     """The decode graphs of this rank, not captured yet. ``sampled``: see ``Runner``."""
     from serve.engine.decode_graphs import DecodeGraphs
 
-    return DecodeGraphs(model, cache, sampled, _longest(setup))
+    has_windows = any(setup.config.model_config.windows)
+    return DecodeGraphs(model, cache, sampled, _longest(setup), has_windows=has_windows)
 
 
 def _measure_graphs(setup: RankSetup, model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from serve.engine.forward_batch import AttentionMetadata
 from serve.model import ops
-from serve.model.attention import Attention, torch_attention
+from serve.model.attention import PLAIN, Attention, Scoring, torch_attention
 
 HEAD_DIMS = range(8, 257, 8)
 BLOCK_SIZES = {4: 64, 2: 256}  # whole multiples of these
@@ -33,19 +33,29 @@ class FlashAttention:
         self._decode_tile = (64, 128) if head_dim <= 128 else None
 
     def __call__(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+        scoring: Scoring = PLAIN,
     ) -> Tensor:
         """See ``Attention``. Decode rows and prefill rows are two calls: their tiles differ."""
         count = metadata.num_decodes
-        if count * metadata.num_query_copies == len(q):
-            return self._decode(q, k_cache, v_cache, metadata)
+        if count * metadata.num_copies(scoring.window) == len(q):
+            return self._decode(q, k_cache, v_cache, metadata, scoring)
         if count == 0:
-            return self._prefill(q, k_cache, v_cache, metadata)
-        decoded = self._decode(q[:count], k_cache, v_cache, metadata)
-        return torch.cat((decoded, self._prefill(q[count:], k_cache, v_cache, metadata)))
+            return self._prefill(q, k_cache, v_cache, metadata, scoring)
+        decoded = self._decode(q[:count], k_cache, v_cache, metadata, scoring)
+        return torch.cat((decoded, self._prefill(q[count:], k_cache, v_cache, metadata, scoring)))
 
     def _prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+        scoring: Scoring,
     ) -> Tensor:
         count = metadata.num_decodes
         out: Tensor = self._run(
@@ -59,20 +69,27 @@ class FlashAttention:
             max_seqlen_k=metadata.max_seqlen_k,
             page_table=metadata.block_tables[count:],
             causal=True,
+            **_options(scoring),
         )[0]
         return out
 
     def _decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+        scoring: Scoring,
     ) -> Tensor:
         count, splits = metadata.num_decodes, metadata.splits
-        if splits is None:
+        if splits is None or scoring.window is not None:
             rows = (
                 metadata.cu_seqlens_q[: count + 1],
                 metadata.seqlens_k[:count],
                 metadata.block_tables[:count],
             )
-            return self._decode_rows(q, k_cache, v_cache, *rows, metadata.max_seqlen_k)[0]
+            most = metadata.max_seqlen_k
+            return self._decode_rows(q, k_cache, v_cache, *rows, most, scoring)[0]
         out, lse = self._decode_rows(
             q,  # a copy for each split already
             k_cache,
@@ -81,6 +98,7 @@ class FlashAttention:
             splits.seqlens_k,
             splits.block_tables,
             metadata.max_seqlen_k,
+            scoring,
             return_lse=True,
         )
         return ops.combine_splits(out, lse, splits.count)
@@ -94,6 +112,7 @@ class FlashAttention:
         seqlens_k: Tensor,
         block_tables: Tensor,
         max_seqlen_k: int,
+        scoring: Scoring,
         *,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -109,8 +128,17 @@ class FlashAttention:
             page_table=block_tables,
             tile_mn=self._decode_tile,
             return_lse=return_lse,
+            **_options(scoring),
         )
         return out, lse
+
+
+def _options(scoring: Scoring) -> dict[str, Any]:
+    """As version 4 spells them; a query's own position does not count in its window."""
+    options: dict[str, Any] = {"softmax_scale": scoring.scale, "softcap": scoring.softcap}
+    if scoring.window is not None:
+        options |= {"window_size_left": scoring.window - 1, "window_size_right": 0}
+    return options
 
 
 class FlashAttention2:
@@ -120,9 +148,15 @@ class FlashAttention2:
         self._run: Any = importlib.import_module("flash_attn").flash_attn_varlen_func
 
     def __call__(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+        scoring: Scoring = PLAIN,
     ) -> Tensor:
         """See ``Attention``."""
+        left = -1 if scoring.window is None else scoring.window - 1
         out: Tensor = self._run(
             q,
             k_cache,
@@ -131,7 +165,10 @@ class FlashAttention2:
             cu_seqlens_k=torch.nn.functional.pad(metadata.seqlens_k.cumsum(0), (1, 0)).int(),
             max_seqlen_q=metadata.max_seqlen_q,
             max_seqlen_k=metadata.max_seqlen_k,
+            softmax_scale=scoring.scale,
             causal=True,
+            window_size=(left, 0 if scoring.window is not None else -1),
+            softcap=scoring.softcap or 0.0,
             block_table=metadata.block_tables,
         )
         return out

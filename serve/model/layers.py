@@ -98,18 +98,23 @@ class RMSNorm(ShardedLayer):
 
     weight: nn.Parameter
 
-    def __init__(self, size: int, eps: float, place: Placement) -> None:
-        super().__init__({"weight": Shard.whole(size, mean=1.0)}, place)
-        self.eps = eps
+    def __init__(
+        self, size: int, eps: float, place: Placement, *, around_one: bool = False
+    ) -> None:
+        """``around_one``: the weights are what is to be added to one (Gemma)."""
+        mean = 0.0 if around_one else 1.0
+        super().__init__({"weight": Shard.whole(size, mean=mean)}, place)
+        self.eps, self.around_one = eps, around_one
 
     def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
         """The norm of ``residual + x``, which ``residual`` (``[num_tokens, size]``) becomes.
 
         Without ``x`` of ``residual`` as it is. Sum and norm are one kernel on a GPU.
         """
+        one = self.around_one
         if x is None:
-            return ops.rms_norm(residual, self.weight, self.eps)
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+            return ops.rms_norm(residual, self.weight, self.eps, around_one=one)
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, around_one=one)
 
 
 class ColumnParallelLinear(ShardedLayer):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from serve.model.head_norms import HeadNorms
+
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
@@ -24,35 +26,56 @@ def linear(
     return torch.mm(x, weight.t(), out=out)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x`` (``[num_tokens, size]``) scaled to unit mean square in float32, times ``weight``."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, around_one: bool = False) -> Tensor:
+    """``x`` (``[num_tokens, size]``) scaled to unit mean square in float32, times ``weight``.
+
+    ``around_one``: times ``1 + weight``, in float32, too (Gemma).
+    """
     if x.is_cuda:
         from serve.model import triton_ops
 
-        return triton_ops.rms_norm(x, weight, eps)
+        return triton_ops.rms_norm(x, weight, eps, around_one=around_one)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if around_one:
+        return (wide * (1.0 + weight.float())).to(x.dtype)
     return weight * wide.to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, around_one: bool = False
+) -> Tensor:
     """The norm of ``residual + x``, which ``residual`` becomes."""
     if x.is_cuda:
         from serve.model import triton_ops
 
-        return triton_ops.add_rms_norm(x, residual, weight, eps)
+        return triton_ops.add_rms_norm(x, residual, weight, eps, around_one=around_one)
     residual += x
-    return rms_norm(residual, weight, eps)
+    return rms_norm(residual, weight, eps, around_one=around_one)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """``[num_tokens, 2 * size]``, the gates first, to ``silu(gate) * up``."""
+def gate(gate_up: Tensor, activation: str) -> Tensor:
+    """``[num_tokens, 2 * size]``, the gates first, to ``activation(gate) * up``."""
     if gate_up.is_cuda:
         from serve.model import triton_ops
 
-        return triton_ops.silu_mul(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+        return triton_ops.gate(gate_up, activation)
+    first, up = gate_up.chunk(2, dim=-1)
+    return activate(first, activation) * up
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """One of ``serve.model.config.Activation``, element by element."""
+    match activation:
+        case "silu":
+            return functional.silu(x)
+        case "gelu":
+            return functional.gelu(x)
+        case "gelu_tanh":
+            return functional.gelu(x, approximate="tanh")
+        case "relu":
+            return functional.relu(x)
+    raise ValueError(f"activation {activation!r} is not known")
 
 
 def rope_write(
@@ -63,22 +86,28 @@ def rope_write(
     v_cache: Tensor,
     slot_mapping: Tensor,
     num_copies: int = 1,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """Turn queries and keys; keys and values go to their slots, the queries are returned.
 
     ``qkv``: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``; ``cos`` and ``sin``:
-    ``[num_tokens, head_dim / 2]``, float32; the caches ``[num_blocks, block_size, num_kv_heads,
-    head_dim]``, strided; ``slot_mapping``: ``[num_tokens]``, int64. Returns ``[num_copies *
-    num_tokens, num_heads, head_dim]``, copy after copy.
+    ``[num_tokens, rotary_dim / 2]``, float32: what of a head is beyond stays as it is; the caches
+    ``[num_blocks, block_size, num_kv_heads, head_dim]``, strided; ``slot_mapping``:
+    ``[num_tokens]``, int64. With ``norms`` queries and keys are normed before they are turned.
+    Returns ``[num_copies * num_tokens, num_heads, head_dim]``, copy after copy.
     """
     if qkv.is_cuda:
-        from serve.model import triton_ops
+        from serve.model import triton_rope
 
-        return triton_ops.rope_write(qkv, cos, sin, k_cache, v_cache, slot_mapping, num_copies)
+        caches = k_cache, v_cache
+        return triton_rope.rope_write(qkv, cos, sin, *caches, slot_mapping, num_copies, norms)
     block_size, num_kv_heads, dim = k_cache.shape[1:]
     heads = qkv.view(len(qkv), -1, dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norms is not None:
+        q = rms_norm(q, norms.query, norms.eps, around_one=norms.around_one)
+        k = rms_norm(k, norms.key, norms.eps, around_one=norms.around_one)
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     k_cache[blocks, offsets] = rotate(k, cos, sin)
     v_cache[blocks, offsets] = v
@@ -88,8 +117,9 @@ def rope_write(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` (``[num_tokens, num_heads, head_dim]``) turned; dimension i pairs with i + half."""
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def combine_splits(parts: Tensor, lse: Tensor, num_splits: int) -> Tensor:
@@ -99,9 +129,9 @@ def combine_splits(parts: Tensor, lse: Tensor, num_splits: int) -> Tensor:
     ``[num_heads, num_splits * num_rows]``, float32, -inf where a split has no position.
     """
     if parts.is_cuda:
-        from serve.model import triton_ops
+        from serve.model import triton_decode
 
-        return triton_ops.combine_splits(parts, lse, num_splits)
+        return triton_decode.combine_splits(parts, lse, num_splits)
     weights = lse.view(len(lse), num_splits, -1).softmax(dim=1)  # [num_heads, num_splits, num_rows]
     parts = parts.view(num_splits, -1, *parts.shape[1:])
     wide = torch.einsum("hsr,srhd->rhd", weights, parts.float().nan_to_num())

@@ -18,34 +18,37 @@ import math
 import torch
 from torch import Tensor
 
-from serve.model.config import RopeConfig
+from serve.model.config_rope import RopeConfig
 
 
 class RotaryEmbedding:
     """The angles for one model; nothing of it is in a checkpoint."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device | str) -> None:
-        frequencies, self._scale = rope_frequencies(rope, head_dim)
-        self._frequencies = frequencies.to(device)  # [head_dim / 2], radians per position
-        self._exponents = _exponents(head_dim).to(device)
+    def __init__(self, rope: RopeConfig | None, head_dim: int, device: torch.device | str) -> None:
+        """Without ``rope`` every angle is zero: nothing turns."""
+        dim = head_dim if rope is None else rope.rotary_dim or head_dim
         self._rope = rope
+        self._frequencies, self._scale = torch.zeros(dim // 2, device=device), 1.0
+        if rope is not None:
+            frequencies, self._scale = rope_frequencies(rope, dim)
+            self._frequencies = frequencies.to(device)  # [rotary_dim / 2], radians per position
+        self._exponents = _exponents(dim).to(device)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of ``positions`` (``[num_tokens]``): ``[num_tokens, head_dim / 2]``.
+        """Cosine and sine of ``positions`` (``[num_tokens]``): ``[num_tokens, rotary_dim / 2]``.
 
         Float32; for ``serve.model.ops.rope_write``.
         """
-        if self._rope.type == "dynamic":
-            frequencies = self._dynamic_frequencies(positions)
+        if self._rope is not None and self._rope.type == "dynamic":
+            frequencies = self._dynamic_frequencies(self._rope, positions)
         else:
             frequencies = self._frequencies
         angles = positions[:, None] * frequencies  # positions rounded to float32 first
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if self._scale == 1.0 else (cos * self._scale, sin * self._scale)
 
-    def _dynamic_frequencies(self, positions: Tensor) -> Tensor:
+    def _dynamic_frequencies(self, rope: RopeConfig, positions: Tensor) -> Tensor:
         """``[num_tokens, head_dim / 2]``: beyond the original context the base grows."""
-        rope = self._rope
         head_dim = 2 * len(self._exponents)
         length = (positions + 1).clamp(min=rope.original_max_position_embeddings)
         growth = (rope.factor * length / rope.original_max_position_embeddings) - (rope.factor - 1)

@@ -1,0 +1,46 @@
+"""Where a checkpoint's description lies on disk: config.json, or the header of a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from serve.model.config import ModelConfig
+from serve.model.config_families import parse_config
+from serve.model.gguf_header import read_gguf_config
+
+
+def load_model_config(path: str) -> ModelConfig:
+    """The description of the checkpoint at ``path``: a directory with config.json, or a .gguf file.
+
+    Raises ``ValueError`` with one line for whatever is missing, malformed or not supported.
+    """
+    source = Path(path)
+    try:
+        data = read_gguf_config(source) if source.suffix == ".gguf" else _read_directory(source)
+        return parse_config(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_directory(directory: Path) -> dict[str, Any]:
+    """config.json, with the end tokens of generation_config.json where that names any."""
+    data = _read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        eos = _read_json(generation).get("eos_token_id")
+        data["eos_token_id"] = data.get("eos_token_id") if eos is None else eos
+    return data
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return data

@@ -1,0 +1,201 @@
+"""What the families' decoders share: attention around the cache, feed-forward, stack and head.
+
+A layer is given what the layer before adds to the residual stream, and returns what it adds itself:
+each addition is made by the norm that follows, in one kernel with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from serve.comm.tensor_parallel import TensorParallel
+from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
+from serve.engine.kv_cache import KVCache
+from serve.engine.kv_layout import shard_kv_heads
+from serve.model import ops
+from serve.model.attention import Attention, Scoring
+from serve.model.config import ModelConfig
+from serve.model.head_norms import HeadNorms
+from serve.model.layers import (
+    ColumnParallelLinear,
+    FusedLinear,
+    ParallelLMHead,
+    Placement,
+    Range,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from serve.model.rope import RotaryEmbedding
+
+Rotation = tuple[Tensor, Tensor]  # cosine and sine, each [num_tokens, rotary_dim / 2]
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What the layers of one model are made from."""
+
+    config: ModelConfig
+    tp: TensorParallel
+    place: Placement
+    attention: Attention
+
+    @property
+    def queries(self) -> Range:
+        """The rows of this rank's query heads."""
+        return Range.even(self.config.num_heads * self.config.head_dim, self.tp)
+
+    @property
+    def kv_heads(self) -> tuple[int, ...]:
+        """The KV heads that they read."""
+        config, tp = self.config, self.tp
+        return shard_kv_heads(config.num_heads, config.num_kv_heads, tp.size, tp.rank)
+
+    @property
+    def keys(self) -> Range:
+        """The rows of those."""
+        return Range.heads(self.config.num_kv_heads, self.config.head_dim, self.kv_heads)
+
+    @property
+    def inner(self) -> Range:
+        """This rank's share of the feed-forward layer."""
+        return Range.even(self.config.intermediate_size, self.tp)
+
+
+class AttentionLayer(nn.Module):
+    """Attention between the projections, of the query heads of this rank."""
+
+    q_norm: RMSNorm
+    k_norm: RMSNorm
+
+    def __init__(self, build: Build, layer: int, *, around_one: bool = False) -> None:
+        """``around_one``: see ``RMSNorm``, for the norms of queries and keys if there are any."""
+        super().__init__()
+        config, window = build.config, build.config.window_of(layer)
+        self._layer, self._attention = layer, build.attention
+        self._scoring = Scoring(config.attention_scale, window, config.attention_softcap)
+        self._has_norms = config.qk_norm
+        if config.qk_norm:
+            size, eps = config.head_dim, config.norm_eps
+            self.q_norm = RMSNorm(size, eps, build.place, around_one=around_one)
+            self.k_norm = RMSNorm(size, eps, build.place, around_one=around_one)
+
+    def attend(
+        self, qkv: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
+    ) -> Tensor:
+        """Projections side by side (see ``ops.rope_write``) to ``[num_tokens, heads * head_dim]``.
+
+        The new keys and values go into the cache.
+        """
+        caches = kv_cache.layer(self._layer)
+        slots, copies = metadata.slot_mapping, metadata.num_copies(self._scoring.window)
+        q = ops.rope_write(qkv, *rotation, *caches, slots, copies, self._norms())
+        return self._attention(q, *caches, metadata, self._scoring).flatten(1)
+
+    def _norms(self) -> HeadNorms | None:
+        if not self._has_norms:
+            return None
+        q_norm, k_norm = self.q_norm, self.k_norm
+        return HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps, q_norm.around_one)
+
+
+class SelfAttention(AttentionLayer):
+    """With a projection each for queries, keys and values, computed as one product."""
+
+    def __init__(self, build: Build, layer: int, *, around_one: bool = False) -> None:
+        super().__init__(build, layer, around_one=around_one)
+        config, tp, place = build.config, build.tp, build.place
+        bias, size, queries = config.attention_bias, config.hidden_size, build.queries
+        self.q_proj = ColumnParallelLinear(size, queries, bias, place)
+        self.k_proj = ColumnParallelLinear(size, build.keys, bias, place)
+        self.v_proj = ColumnParallelLinear(size, build.keys, bias, place)
+        self._qkv = FusedLinear(self.q_proj, self.k_proj, self.v_proj)
+        self.o_proj = RowParallelLinear(queries, size, config.attention_output_bias, tp, place)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
+    ) -> Tensor:
+        """``[num_tokens, hidden]`` to the same."""
+        out: Tensor = self.o_proj(self.attend(self._qkv(x), rotation, metadata, kv_cache))
+        return out
+
+
+class GatedMLP(nn.Module):
+    """The gated feed-forward layer."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        config, place = build.config, build.place
+        size, bias = config.hidden_size, config.mlp_bias
+        self._activation = config.activation
+        self.gate_proj = ColumnParallelLinear(size, build.inner, bias, place)
+        self.up_proj = ColumnParallelLinear(size, build.inner, bias, place)
+        self._gate_up = FusedLinear(self.gate_proj, self.up_proj)
+        self.down_proj = RowParallelLinear(build.inner, size, bias, build.tp, place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[num_tokens, hidden]`` to the same."""
+        out: Tensor = self.down_proj(ops.gate(self._gate_up(x), self._activation))
+        return out
+
+
+class Stack(nn.Module):
+    """Layers over a residual stream."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        config = build.config
+        self._ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
+        device, dim = build.place.device, config.head_dim
+        self._rotary = {rope: RotaryEmbedding(rope, dim, device) for rope in set(self._ropes)}
+
+    def run(
+        self,
+        residual: Tensor,  # [num_tokens, hidden], overwritten
+        layers: Iterable[nn.Module],
+        norm: nn.Module,
+        batch: ForwardBatch,
+        kv_cache: KVCache,
+    ) -> Tensor:
+        """The states of the sampled tokens, ``[num_sampled, hidden]``."""
+        rotations = {rope: rotary(batch.positions) for rope, rotary in self._rotary.items()}
+        x: Tensor | None = None
+        for rope, layer in zip(self._ropes, layers, strict=True):
+            x = layer(x, residual, rotations[rope], batch.attention, kv_cache)
+        if batch.sample_indices is not None:
+            x = None if x is None else x[batch.sample_indices]
+            residual = residual[batch.sample_indices]
+        states: Tensor = norm(x, residual)
+        return states
+
+
+def cap_logits(logits: Tensor | None, cap: float | None) -> Tensor | None:
+    """``cap * tanh(logits / cap)``, in place."""
+    if logits is None or cap is None:
+        return logits
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
+def make_head(build: Build, embedding: VocabParallelEmbedding) -> ParallelLMHead:
+    """The layer from states to logits; its weights are those of ``embedding`` if they are tied."""
+    config = build.config
+    size = config.embedding_size or config.hidden_size
+    head = ParallelLMHead(config.vocab_size, size, build.tp, build.place)
+    if config.tie_word_embeddings:
+        head.weight = embedding.weight
+    return head
+
+
+def build_of(
+    config: ModelConfig,
+    tp: TensorParallel,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attention: Attention,
+) -> Build:
+    """The same from what a family's model is given."""
+    return Build(config, tp, Placement(dtype, torch.device(device)), attention)

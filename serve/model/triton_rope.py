@@ -1,0 +1,112 @@
+"""Queries, keys and values normed, rotated and written to the cache as one kernel, in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from serve.model.head_norms import HeadNorms
+from serve.model.triton_launch import LAUNCH, await_kernel_before
+from serve.model.triton_ops import weighted
+
+_HEADS = 8  # of one program
+
+
+# Compiled once, whatever the batch: its integers lie anywhere in the buffer that brought them.
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
+def _rope_write_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, v_ptr, slot_ptr,
+    qkv_stride, block_stride, token_stride, block_size, eps,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    COPIES: tl.constexpr, HAS_NORMS: tl.constexpr, AROUND_ONE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]  # of queries, keys, values
+    half: tl.constexpr = ROTARY // 2
+    exists = head < NUM_Q + 2 * NUM_KV
+    at = tl.arange(0, HALF_BLOCK)[None, :]
+    # What is not rotated: the rest of each head. Where there is none it is read nowhere.
+    tail = ROTARY + tl.arange(0, REST_BLOCK)[None, :]
+    if EARLY:
+        await_kernel_before()
+    source = qkv_ptr + token * qkv_stride + head * DIM
+    first = tl.load(source + at, exists & (at < half), 0.0)
+    second = tl.load(source + half + at, exists & (at < half), 0.0)
+    rest = tl.load(source + tail, exists & (tail < DIM), 0.0)
+    turned = head < NUM_Q + NUM_KV
+    if HAS_NORMS:
+        squares = tl.sum(first.to(tl.float32) * first.to(tl.float32), 1)
+        squares += tl.sum(second.to(tl.float32) * second.to(tl.float32), 1)
+        squares += tl.sum(rest.to(tl.float32) * rest.to(tl.float32), 1)
+        scale = tl.rsqrt(squares / DIM + eps)[:, None]
+        norm_ptr = tl.where(head < NUM_Q, q_norm_ptr, k_norm_ptr)
+        weight = tl.load(norm_ptr + at, turned & (at < half), 0.0)
+        first = tl.where(turned, _normed(first, scale, weight, AROUND_ONE), first)
+        weight = tl.load(norm_ptr + half + at, turned & (at < half), 0.0)
+        second = tl.where(turned, _normed(second, scale, weight, AROUND_ONE), second)
+        weight = tl.load(norm_ptr + tail, turned & (tail < DIM), 0.0)
+        rest = tl.where(turned, _normed(rest, scale, weight, AROUND_ONE), rest)
+    cos = tl.load(cos_ptr + token * half + at, at < half, 1.0)
+    sin = tl.load(sin_ptr + token * half + at, at < half, 0.0)
+    wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+    out_first = tl.where(turned, wide_first * cos - wide_second * sin, wide_first).to(first.dtype)
+    out_second = tl.where(turned, wide_second * cos + wide_first * sin, wide_second)
+    out_second = out_second.to(first.dtype)
+    is_query = head < NUM_Q
+    for copy in tl.static_range(COPIES):
+        row = copy * tl.num_programs(0) + token
+        query = q_ptr + (row * NUM_Q + head) * DIM
+        tl.store(query + at, out_first, is_query & (at < half))
+        tl.store(query + half + at, out_second, is_query & (at < half))
+        tl.store(query + tail, rest, is_query & (tail < DIM))
+    # Rows that fill up a batch have nowhere to go.
+    slot = tl.load(slot_ptr + token)
+    place = (slot // block_size) * block_stride + (slot % block_size) * token_stride
+    is_key = (head >= NUM_Q) & turned & (slot >= 0)
+    key = k_ptr + place + (head - NUM_Q) * DIM
+    tl.store(key + at, out_first, is_key & (at < half))
+    tl.store(key + half + at, out_second, is_key & (at < half))
+    tl.store(key + tail, rest, is_key & (tail < DIM))
+    is_value = (head >= NUM_Q + NUM_KV) & exists & (slot >= 0)
+    value = v_ptr + place + (head - NUM_Q - NUM_KV) * DIM
+    tl.store(value + at, out_first, is_value & (at < half))
+    tl.store(value + half + at, out_second, is_value & (at < half))
+    tl.store(value + tail, rest, is_value & (tail < DIM))
+
+
+@triton.jit
+def _normed(x, scale, weight, AROUND_ONE: tl.constexpr):
+    return weighted(x.to(tl.float32) * scale, weight, AROUND_ONE).to(x.dtype)
+
+
+def rope_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_copies: int,
+    norms: HeadNorms | None,
+) -> Tensor:
+    """See ``serve.model.ops.rope_write``; a slot of -1 keeps a token's keys and values nowhere."""
+    block_size, num_kv_heads, dim = k_cache.shape[1:]
+    num_heads = qkv.shape[1] // dim - 2 * num_kv_heads
+    rotary = 2 * cos.shape[1]
+    q = qkv.new_empty((num_copies * len(qkv), num_heads, dim))
+    weights = (qkv, qkv) if norms is None else (norms.query, norms.key)
+    grid = (len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, _HEADS))
+    if len(qkv):
+        _rope_write_kernel[grid](
+            qkv, cos, sin, *weights, q, k_cache, v_cache, slot_mapping,
+            qkv.stride(0), k_cache.stride(0), k_cache.stride(1), block_size,
+            0.0 if norms is None else norms.eps,
+            NUM_Q=num_heads, NUM_KV=num_kv_heads, DIM=dim, ROTARY=rotary,
+            HALF_BLOCK=triton.next_power_of_2(rotary // 2),
+            REST_BLOCK=triton.next_power_of_2(max(1, dim - rotary)),
+            HEADS=_HEADS, COPIES=num_copies, HAS_NORMS=norms is not None,
+            AROUND_ONE=norms is not None and norms.around_one, **LAUNCH,
+        )  # fmt: skip
+    return q
