@@ -113,9 +113,11 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
     model_config = load_model_config(source.path)
     _check_model(given, specs, model_config)
     prefill, decode = _phase_limits(given, partition_id == 0, model_config)
+    max_model_len = _max_model_len(given, prefill, model_config, notes)
+    context = max_model_len or model_config.max_position_embeddings
     return ServerConfig(
         model=source.path,
-        model_config=model_config,
+        model_config=model_config.for_context(context),
         tokenizer=find_tokenizer(given.tokenizer, source),
         served_model_names=_served_names(given, source),
         load_format=resolve_load_format(source, given.load_format),
@@ -123,7 +125,7 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
         partition_id=partition_id,
         prefill=prefill,
         decode=decode,
-        max_model_len=_max_model_len(given, prefill, model_config, notes),
+        max_model_len=max_model_len,
         kv_push_bytes=given.kv_push_bytes or option_defaults.KV_PUSH_BYTES,
         kv_transport=given.kv_transport or "p2p",
         chat_template=read_chat_template(given.chat_template),

@@ -113,7 +113,7 @@ def check_parity(path: Path, lengths: list[int], num_tokens: int, seed: int) -> 
     expected = [reference_greedy(reference, text, num_tokens) for text in texts]
     assert run_greedy(config, model, [(text, num_tokens) for text in texts], rng) == expected
     # Greedy output of a model that repeats itself would prove little.
-    assert all(len(set(output)) > num_tokens // 8 for output in expected)
+    assert len({token for output in expected for token in output}) > num_tokens // 3
 
 
 @pytest.mark.parametrize("rope", ROPES)

@@ -85,6 +85,32 @@ class TorchCheckpoint:
         return take(self._tensors[name], shard)
 
 
+class PrefixedCheckpoint:
+    """A checkpoint whose names all lack the same beginning."""
+
+    def __init__(self, inner: Checkpoint, prefix: str) -> None:
+        self._inner, self._prefix = inner, f"{prefix}."
+
+    def names(self) -> Iterable[str]:
+        """See ``Checkpoint``."""
+        return [self._prefix + name for name in self._inner.names()]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See ``Checkpoint``."""
+        return self._inner.shape(name.removeprefix(self._prefix))
+
+    def read(self, name: str, shard: Shard) -> Tensor:
+        """See ``Checkpoint``."""
+        return self._inner.read(name.removeprefix(self._prefix), shard)
+
+
+def with_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """``checkpoint`` by names that begin with ``prefix``, which the bare model's go without."""
+    if any(name.startswith(f"{prefix}.") for name in checkpoint.names()):
+        return checkpoint
+    return PrefixedCheckpoint(checkpoint, prefix)
+
+
 def take(tensor: Tensor, shard: Shard) -> Tensor:
     """``shard`` of a full tensor."""
     ranges = [(start, stop - start) for start, stop in shard.ranges if start < stop]

@@ -5,13 +5,10 @@ What config.json calls things, and every quirk of a family, is known to ``config
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 from serve.engine.kv_layout import KVLayout, shard_kv_heads
 from serve.model.config_rope import RopeConfig
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class ModelConfig:
     attention_bias: bool = False  # q, k, v
     attention_output_bias: bool = False
     mlp_bias: bool = False
-    activation: Activation = "silu"
+    activation: str = "silu"  # silu, gelu, gelu_tanh, relu
     qk_norm: bool = False  # queries and keys are normed, head by head, before they are rotated
     windows: tuple[int | None, ...] = ()  # by layer: how far back attention sees; (): all of it
     local_rope: RopeConfig | None = None  # of layers with a window; None: the same
@@ -66,6 +63,13 @@ class ModelConfig:
         windows = [self.window_of(layer) for layer in range(self.num_layers)]
         known = [window for window in windows if window is not None]
         return max(known) if len(known) == self.num_layers else None
+
+    def for_context(self, num_positions: int) -> ModelConfig:
+        """The model where no sequence is longer: LongRoPE has another rotation for short ones."""
+        if self.rope is None or self.rope.type != "longrope":
+            return self
+        is_long = num_positions > self.rope.original_max_position_embeddings
+        return replace(self, rope=replace(self.rope, is_long=is_long))
 
     def kv_layout(self, block_size: int, element_bytes: int, tp: int, tp_rank: int) -> KVLayout:
         """The KV cache of one rank of a replica of ``tp`` ranks."""

@@ -6,10 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from serve.model.config import ModelConfig
+from serve.model.config_decoder import (
+    describe_decoder,
+    layers_of,
+    read_head_dim,
+    read_window,
+    windows_by_type,
+)
 from serve.model.config_fields import Fields
 from serve.model.config_rope import read_rope
 
-_SILU = {"silu": "silu", "swish": "silu"}
+_GELU_TANH = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_MLP_ACTIVATIONS = _GELU_TANH | {"gelu": "gelu", "relu": "relu"}
 
 
 def parse_config(data: dict[str, Any]) -> ModelConfig:
@@ -26,7 +34,7 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
 def _llama(fields: Fields) -> ModelConfig:
     # Llama's flag covers all four projections.
     bias = fields.flag("attention_bias")
-    return _decoder(
+    return describe_decoder(
         "llama",
         fields,
         attention_bias=bias,
@@ -37,7 +45,9 @@ def _llama(fields: Fields) -> ModelConfig:
 
 def _mistral(fields: Fields) -> ModelConfig:
     """No biases, whatever the config says; a window unless it is null, also where it is missing."""
-    return _decoder("llama", fields, num_kv_heads=8, window=_window(fields, "sliding_window", 4096))
+    return describe_decoder(
+        "llama", fields, num_kv_heads=8, window=read_window(fields, "sliding_window", 4096)
+    )
 
 
 def _smollm3(fields: Fields) -> ModelConfig:
@@ -52,7 +62,7 @@ def _smollm3(fields: Fields) -> ModelConfig:
     fields.only("use_sliding_window", False)
     fields.only("layer_types", ["full_attention"] * num_layers)
     bias = fields.flag("attention_bias")
-    return _decoder(
+    return describe_decoder(
         "llama",
         fields,
         num_kv_heads=4,
@@ -64,83 +74,180 @@ def _smollm3(fields: Fields) -> ModelConfig:
     )
 
 
+def _qwen2(fields: Fields) -> ModelConfig:
+    """Queries, keys and values have biases; of a window only the last layers would make use."""
+    return describe_decoder("llama", fields, attention_bias=True, windows=_qwen_windows(fields))
+
+
+def _qwen3(fields: Fields) -> ModelConfig:
+    """Queries and keys are normed; the heads' size is not what the hidden size says."""
+    bias = fields.flag("attention_bias")
+    return describe_decoder(
+        "llama",
+        fields,
+        head_dim=128,
+        attention_bias=bias,
+        attention_output_bias=bias,
+        qk_norm=True,
+        windows=_qwen_windows(fields),
+    )
+
+
+def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
+    num_layers = fields.count("num_hidden_layers")
+    window = (
+        read_window(fields, "sliding_window", 4096) if fields.flag("use_sliding_window") else None
+    )
+    first = fields.get("max_window_layers", 28)
+    types = [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
+    ]
+    return windows_by_type(fields, window, types)
+
+
+def _phi3(fields: Fields) -> ModelConfig:
+    """ "su" and "yarn" are old names of LongRoPE here; newer models rotate part of a head."""
+    scaling = fields.get("rope_scaling") or fields.get("rope_parameters", {})
+    if isinstance(scaling, dict):
+        key = "rope_type" if "rope_type" in scaling else "type"
+        if scaling.get(key) in ("su", "yarn"):
+            scaling = scaling | {key: "longrope"}
+    rope = {"parameters": scaling, "types": ("default", "longrope"), "partial": True}
+    window = read_window(fields, "sliding_window", None)
+    return describe_decoder("phi3", fields, window=window, rope_options=rope)
+
+
+def _gemma2(fields: Fields) -> ModelConfig:
+    """Every other layer has a window."""
+    types = ["full_attention" if layer % 2 else "sliding_attention" for layer in layers_of(fields)]
+    return _gemma(fields, types, attention_softcap=50.0, logit_softcap=30.0)
+
+
+def _gemma3(fields: Fields) -> ModelConfig:
+    """Five of six layers have a window and a rotation of their own; queries and keys are normed."""
+    fields.only("use_bidirectional_attention", False)
+    pattern = fields.count("sliding_window_pattern", 6)
+    types = [
+        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in layers_of(fields)
+    ]
+    size, positions = fields.count("head_dim", 256), fields.count("max_position_embeddings", 131072)
+    given = fields.get("rope_parameters", {})
+    whole = given.get("full_attention") or fields.get("rope_scaling", {})
+    near = given.get("sliding_attention", {})
+    theta = fields.number("rope_local_base_freq", 10000.0)
+    local, _ = read_rope(Fields({}), positions, size, theta=theta, parameters=near)
+    # Its scaling is within max_position_embeddings already.
+    rope, _ = read_rope(fields, positions, size, theta=1e6, parameters=whole)
+    return _gemma(
+        fields, types, qk_norm=True, rope=rope, local_rope=local, max_position_embeddings=positions
+    )
+
+
+def _gemma(
+    fields: Fields,
+    types: list[str],
+    *,
+    attention_softcap: float | None = None,
+    logit_softcap: float | None = None,
+    **changes: Any,
+) -> ModelConfig:
+    window = fields.count("sliding_window", 4096)
+    hidden_size = fields.count("hidden_size")
+    bias = fields.flag("attention_bias")
+    return describe_decoder(
+        "gemma",
+        fields,
+        num_kv_heads=4,
+        head_dim=256,
+        rope_options={"parameters": {}} if "rope" in changes else None,
+        windows=windows_by_type(fields, window, types),
+        activation=fields.choice("hidden_activation", _GELU_TANH, "gelu_pytorch_tanh"),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", True),
+        attention_bias=bias,
+        attention_output_bias=bias,
+        attention_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_softcap=_softcap(fields, "attn_logit_softcapping", attention_softcap),
+        logit_softcap=_softcap(fields, "final_logit_softcapping", logit_softcap),
+        embedding_scale=hidden_size**0.5,
+        **changes,
+    )
+
+
+def _softcap(fields: Fields, key: str, default: float | None) -> float | None:
+    """A cap that null switches off."""
+    if fields.is_null(key) or fields.get(key, default) is None:
+        return None
+    return fields.number(key, default)
+
+
+def _internlm2(fields: Fields) -> ModelConfig:
+    return describe_decoder("internlm2", fields, attention_bias=fields.flag("bias"))
+
+
+def _gpt2(fields: Fields) -> ModelConfig:
+    """Names of its own; as many KV heads as heads."""
+    fields.only("scale_attn_weights", True)
+    fields.only("scale_attn_by_inverse_layer_idx", False)
+    fields.only("add_cross_attention", False)
+    hidden_size, num_heads = fields.count("n_embd", 768), fields.count("n_head", 12)
+    return ModelConfig(
+        architecture="gpt2",
+        vocab_size=fields.count("vocab_size", 50257),
+        hidden_size=hidden_size,
+        intermediate_size=fields.count("n_inner", 4 * hidden_size),
+        num_layers=fields.count("n_layer", 12),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=read_head_dim(fields, hidden_size, num_heads, None),
+        max_position_embeddings=fields.count("n_positions", 1024),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        rope=None,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", True),
+        dtype=fields.dtype(),
+        eos_token_ids=fields.token_ids("eos_token_id"),
+        activation=fields.choice("activation_function", _MLP_ACTIVATIONS, "gelu_new"),
+    )
+
+
+def _opt(fields: Fields) -> ModelConfig:
+    """Positions are learned; 350m has narrower embeddings, and its norms after each part."""
+    fields.only("enable_bias", True)
+    fields.only("layer_norm_elementwise_affine", True)
+    hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    narrow = fields.count("word_embed_proj_dim", hidden_size)
+    first = fields.flag("do_layer_norm_before", True)
+    return ModelConfig(
+        architecture="opt",
+        vocab_size=fields.count("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.count("ffn_dim"),
+        num_layers=fields.count("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=read_head_dim(fields, hidden_size, num_heads, None),
+        max_position_embeddings=fields.count("max_position_embeddings", 2048),
+        norm_eps=1e-5,
+        rope=None,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", True),
+        dtype=fields.dtype(),
+        eos_token_ids=fields.token_ids("eos_token_id"),
+        activation=fields.choice("activation_function", _MLP_ACTIVATIONS, "relu"),
+        embedding_size=None if narrow == hidden_size else narrow,
+        norms_first=first,
+        has_final_norm=first and not fields.flag("_remove_final_layer_norm"),
+    )
+
+
 FAMILIES: dict[str, Callable[[Fields], ModelConfig]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "SmolLM3ForCausalLM": _smollm3,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+    "Phi3ForCausalLM": _phi3,
+    "Gemma2ForCausalLM": _gemma2,
+    "Gemma3ForCausalLM": _gemma3,
+    "InternLM2ForCausalLM": _internlm2,
+    "GPT2LMHeadModel": _gpt2,
+    "OPTForCausalLM": _opt,
 }
-
-
-# --- what most families share ---------------------------------------------------------------------
-
-
-def _decoder(
-    architecture: str,
-    fields: Fields,
-    *,
-    num_kv_heads: int | None = None,
-    head_dim: int | None = None,
-    window: int | None = None,
-    rope_options: dict[str, Any] | None = None,
-    **changes: Any,
-) -> ModelConfig:
-    """A decoder of rotated queries and keys and a gated feed-forward layer, by the usual names.
-
-    ``num_kv_heads`` and ``head_dim``: what the family takes where nothing is said; ``window``: that
-    of all layers.
-    """
-    num_heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")
-    num_layers = fields.count("num_hidden_layers")
-    size = _head_dim(fields, hidden_size, num_heads, head_dim)
-    max_positions = fields.count("max_position_embeddings", 2048)
-    rope, max_positions = read_rope(fields, max_positions, size, **(rope_options or {}))
-    described: dict[str, Any] = {
-        "architecture": architecture,
-        "vocab_size": fields.count("vocab_size"),
-        "hidden_size": hidden_size,
-        "intermediate_size": fields.count("intermediate_size"),
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": _num_kv_heads(fields, num_heads, num_kv_heads),
-        "head_dim": size,
-        "max_position_embeddings": max_positions,
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
-        "rope": rope,
-        "tie_word_embeddings": fields.flag("tie_word_embeddings"),
-        "dtype": fields.dtype(),
-        "eos_token_ids": fields.token_ids("eos_token_id"),
-        "windows": () if window is None or window >= max_positions else (window,) * num_layers,
-    }
-    if "activation" not in changes:
-        described["activation"] = fields.choice("hidden_act", _SILU, "silu")
-    return ModelConfig(**described | changes)
-
-
-def _num_kv_heads(fields: Fields, num_heads: int, default: int | None) -> int:
-    if fields.is_null("num_key_value_heads") or (
-        default is None and fields.get("num_key_value_heads") is None
-    ):
-        return num_heads
-    num_kv_heads = fields.count("num_key_value_heads", default)
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads do not divide over {num_kv_heads} KV heads")
-    return num_kv_heads
-
-
-def _head_dim(fields: Fields, hidden_size: int, num_heads: int, default: int | None) -> int:
-    if fields.get("head_dim", default) is None:
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is no multiple of {num_heads} heads")
-        head_dim = hidden_size // num_heads
-    else:
-        head_dim = fields.count("head_dim", default)
-    if head_dim % 2:
-        raise ValueError(f"head_dim {head_dim} is odd; rotary embedding needs an even one")
-    return head_dim
-
-
-def _window(fields: Fields, key: str, default: int | None) -> int | None:
-    """A window that null switches off."""
-    if fields.is_null(key) or fields.get(key, default) is None:
-        return None
-    return fields.count(key, default)

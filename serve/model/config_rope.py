@@ -38,6 +38,7 @@ class RopeConfig:
     # pretraining's.
     frequency_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()  # LongRoPE's for longer contexts
+    is_long: bool = False  # the context that is served is one: its rotation is that of all prompts
     rotary_dim: int = 0  # how much of a head is rotated, from its beginning; 0: all
 
 
@@ -157,4 +158,5 @@ def _longrope(
         attention_factor=scaling.optional_number("attention_factor"),
         frequency_factors=short,
         long_factors=long,
+        is_long=max_positions > original,
     )

@@ -17,7 +17,7 @@ from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.engine.kv_layout import shard_kv_heads
 from serve.model import ops
-from serve.model.attention import Attention, Scoring
+from serve.model.attention import Attention, Scoring, torch_attention
 from serve.model.config import ModelConfig
 from serve.model.head_norms import HeadNorms
 from serve.model.layers import (
@@ -59,6 +59,11 @@ class Build:
     def keys(self) -> Range:
         """The rows of those."""
         return Range.heads(self.config.num_kv_heads, self.config.head_dim, self.kv_heads)
+
+    @property
+    def qkv(self) -> Range:
+        """Queries, keys and values where a checkpoint has them as one, in this order."""
+        return self.queries.and_then(self.keys, self.keys)
 
     @property
     def inner(self) -> Range:
@@ -173,11 +178,92 @@ class Stack(nn.Module):
         return states
 
 
-def cap_logits(logits: Tensor | None, cap: float | None) -> Tensor | None:
-    """``cap * tanh(logits / cap)``, in place."""
-    if logits is None or cap is None:
+class DecoderLayer(nn.Module):
+    """Attention, then feed-forward, each on a normed copy and added: the layer of most families."""
+
+    def __init__(self, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        size, eps = build.config.hidden_size, build.config.norm_eps
+        self.input_layernorm = RMSNorm(size, eps, build.place)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(size, eps, build.place)
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x: Tensor | None,
+        residual: Tensor,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        kv_cache: KVCache,
+    ) -> Tensor:
+        """What this layer adds to ``residual``, where ``x`` of the layer before is added first.
+
+        All ``[num_tokens, hidden]``.
+        """
+        x = self.input_layernorm(x, residual)
+        x = self.self_attn(x, rotation, metadata, kv_cache)
+        x = self.post_attention_layernorm(x, residual)
+        out: Tensor = self.mlp(x)
+        return out
+
+
+class Decoder(Stack):
+    """From token ids to the last layer's hidden states, by the names of most families."""
+
+    def __init__(self, build: Build, layers: Iterable[nn.Module], norm: RMSNorm) -> None:
+        super().__init__(build)
+        config, place = build.config, build.place
+        size = config.hidden_size
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, size, build.tp, place)
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        # As a number of the activations' type, which is what the families' own code multiplies by.
+        self._scale = torch.tensor(config.embedding_scale, dtype=place.dtype).item()
+
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
+        """The states of the sampled tokens, ``[num_sampled, hidden]``."""
+        residual = self.embed_tokens(batch.token_ids)
+        if self._scale != 1.0:
+            residual = residual * self._scale
+        return self.run(residual, self.layers, self.norm, batch, kv_cache)
+
+
+class CausalLM(nn.Module):
+    """A language model by the names of most families; its layers are the family's.
+
+    Parameters are uninitialised until weights are loaded.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        attention: Attention = torch_attention,
+    ) -> None:
+        super().__init__()
+        build = Build(config, tp, Placement(dtype, torch.device(device)), attention)
+        layers = (self.make_layer(build, layer) for layer in range(config.num_layers))
+        self.model = Decoder(build, layers, self.make_norm(build))
+        self.lm_head = make_head(build, self.model.embed_tokens)
+        self._logit_softcap = config.logit_softcap
+
+    def make_layer(self, build: Build, layer: int) -> nn.Module:
+        """One layer, called as ``DecoderLayer`` is."""
+        raise NotImplementedError
+
+    def make_norm(self, build: Build) -> RMSNorm:
+        """The norm after the last layer."""
+        return RMSNorm(build.config.hidden_size, build.config.norm_eps, build.place)
+
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor | None:
+        """Logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, else None."""
+        logits: Tensor | None = self.lm_head(self.model(batch, kv_cache))
+        if logits is not None and self._logit_softcap is not None:
+            logits = logits.div_(self._logit_softcap).tanh_().mul_(self._logit_softcap)
         return logits
-    return logits.div_(cap).tanh_().mul_(cap)
 
 
 def make_head(build: Build, embedding: VocabParallelEmbedding) -> ParallelLMHead:
@@ -188,14 +274,3 @@ def make_head(build: Build, embedding: VocabParallelEmbedding) -> ParallelLMHead
     if config.tie_word_embeddings:
         head.weight = embedding.weight
     return head
-
-
-def build_of(
-    config: ModelConfig,
-    tp: TensorParallel,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    attention: Attention,
-) -> Build:
-    """The same from what a family's model is given."""
-    return Build(config, tp, Placement(dtype, torch.device(device)), attention)

@@ -53,10 +53,23 @@ class Range:
         return cls(total, ((start, min(start + size, total)),))
 
     @classmethod
+    def all(cls, total: int) -> Range:
+        """Everything."""
+        return cls(total, ((0, total),))
+
+    @classmethod
     def heads(cls, num_heads: int, head_dim: int, heads: tuple[int, ...]) -> Range:
         """The rows of ``heads``, in their order, of ``num_heads`` heads."""
         rows = tuple((head * head_dim, (head + 1) * head_dim) for head in heads)
         return cls(num_heads * head_dim, rows)
+
+    def and_then(self, *others: Range) -> Range:
+        """The rows of several tensors that a checkpoint holds as one, this one's first."""
+        total, ranges = self.total, list(self.ranges)
+        for other in others:
+            ranges += [(total + start, total + stop) for start, stop in other.ranges]
+            total += other.total
+        return Range(total, tuple(ranges))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +128,32 @@ class RMSNorm(ShardedLayer):
         if x is None:
             return ops.rms_norm(residual, self.weight, self.eps, around_one=one)
         return ops.add_rms_norm(x, residual, self.weight, self.eps, around_one=one)
+
+
+class LayerNorm(ShardedLayer):
+    """Scale to zero mean and unit variance, then by a weight and a bias per channel."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, size: int, eps: float, place: Placement) -> None:
+        whole = Shard.whole(size)
+        super().__init__({"weight": Shard.whole(size, mean=1.0), "bias": whole}, place)
+        self.eps = eps
+
+    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
+        """The norm of ``residual + x``, which ``residual`` (``[num_tokens, size]``) becomes."""
+        if x is not None:
+            residual += x
+        return functional.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class NoNorm(nn.Module):
+    """Where other models have a last norm."""
+
+    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
+        """``residual + x``."""
+        return residual if x is None else residual + x
 
 
 class ColumnParallelLinear(ShardedLayer):
@@ -179,6 +218,55 @@ class RowParallelLinear(ShardedLayer):
         summand = self.tp.summand((len(x), len(self.weight)), x.dtype)
         out = self.tp.all_reduce(ops.linear(x, self.weight, out=summand))
         return out if self.bias is None else out + self.bias  # once, after the sum
+
+
+class ColumnParallelConv1D(ShardedLayer):
+    """``ColumnParallelLinear`` with its weight stored transposed, and a bias (GPT-2)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, in_features: int, columns: Range, place: Placement) -> None:
+        weight = Shard((in_features, columns.total), columns.ranges, dim=1)
+        bias = Shard((columns.total,), columns.ranges)
+        super().__init__({"weight": weight, "bias": bias}, place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[num_tokens, in_features]`` to ``[num_tokens, local columns]``."""
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class RowParallelConv1D(ShardedLayer):
+    """``RowParallelLinear`` with its weight stored transposed, and a bias (GPT-2)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(
+        self, rows: Range, out_features: int, tp: TensorParallel, place: Placement
+    ) -> None:
+        weight = Shard((rows.total, out_features), rows.ranges)
+        super().__init__({"weight": weight, "bias": Shard.whole(out_features)}, place)
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[num_tokens, local rows]`` to ``[num_tokens, out_features]``, equal on all ranks."""
+        summand = self.tp.summand((len(x), self.weight.shape[1]), x.dtype)
+        return self.tp.all_reduce(torch.mm(x, self.weight, out=summand)) + self.bias
+
+
+class PositionEmbedding(ShardedLayer):
+    """A learned vector for each position; those of ``offset`` rows before them are never read."""
+
+    weight: nn.Parameter
+
+    def __init__(self, num_positions: int, size: int, offset: int, place: Placement) -> None:
+        super().__init__({"weight": Shard.whole(num_positions + offset, size)}, place)
+        self.offset = offset
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """``[num_tokens]`` to ``[num_tokens, size]``."""
+        return functional.embedding(positions + self.offset, self.weight)
 
 
 class VocabParallelEmbedding(ShardedLayer):

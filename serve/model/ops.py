@@ -65,7 +65,7 @@ def gate(gate_up: Tensor, activation: str) -> Tensor:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """One of ``serve.model.config.Activation``, element by element."""
+    """silu, gelu, gelu_tanh or relu, element by element. ``ValueError`` for another."""
     match activation:
         case "silu":
             return functional.silu(x)

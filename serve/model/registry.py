@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from serve.comm.tensor_parallel import TensorParallel
 from serve.model.attention import Attention, torch_attention
 from serve.model.config import ModelConfig
+from serve.model.gemma import GemmaForCausalLM
+from serve.model.gpt2 import GPT2LMHeadModel
+from serve.model.internlm2 import InternLM2ForCausalLM
 from serve.model.llama import LlamaForCausalLM
+from serve.model.opt import OPTForCausalLM
+from serve.model.phi3 import Phi3ForCausalLM
 
-MODELS = {"llama": LlamaForCausalLM}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "gemma": GemmaForCausalLM,
+    "gpt2": GPT2LMHeadModel,
+    "internlm2": InternLM2ForCausalLM,
+    "llama": LlamaForCausalLM,
+    "opt": OPTForCausalLM,
+    "phi3": Phi3ForCausalLM,
+}
 
 
 def build_model(

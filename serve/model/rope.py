@@ -75,6 +75,12 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
             return _llama3(rope, plain), 1.0
         case "yarn":
             return _yarn(rope, head_dim), _yarn_scale(rope)
+        case "longrope":
+            factors = rope.long_factors if rope.is_long else rope.frequency_factors
+            divisors = torch.tensor(factors, dtype=torch.float32)
+            # The order of transformers: the factors before the reciprocal.
+            powers = rope.theta ** _exponents(head_dim)
+            return 1.0 / (divisors * powers), _longrope_scale(rope)
     raise ValueError(f"rope type {rope.type!r} is not supported")
 
 
@@ -111,6 +117,15 @@ def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
     kept = 1 - stretched
     powers = rope.theta ** _exponents(head_dim)
     return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
+
+
+def _longrope_scale(rope: RopeConfig) -> float:
+    """As LongRoPE's paper suggests, unless the checkpoint says another."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position_embeddings))
 
 
 def _yarn_scale(rope: RopeConfig) -> float:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from serve.model.checkpoint import Checkpoint, open_checkpoint, take
+from serve.model.checkpoint import Checkpoint, open_checkpoint, take, with_prefix
 from serve.model.layers import Shard, parameter_shards
 
-# Tables that old checkpoints carry; they follow from the configuration.
-_BUFFERS = re.compile(r".*\brotary_emb\.(inv_freq|cos_cached|sin_cached)")
+# Tables and masks that old checkpoints carry; they follow from the configuration.
+_BUFFERS = re.compile(r".*\b(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias)")
 _DUMMY_STD = 0.02
 
 
@@ -38,6 +38,9 @@ def load_weights(
     """
     targets = {name: _Target(p, shard) for name, p, shard in parameter_shards(model)}
     checkpoint = None if load_format == "dummy" else open_checkpoint(path, load_format)
+    prefix = getattr(model, "base_prefix", "")
+    if checkpoint is not None and prefix:
+        checkpoint = with_prefix(checkpoint, prefix)
     aliases: dict[str, _Target] = {}
     if checkpoint is not None:
         aliases = _aliases(model, targets, checkpoint)

@@ -1,0 +1,124 @@
+"""GPT-2: learned positions, LayerNorm, a GELU between two products, weights stored transposed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from serve.comm.tensor_parallel import TensorParallel
+from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
+from serve.engine.kv_cache import KVCache
+from serve.model import ops
+from serve.model.attention import Attention, torch_attention
+from serve.model.config import ModelConfig
+from serve.model.decoder import AttentionLayer, Build, Rotation, Stack, make_head
+from serve.model.layers import (
+    ColumnParallelConv1D,
+    LayerNorm,
+    Placement,
+    PositionEmbedding,
+    RowParallelConv1D,
+    VocabParallelEmbedding,
+)
+
+
+class GPT2Attention(AttentionLayer):
+    """Queries, keys and values are one projection."""
+
+    def __init__(self, build: Build, layer: int) -> None:
+        super().__init__(build, layer)
+        size, place = build.config.hidden_size, build.place
+        self.c_attn = ColumnParallelConv1D(size, build.qkv, place)
+        self.c_proj = RowParallelConv1D(build.queries, size, build.tp, place)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
+    ) -> Tensor:
+        """``[num_tokens, hidden]`` to the same."""
+        out: Tensor = self.c_proj(self.attend(self.c_attn(x), rotation, metadata, kv_cache))
+        return out
+
+
+class GPT2MLP(nn.Module):
+    """The feed-forward layer."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        size, place = build.config.hidden_size, build.place
+        self._activation = build.config.activation
+        self.c_fc = ColumnParallelConv1D(size, build.inner, place)
+        self.c_proj = RowParallelConv1D(build.inner, size, build.tp, place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[num_tokens, hidden]`` to the same."""
+        out: Tensor = self.c_proj(ops.activate(self.c_fc(x), self._activation))
+        return out
+
+
+class GPT2Layer(nn.Module):
+    """One layer: attention, then feed-forward, each on a normed copy and added."""
+
+    def __init__(self, build: Build, layer: int) -> None:
+        super().__init__()
+        size, eps = build.config.hidden_size, build.config.norm_eps
+        self.ln_1 = LayerNorm(size, eps, build.place)
+        self.attn = GPT2Attention(build, layer)
+        self.ln_2 = LayerNorm(size, eps, build.place)
+        self.mlp = GPT2MLP(build)
+
+    def forward(
+        self,
+        x: Tensor | None,
+        residual: Tensor,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        kv_cache: KVCache,
+    ) -> Tensor:
+        """See ``serve.model.decoder.DecoderLayer``."""
+        x = self.ln_1(x, residual)
+        x = self.attn(x, rotation, metadata, kv_cache)
+        x = self.ln_2(x, residual)
+        out: Tensor = self.mlp(x)
+        return out
+
+
+class GPT2Model(Stack):
+    """From token ids to the last layer's hidden states."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        config, place = build.config, build.place
+        size, positions = config.hidden_size, config.max_position_embeddings
+        self.wte = VocabParallelEmbedding(config.vocab_size, size, build.tp, place)
+        self.wpe = PositionEmbedding(positions, size, 0, place)
+        self.h = nn.ModuleList(GPT2Layer(build, layer) for layer in range(config.num_layers))
+        self.ln_f = LayerNorm(size, config.norm_eps, place)
+
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
+        """The states of the sampled tokens, ``[num_sampled, hidden]``."""
+        residual = self.wte(batch.token_ids) + self.wpe(batch.positions)
+        return self.run(residual, self.h, self.ln_f, batch, kv_cache)
+
+
+class GPT2LMHeadModel(nn.Module):
+    """The language model."""
+
+    base_prefix = "transformer"  # which checkpoints of the bare model go without
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        attention: Attention = torch_attention,
+    ) -> None:
+        super().__init__()
+        build = Build(config, tp, Placement(dtype, torch.device(device)), attention)
+        self.transformer = GPT2Model(build)
+        self.lm_head = make_head(build, self.transformer.wte)
+
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor | None:
+        """Logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, else None."""
+        logits: Tensor | None = self.lm_head(self.transformer(batch, kv_cache))
+        return logits

@@ -1,0 +1,141 @@
+"""InternLM2 and 2.5: Llama's layers by other names, queries, keys and values interleaved."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from serve.comm.tensor_parallel import TensorParallel
+from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
+from serve.engine.kv_cache import KVCache
+from serve.model import ops
+from serve.model.attention import Attention, torch_attention
+from serve.model.config import ModelConfig
+from serve.model.decoder import AttentionLayer, Build, Rotation, Stack, make_head
+from serve.model.layers import (
+    ColumnParallelLinear,
+    FusedLinear,
+    Placement,
+    Range,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+
+
+def interleaved(build: Build) -> Range:
+    """This rank's queries, keys and values in ``wqkv``.
+
+    There, one KV head after another, its query heads come first, then its key, then its value.
+    """
+    config, tp = build.config, build.tp
+    group = config.num_heads // config.num_kv_heads
+    per_rank = config.num_heads // tp.size
+    queries = range(tp.rank * per_rank, (tp.rank + 1) * per_rank)
+    places = [head // group * (group + 2) + head % group for head in queries]
+    places += [head * (group + 2) + group for head in build.kv_heads]
+    places += [head * (group + 2) + group + 1 for head in build.kv_heads]
+    num_heads = config.num_kv_heads * (group + 2)
+    return Range.heads(num_heads, config.head_dim, tuple(places))
+
+
+class InternLM2Attention(AttentionLayer):
+    """Queries, keys and values are one projection."""
+
+    def __init__(self, build: Build, layer: int) -> None:
+        super().__init__(build, layer)
+        config, place = build.config, build.place
+        size, bias = config.hidden_size, config.attention_bias
+        self.wqkv = ColumnParallelLinear(size, interleaved(build), bias, place)
+        self.wo = RowParallelLinear(build.queries, size, bias, build.tp, place)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
+    ) -> Tensor:
+        """``[num_tokens, hidden]`` to the same."""
+        out: Tensor = self.wo(self.attend(self.wqkv(x), rotation, metadata, kv_cache))
+        return out
+
+
+class InternLM2MLP(nn.Module):
+    """The gated feed-forward layer."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        size, inner, place = build.config.hidden_size, build.inner, build.place
+        self._activation = build.config.activation
+        self.w1 = ColumnParallelLinear(size, inner, False, place)
+        self.w3 = ColumnParallelLinear(size, inner, False, place)
+        self._gate_up = FusedLinear(self.w1, self.w3)
+        self.w2 = RowParallelLinear(inner, size, False, build.tp, place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[num_tokens, hidden]`` to the same."""
+        out: Tensor = self.w2(ops.gate(self._gate_up(x), self._activation))
+        return out
+
+
+class InternLM2Layer(nn.Module):
+    """One layer: attention, then feed-forward, each on a normed copy and added."""
+
+    def __init__(self, build: Build, layer: int) -> None:
+        super().__init__()
+        size, eps = build.config.hidden_size, build.config.norm_eps
+        self.attention_norm = RMSNorm(size, eps, build.place)
+        self.attention = InternLM2Attention(build, layer)
+        self.ffn_norm = RMSNorm(size, eps, build.place)
+        self.feed_forward = InternLM2MLP(build)
+
+    def forward(
+        self,
+        x: Tensor | None,
+        residual: Tensor,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        kv_cache: KVCache,
+    ) -> Tensor:
+        """See ``serve.model.decoder.DecoderLayer``."""
+        x = self.attention_norm(x, residual)
+        x = self.attention(x, rotation, metadata, kv_cache)
+        x = self.ffn_norm(x, residual)
+        out: Tensor = self.feed_forward(x)
+        return out
+
+
+class InternLM2Model(Stack):
+    """From token ids to the last layer's hidden states."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        config, place = build.config, build.place
+        size, layers = config.hidden_size, range(config.num_layers)
+        self.tok_embeddings = VocabParallelEmbedding(config.vocab_size, size, build.tp, place)
+        self.layers = nn.ModuleList(InternLM2Layer(build, layer) for layer in layers)
+        self.norm = RMSNorm(size, config.norm_eps, place)
+
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
+        """The states of the sampled tokens, ``[num_sampled, hidden]``."""
+        residual = self.tok_embeddings(batch.token_ids)
+        return self.run(residual, self.layers, self.norm, batch, kv_cache)
+
+
+class InternLM2ForCausalLM(nn.Module):
+    """The language model."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        attention: Attention = torch_attention,
+    ) -> None:
+        super().__init__()
+        build = Build(config, tp, Placement(dtype, torch.device(device)), attention)
+        self.model = InternLM2Model(build)
+        self.output = make_head(build, self.model.tok_embeddings)
+
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor | None:
+        """Logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, else None."""
+        logits: Tensor | None = self.output(self.model(batch, kv_cache))
+        return logits

@@ -1,0 +1,52 @@
+"""Phi-3 and Phi-4: Llama's layers with fewer, larger projections; part of a head may be rotated."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from serve.engine.forward_batch import AttentionMetadata
+from serve.engine.kv_cache import KVCache
+from serve.model import ops
+from serve.model.decoder import AttentionLayer, Build, CausalLM, DecoderLayer, Rotation
+from serve.model.layers import ColumnParallelLinear, RowParallelLinear
+
+
+class Phi3Attention(AttentionLayer):
+    """Queries, keys and values are one projection."""
+
+    def __init__(self, build: Build, layer: int) -> None:
+        super().__init__(build, layer)
+        size, place = build.config.hidden_size, build.place
+        self.qkv_proj = ColumnParallelLinear(size, build.qkv, False, place)
+        self.o_proj = RowParallelLinear(build.queries, size, False, build.tp, place)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
+    ) -> Tensor:
+        """``[num_tokens, hidden]`` to the same."""
+        out: Tensor = self.o_proj(self.attend(self.qkv_proj(x), rotation, metadata, kv_cache))
+        return out
+
+
+class Phi3MLP(nn.Module):
+    """Gate and up are one projection."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        size, inner, place = build.config.hidden_size, build.inner, build.place
+        self._activation = build.config.activation
+        self.gate_up_proj = ColumnParallelLinear(size, inner.and_then(inner), False, place)
+        self.down_proj = RowParallelLinear(inner, size, False, build.tp, place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[num_tokens, hidden]`` to the same."""
+        out: Tensor = self.down_proj(ops.gate(self.gate_up_proj(x), self._activation))
+        return out
+
+
+class Phi3ForCausalLM(CausalLM):
+    """The language model."""
+
+    def make_layer(self, build: Build, layer: int) -> nn.Module:
+        """See ``CausalLM``."""
+        return DecoderLayer(build, Phi3Attention(build, layer), Phi3MLP(build))
