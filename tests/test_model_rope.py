@@ -71,5 +71,5 @@ def test_dynamic_turns_each_token_as_the_last_of_its_prefix(tmp_path: Any) -> No
 
 
 def test_an_unknown_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="rope type 'longrope'"):
-        rope_frequencies(RopeConfig(10000.0, "longrope"), 64)
+    with pytest.raises(ValueError, match="rope type 'spiral'"):
+        rope_frequencies(RopeConfig(10000.0, "spiral"), 64)

@@ -1,0 +1,166 @@
+"""How fast a rank loads its shard of a checkpoint, beside a plain read of the same files.
+
+    [torchrun --standalone --nproc-per-node 2 -m] bench.load_speed MODEL_DIRECTORY FOLDER
+
+MODEL_DIRECTORY has a config.json. Its weights, of random bytes, are written to FOLDER as sharded
+safetensors if they are not there yet. The ranks share the model by tensor parallelism and load at
+the same time. Prints one JSON object: GB/s of the plain read and of the load, by the bytes that the
+rank has to read, and the most host memory that it had of its own meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from serve.comm.process_groups import init_world, new_tp_groups
+from serve.comm.tensor_parallel import TensorParallel
+from serve.comm.topology import Place, build_topology, read_place
+from serve.config import ReplicaSpec
+from serve.lifetime import exit_now
+from serve.model.config import ModelConfig
+from serve.model.config_file import load_model_config
+from serve.model.layers import parameter_shards
+from serve.model.registry import build_model
+from serve.model.weights import load_weights
+from serve.node import pick_device
+
+FILE_BYTES = 4 << 30
+_SAMPLE_S = 0.01
+_READ_BYTES = 16 << 20
+
+
+def main() -> None:
+    """Write the checkpoint if need be, read it plainly, load it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    place = read_place(os.environ)
+    device = pick_device(place)
+    config = load_model_config(str(args.model))
+    tp = join(place, device)
+    if tp.is_leader and not (args.folder / "config.json").exists():
+        write_checkpoint(config, args.model, args.folder)
+    tp.broadcast(torch.zeros(1, device=device))  # the others wait until it is there
+    plain_gb_s = read_plainly(args.folder) if tp.is_leader else 0.0
+    tp.broadcast(torch.zeros(1, device=device))
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    model = build_model(config, tp, dtype, device)
+    shard_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    with PeakMemory() as peak:
+        started_s = time.perf_counter()
+        load_weights(model, str(args.folder), "auto", 0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed_s = time.perf_counter() - started_s
+    found = {
+        "rank": place.rank,
+        "tp": tp.size,
+        "shard_bytes": shard_bytes,
+        "plain_gb_s": plain_gb_s,
+        "load_gb_s": shard_bytes / elapsed_s / 1e9,
+        "load_s": elapsed_s,
+        "peak_own_bytes": peak.num_bytes,
+    }
+    print(json.dumps(found), flush=True)
+    tp.broadcast(torch.zeros(1, device=device))
+    exit_now(0)
+
+
+def join(place: Place, device: torch.device) -> TensorParallel:
+    """All ranks of the job as one replica."""
+    if place.world_size == 1:
+        return TensorParallel(0, 1)
+    init_world(place, "cuda" if device.type == "cuda" else "cpu")
+    topology = build_topology((ReplicaSpec(place.world_size),), 0, mixed=True)
+    group = new_tp_groups(topology, "nccl" if device.type == "cuda" else "gloo")
+    assert group is not None and dist.is_initialized()
+    return TensorParallel(place.rank, place.world_size, group)
+
+
+def write_checkpoint(config: ModelConfig, model: Path, folder: Path) -> None:
+    """Files of ``FILE_BYTES`` or a tensor, and their index; config.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    whole = build_model(config, TensorParallel(0, 1), dtype, "meta")
+    shapes = {name: shard.shape for name, _, shard in parameter_shards(whole)}
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(_files(shapes, dtype.itemsize), start=1):
+        file = f"model-{number:05}.safetensors"
+        tensors = {name: torch.empty(shapes[name], dtype=dtype).normal_(0, 0.02) for name in names}
+        save_file(tensors, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(model / "config.json", folder / "config.json")
+
+
+def _files(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    num_bytes = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * itemsize
+        if names and num_bytes + size > FILE_BYTES:
+            yield names
+            names, num_bytes = [], 0
+        names.append(name)
+        num_bytes += size
+    yield names
+
+
+def read_plainly(folder: Path) -> float:
+    """GB/s of reading every weight file once, from wherever it is: disk or page cache."""
+    buffer = bytearray(_READ_BYTES)
+    num_bytes = 0
+    started_s = time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                num_bytes += count
+    return num_bytes / (time.perf_counter() - started_s) / 1e9
+
+
+class PeakMemory:
+    """The most memory this process had of its own while the block ran: mapped files do not count,
+    which the system takes back whenever it wants.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._before = _own_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(_SAMPLE_S):
+            self.num_bytes = max(self.num_bytes, _own_bytes() - self._before)
+
+
+def _own_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("this system does not tell how much memory a process has of its own")
+
+
+if __name__ == "__main__":
+    main()
