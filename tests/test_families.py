@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from serve.model.config_families import FAMILIES
@@ -83,6 +85,29 @@ def test_through_prefill_and_decode_ranks(
     reference = load_reference(source)
     for job, answer in zip(jobs, result.answers, strict=True):
         assert answer.token_ids == list(reference_greedy(reference, job.prompt_ids, 12))
+
+
+@pytest.mark.parametrize(("variant", "prefix"), [("gpt2", "transformer."), ("opt, 350m", "model.")])
+def test_checkpoints_of_the_bare_model(variant: str, prefix: str, tmp_path: Path) -> None:
+    """As GPT-2 and some of OPT are published: names without their beginning, masks, .bin files."""
+    source = write_variant(tmp_path / "full", variant, seed=1)
+    reference = load_reference(source)
+    state = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in reference.state_dict().items()
+        if name.startswith(prefix)
+    }
+    if variant == "gpt2":
+        state |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.ones(())}
+    path = tmp_path / "bare"
+    path.mkdir()
+    torch.save(state, path / "pytorch_model.bin")
+    shutil.copy(source / "config.json", path / "config.json")
+    config, model = load(path)
+    rng = random.Random(7)
+    texts = prompts(rng, [6, 20], config.vocab_size)
+    expected = [reference_greedy(reference, text, 12) for text in texts]
+    assert run_greedy(config, model, [(text, 12) for text in texts], rng) == expected
 
 
 def test_every_architecture_is_tried() -> None:
