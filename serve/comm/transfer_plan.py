@@ -52,8 +52,9 @@ def _sources(
 
 
 def _check(src: Sequence[KVLayout], dst: Sequence[KVLayout]) -> None:
-    def common(layout: KVLayout) -> tuple[int, int, int, int]:
-        return layout.num_layers, layout.block_size, layout.head_dim, layout.element_bytes
+    def common(layout: KVLayout) -> tuple[int, ...]:
+        shape = layout.block_shape
+        return (*shape[:3], shape[4], layout.element_bytes)
 
     if {common(layout) for layout in src} != {common(layout) for layout in dst}:
         raise ValueError("the two replicas differ in more than how their heads are split")

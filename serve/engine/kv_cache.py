@@ -22,9 +22,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class KVCache:
     """``num_blocks`` blocks in one tensor.
 
-    ``blocks`` is ``[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]``: a block is
-    one contiguous slab over all layers, so that moving it is one copy. Which sequence owns which
-    block is not known here.
+    ``blocks`` is ``[num_blocks, num_layers, num_planes, block_size, num_kv_heads, head_dim]``: a
+    block is one contiguous slab over all layers, so that moving it is one copy. Which sequence owns
+    which block is not known here.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class KVCache:
         # Zeros and not empty: a position that attention masks out must at least be a number.
         self.blocks = _zeros((num_blocks, *layout.block_shape), dtype, torch.device(device))
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values, ``[num_blocks, block_size, num_kv_heads, head_dim]``.
+    def layer(self, index: int) -> tuple[Tensor, ...]:
+        """A layer's planes, keys first: ``[num_blocks, block_size, num_kv_heads, head_dim]`` each.
 
         Strided views: two blocks of a layer lie ``layout.block_bytes`` apart.
         """
-        return self.blocks[:, index, 0], self.blocks[:, index, 1]
+        return self.blocks[:, index].unbind(1)

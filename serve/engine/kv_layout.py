@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """One block: ``[num_layers, 2, block_size, len(kv_heads), head_dim]``, contiguous.
+    """One block: ``[num_layers, num_planes, block_size, len(kv_heads), head_dim]``, contiguous.
 
     ``kv_heads`` holds the model's ids of the heads this rank keeps, in the rank's own order. A head
-    may be kept by several ranks, and by one rank more than once (see ``shard_kv_heads``).
+    may be kept by several ranks, and by one rank more than once (see ``shard_kv_heads``). The
+    planes of a layer are its keys and its values; a latent that both are computed from would be one
+    plane of one head. Memory accounting and transfers know no more than this.
     """
 
     num_layers: int
@@ -19,11 +21,13 @@ class KVLayout:
     kv_heads: tuple[int, ...]
     head_dim: int
     element_bytes: int
+    num_planes: int = 2
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """``(num_layers, 2, block_size, num_kv_heads, head_dim)``."""
-        return (self.num_layers, 2, self.block_size, len(self.kv_heads), self.head_dim)
+        """``(num_layers, num_planes, block_size, num_kv_heads, head_dim)``."""
+        planes = self.num_layers, self.num_planes
+        return (*planes, self.block_size, len(self.kv_heads), self.head_dim)
 
     @property
     def block_bytes(self) -> int:

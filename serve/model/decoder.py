@@ -96,10 +96,10 @@ class AttentionLayer(nn.Module):
 
         The new keys and values go into the cache.
         """
-        caches = kv_cache.layer(self._layer)
+        k_cache, v_cache = kv_cache.layer(self._layer)
         slots, copies = metadata.slot_mapping, metadata.num_copies(self._scoring.window)
-        q = ops.rope_write(qkv, *rotation, *caches, slots, copies, self._norms())
-        return self._attention(q, *caches, metadata, self._scoring).flatten(1)
+        q = ops.rope_write(qkv, *rotation, k_cache, v_cache, slots, copies, self._norms())
+        return self._attention(q, k_cache, v_cache, metadata, self._scoring).flatten(1)
 
     def _norms(self) -> HeadNorms | None:
         if not self._has_norms:
