@@ -19,6 +19,13 @@ LONGROPE: dict[str, Any] = {
     "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0],
 }
 
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 # By variant: transformers' configuration class and what differs from SMALL.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
@@ -29,6 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_rope_layers": [1, 0, 1], "num_hidden_layers": 3, "tie_word_embeddings": False},
     ),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2, yarn": ("Qwen2Config", {"rope_parameters": YARN, "max_position_embeddings": 32}),
     "qwen2, windows": (
         "Qwen2Config",
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},

@@ -13,6 +13,8 @@ from serve.comm.messages import SampleRow, Step, StepSequence
 from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, build_forward_batch, fill_in
 from serve.engine.sampler import plain_parameters, sample
 from serve.model import ops
+from serve.model.attention import PLAIN, Scoring
+from serve.model.head_norms import HeadNorms
 from serve.request import Request, SamplingParams
 
 pytestmark = [
@@ -40,7 +42,11 @@ def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 def exact_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    metadata: AttentionMetadata,
+    scoring: Scoring = PLAIN,
 ) -> Tensor:
     """Attention sequence by sequence in float64."""
     outs, row = [], 0
@@ -53,8 +59,13 @@ def exact_attention(
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         part = q[row : row + new].double()
-        scores = torch.einsum("qhd,khd->hqk", part, k) / math.sqrt(q.shape[2])
+        scale = scoring.scale or 1 / math.sqrt(q.shape[2])
+        scores = torch.einsum("qhd,khd->hqk", part, k) * scale
+        if scoring.softcap is not None:
+            scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
         mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+        if scoring.window is not None:
+            mask = mask.triu(total - new - scoring.window + 1)
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, v))
         row += new
@@ -90,6 +101,33 @@ def test_attention(dim: int, group: int, dtype: torch.dtype) -> None:
     for lengths in (decodes, prefills[:4], decodes + prefills):
         case = make_case(lengths, 2 * group, 2, dim, dtype)
         assert_near(attention(*case), exact_attention(*case), dtype)
+
+
+SCORINGS = {
+    "window": Scoring(window=100),
+    "window of one block": Scoring(window=64),
+    "soft cap": Scoring(softcap=5.0),
+    "scale": Scoring(scale=0.3),
+    "all": Scoring(scale=0.2, window=129, softcap=3.0),
+}
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("name", SCORINGS)
+def test_scoring(name: str, dim: int) -> None:
+    """What lies before every window is not read: here it is no number."""
+    flash = pytest.importorskip("serve.model.flash_attention")
+    attention, _ = flash.choose_attention(GPU, torch.bfloat16, dim, BLOCK_SIZE)
+    lengths = [(1, 1), (1, 65), (1, 700), (5, 5), (130, 130), (64, 700), (1, 77)]
+    q, k, v, metadata = make_case(lengths, 8, 2, dim, torch.bfloat16)
+    scoring = SCORINGS[name]
+    exact = exact_attention(q, k, v, metadata, scoring)
+    if scoring.window is not None:
+        for index, (new, total) in enumerate(lengths):
+            unseen = max(0, total - new + 1 - scoring.window) // BLOCK_SIZE
+            k[metadata.block_tables[index, :unseen].long()] = math.nan
+            v[metadata.block_tables[index, :unseen].long()] = math.nan
+    assert_near(attention(q, k, v, metadata, scoring), exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("count", [2, 3, 16])
@@ -128,6 +166,8 @@ def test_norms(num_rows: int, size: int, dtype: torch.dtype) -> None:
         return wide * scale * weight.double()
 
     assert_near(ops.rms_norm(residual, weight, 1e-5), exact(residual), dtype)
+    around_one = ops.rms_norm(residual, weight - 1, 1e-5, around_one=True)
+    assert_near(around_one, exact(residual), dtype)
     total = residual + x
     normed = ops.add_rms_norm(x, residual, weight, 1e-5)
     torch.testing.assert_close(residual, total, rtol=0, atol=0)
@@ -165,6 +205,8 @@ def test_silu_mul(num_rows: int, size: int, dtype: torch.dtype) -> None:
     x = torch.randn(num_rows, 2 * size, device=GPU, dtype=dtype)
     gate, up = x.double().chunk(2, dim=-1)
     assert_near(ops.gate(x, "silu"), torch.nn.functional.silu(gate) * up, dtype)
+    gelu = torch.nn.functional.gelu(gate, approximate="tanh")
+    assert_near(ops.gate(x, "gelu_tanh"), gelu * up, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -206,6 +248,28 @@ def test_packing(dim: int, heads: tuple[int, ...], dtype: torch.dtype) -> None:
     for block, place in zip(there, here, strict=True):
         before[place][..., index, :] = source[block][..., index, :]
     torch.testing.assert_close(target, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("around_one", [None, False, True])
+@pytest.mark.parametrize("rotary", [128, 96, 64])
+def test_part_of_a_head_is_rotated_and_all_of_it_normed(
+    rotary: int, around_one: bool | None
+) -> None:
+    heads, kv_heads, dim, num_tokens = 8, 2, 128, 9
+    qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * dim, device=GPU)
+    angles = torch.randn(num_tokens, rotary // 2, device=GPU)
+    weights = torch.randn(2, dim, device=GPU)
+    norms = None if around_one is None else HeadNorms(*weights, 1e-5, around_one)
+    slots = torch.randperm(2 * BLOCK_SIZE, device=GPU)[:num_tokens]
+    cache = torch.zeros(2, 2, 2, BLOCK_SIZE, kv_heads, dim, device=GPU)
+    caches = cache[:, 1, 0], cache[:, 1, 1]
+    q = ops.rope_write(qkv, angles.cos(), angles.sin(), *caches, slots, 1, norms)
+    expected = cache.cpu().zero_()
+    on_cpu = None if norms is None else HeadNorms(*weights.cpu(), 1e-5, bool(around_one))
+    args = qkv.cpu(), angles.cpu().cos(), angles.cpu().sin()
+    q_cpu = ops.rope_write(*args, expected[:, 1, 0], expected[:, 1, 1], slots.cpu(), 1, on_cpu)
+    torch.testing.assert_close(q.cpu(), q_cpu, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_combining_ignores_parts_without_positions() -> None:
