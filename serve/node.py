@@ -200,6 +200,7 @@ class Node:
                 # A decode replica's budget is not meant for whole prompts: it recomputes in chunks.
                 self.config.enable_chunked_prefill or self.replica.role is Role.DECODE,
                 self.setup.block_size,
+                model.max_window,
             ),
             max_push_blocks=self.setup.max_push_blocks,
             eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab_size),

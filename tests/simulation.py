@@ -1,8 +1,6 @@
-"""A cluster in one thread: real replicas' decisions, a fake GPU, and every event order there is.
+"""A cluster in one thread: real replicas' decisions, fake GPUs, and every event order there is.
 
-The fake model's KV of a token is the token itself, and its next token is a hash of all the KV that
-the block table leads to: a block that is overwritten, freed too early or filled from the wrong
-place changes the tokens. Messages keep their order per pair of ranks and nothing else.
+Messages keep their order per pair of ranks and nothing else.
 """
 
 from __future__ import annotations
@@ -10,102 +8,12 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
-from serve.comm.messages import (
-    NUM_STAGING_SLOTS,
-    Abort,
-    AnyMessage,
-    Delta,
-    Entry,
-    PostReceive,
-    Prefill,
-    Report,
-    Send,
-    Step,
-    Unpack,
-)
+from serve.comm.messages import NUM_STAGING_SLOTS, Abort, AnyMessage, Delta, Prefill, Report
 from serve.engine.replica import Actions, Replica, ReplicaSettings
 from serve.engine.scheduler import SchedulerLimits
 from serve.request import FinishReason, Request, SamplingParams
-
-VOCAB_SIZE = 1009
-EOS = 7
-
-
-def next_token(history: Iterable[int]) -> int:
-    """The fake model: any change of the history changes what follows."""
-    value = 1
-    for token in history:
-        value = (value * 31 + token + 1) % 2_147_483_647
-    return value % VOCAB_SIZE
-
-
-def expected_output(request: Request) -> list[int]:
-    """What the model says to a request, computed alone."""
-    history = list(request.prompt_ids)
-    output: list[int] = []
-    while len(output) < request.sampling.max_tokens:
-        output.append(next_token(history))
-        history.append(output[-1])
-        if output[-1] == EOS and not request.sampling.ignore_eos:
-            break
-    return output
-
-
-@dataclass
-class Node:
-    """One replica with its fake GPU: a cache of token slots, staging, a queue of entries."""
-
-    replica: Replica
-    num_blocks: int
-    block_size: int
-    cache: list[list[int | None]]
-    plan: deque[Entry] = field(default_factory=deque)
-    sends: deque[Send] = field(default_factory=deque)  # packed in order, beside the plan
-    staging: dict[tuple[int, int], list[list[int | None]]] = field(default_factory=dict)
-    results: deque[list[int]] = field(default_factory=deque)
-    sampled: list[int] = field(default_factory=list)  # by the last step
-
-    def execute(self, entry: Entry, cluster: Cluster, node_id: int) -> None:
-        match entry:
-            case Step():
-                self.results.append(self._step(entry))
-            case Send():
-                self.sends.append(entry)
-            case PostReceive(prefill_replica, number, num_blocks):
-                cluster.posted[(prefill_replica, node_id, number)] = num_blocks
-            case Unpack(prefill_replica, number, block_ids):
-                slot = (prefill_replica, number % NUM_STAGING_SLOTS)
-                blocks = self.staging.pop(slot)
-                for block, content in zip(block_ids, blocks, strict=bool(block_ids)):
-                    self.cache[block] = list(content)
-
-    def pack(self, cluster: Cluster, node_id: int) -> None:
-        send = self.sends.popleft()
-        key = (node_id, send.decode_replica, send.number)
-        cluster.wire[key] = [list(self.cache[block]) for block in send.block_ids]
-
-    def _step(self, step: Step) -> list[int]:
-        tokens = []
-        before, known = self.sampled, range(VOCAB_SIZE)
-        for sequence in step.sequences:
-            for offset, token in enumerate(sequence.token_ids):
-                value = token if token in known else before[known.start - 1 - token]
-                self._write(sequence.block_table, sequence.start + offset, value)
-            if sequence.sample:
-                length = sequence.start + len(sequence.token_ids)
-                history = [self._read(sequence.block_table, i) for i in range(length)]
-                tokens.append(next_token(history))
-        self.sampled = tokens
-        return tokens
-
-    def _write(self, table: tuple[int, ...], position: int, token: int) -> None:
-        self.cache[table[position // self.block_size]][position % self.block_size] = token
-
-    def _read(self, table: tuple[int, ...], position: int) -> int:
-        token = self.cache[table[position // self.block_size]][position % self.block_size]
-        return -1 if token is None else token
+from tests.fake_gpu import EOS, VOCAB_SIZE, FakeModel, Node, Wires
 
 
 class Cluster:
@@ -123,29 +31,33 @@ class Cluster:
         max_num_seqs: int = 8,
         max_push_blocks: int = 2,
         chunked: bool = True,
+        window: int | None = None,
     ) -> None:
         self.rng = rng
         self.num_prefill = num_prefill
         self.clock = 0.0
         count = max(num_prefill + num_decode, 1)
-        limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, chunked, block_size)
+        limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, chunked, block_size, window)
         leaders = tuple(range(1, count + 1))  # rank 0 only dispatches here
+        self.model = FakeModel(window)
+        num_reserved = 0 if window is None else 1  # see Node
         self.nodes = [
             Node(
                 Replica(
-                    ReplicaSettings(i, leaders, num_blocks, limits, max_push_blocks, (EOS,)),
+                    ReplicaSettings(
+                        i, leaders, num_blocks + num_reserved, limits, max_push_blocks, (EOS,)
+                    ),
                     None,
                     self._now,
                 ),
                 num_blocks,
                 block_size,
-                [[None] * block_size for _ in range(num_blocks)],
+                self.model,
             )
             for i in range(count)
         ]
         self.channels: dict[tuple[int, int], deque[AnyMessage]] = {}
-        self.wire: dict[tuple[int, int, int], list[list[int | None]]] = {}
-        self.posted: dict[tuple[int, int, int], int] = {}
+        self.wires = Wires()
         self.notices: list[tuple[int, int, int]] = []  # received, and not yet heard of
         self.answers: dict[str, dict[int, int]] = {}
         self.endings: dict[str, list[FinishReason]] = {}
@@ -182,7 +94,10 @@ class Cluster:
             self._on_delta(report.replica_id, delta)
 
     def _on_delta(self, replica_id: int, delta: Delta) -> None:
-        if self.endings[delta.request_id]:
+        endings = self.endings[delta.request_id]
+        # Token 0 has a sender of its own, and may come after the end.
+        is_late_start = delta.first_index == 0 and FinishReason.ABORT not in endings
+        if endings and not is_late_start:
             self._post(0, replica_id + 1, Abort(delta.request_id))
             return
         for offset, token in enumerate(delta.token_ids):
@@ -190,7 +105,7 @@ class Cluster:
             assert index not in self.answers[delta.request_id], "a token came twice"
             self.answers[delta.request_id][index] = token
         if delta.finish_reason is not None:
-            self.endings[delta.request_id].append(delta.finish_reason)
+            endings.append(delta.finish_reason)
 
     # --- events ---------------------------------------------------------------------------------
 
@@ -209,11 +124,11 @@ class Cluster:
             if node.plan:
                 events.append(lambda i=i: self._execute(i))
             if node.sends:
-                events.append(lambda i=i: self.nodes[i].pack(self, i))
+                events.append(lambda i=i: self.nodes[i].pack(self.wires, i))
             if node.results:
                 events.append(lambda i=i: self._finish_step(i))
-        for key in self.posted:
-            if key in self.wire:
+        for key in self.wires.posted:
+            if key in self.wires.sent:
                 events.append(lambda key=key: self._receive(key))
         for key in self.notices:
             events.append(lambda key=key: self._notice(key))
@@ -228,7 +143,7 @@ class Cluster:
             self._apply(pair[1] - 1, self.nodes[pair[1] - 1].replica.on_message(message))
 
     def _execute(self, i: int) -> None:
-        self.nodes[i].execute(self.nodes[i].plan.popleft(), self, i)
+        self.nodes[i].execute(self.nodes[i].plan.popleft(), self.wires, i)
 
     def _finish_step(self, i: int) -> None:
         self._apply(i, self.nodes[i].replica.on_step(self.nodes[i].results.popleft()))
@@ -236,10 +151,10 @@ class Cluster:
     def _receive(self, key: tuple[int, int, int]) -> None:
         """A transfer completes; per link the older one first, as on a stream."""
         prefill, decode, _ = key
-        number = min(k[2] for k in self.posted if k[:2] == (prefill, decode))
+        number = min(k[2] for k in self.wires.posted if k[:2] == (prefill, decode))
         key = (prefill, decode, number)
-        blocks = self.wire.pop(key)
-        assert len(blocks) == self.posted.pop(key), "send and receive differ in size"
+        blocks = self.wires.sent.pop(key)
+        assert len(blocks) == self.wires.posted.pop(key), "send and receive differ in size"
         slot = (prefill, number % NUM_STAGING_SLOTS)
         assert slot not in self.nodes[decode].staging, "a staging slot is overwritten"
         self.nodes[decode].staging[slot] = blocks
@@ -255,11 +170,12 @@ class Cluster:
         replica = self.nodes[i].replica
         self._issue(i, actions)
         while (step := replica.next_step()) is not None:
-            self.nodes[i].plan.append(step)
+            self.nodes[i].add(step)
         self._issue(i, replica.idle_report())
 
     def _issue(self, i: int, actions: Actions) -> None:
-        self.nodes[i].plan.extend(actions.entries)
+        for entry in actions.entries:
+            self.nodes[i].add(entry)
         for rank, message in actions.messages:
             self._post(i + 1, rank, message)
 
@@ -273,7 +189,7 @@ class Cluster:
             endings = self.endings[request.id]
             assert len(endings) == 1, f"{request.id} was answered {len(endings)} times"
             answer = self.answers[request.id]
-            expected = expected_output(request)
+            expected = self.model.expected_output(request)
             got = [answer[index] for index in sorted(answer)]
             assert sorted(answer) == list(range(len(answer))) or endings == [FinishReason.ABORT]
             for index, token in answer.items():
@@ -297,3 +213,28 @@ def random_request(rng: random.Random, number: int, max_total: int) -> Request:
             max_tokens=rng.randint(1, max_total - length), ignore_eos=rng.random() < 0.5
         ),
     )
+
+
+def storm(seed: int, shape: tuple[int, int], *, abort_rate: float, **options: object) -> Cluster:
+    """Sixty requests at random moments, aborts among them, checked at the end."""
+    print(f"seed={seed} shape={shape} abort_rate={abort_rate} {options}")
+    rng = random.Random(seed)
+    cluster = Cluster(rng, *shape, **options)  # type: ignore[arg-type]
+    requests: list[Request] = []
+
+    def disturb() -> None:
+        if len(requests) < 60 and rng.random() < 0.05:
+            requests.append(random_request(rng, len(requests), max_total=60))
+            cluster.submit(requests[-1])
+        if requests and rng.random() < abort_rate:
+            cluster.abort(rng.choice(requests).id)
+
+    requests.append(random_request(rng, 0, max_total=60))
+    cluster.submit(requests[0])
+    while len(requests) < 60:
+        cluster.run(disturb)
+        requests.append(random_request(rng, len(requests), max_total=60))
+        cluster.submit(requests[-1])
+    cluster.run(disturb)
+    cluster.check(requests)
+    return cluster

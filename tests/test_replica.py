@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
-from serve.request import Request
-from tests.simulation import Cluster, random_request
+from tests.simulation import storm
 
 SHAPES = [(0, 1), (0, 2), (1, 1), (2, 1), (1, 2), (2, 2), (3, 2)]
-
-
-def storm(seed: int, shape: tuple[int, int], *, abort_rate: float, **options: object) -> Cluster:
-    print(f"seed={seed} shape={shape} abort_rate={abort_rate} {options}")
-    rng = random.Random(seed)
-    cluster = Cluster(rng, *shape, **options)  # type: ignore[arg-type]
-    requests: list[Request] = []
-
-    def disturb() -> None:
-        if len(requests) < 60 and rng.random() < 0.05:
-            requests.append(random_request(rng, len(requests), max_total=60))
-            cluster.submit(requests[-1])
-        if requests and rng.random() < abort_rate:
-            cluster.abort(rng.choice(requests).id)
-
-    requests.append(random_request(rng, 0, max_total=60))
-    cluster.submit(requests[0])
-    while len(requests) < 60:
-        cluster.run(disturb)
-        requests.append(random_request(rng, len(requests), max_total=60))
-        cluster.submit(requests[-1])
-    cluster.run(disturb)
-    cluster.check(requests)
-    return cluster
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -162,9 +162,9 @@ class Report(Message, frozen=True):
 class StepSequence(Struct, frozen=True, array_like=True):
     """Tokens ``token_ids`` of one sequence, the first at position ``start``.
 
-    ``block_table`` covers positions ``[0, start + len(token_ids))``. ``sample`` asks for the token
-    that follows the last one. A token that the step before samples is not known yet: it is given
-    as ``sampled_by(row)`` of that step.
+    ``block_table`` covers positions ``[0, start + len(token_ids))``; 0 stands for blocks that every
+    window has passed. ``sample`` asks for the token that follows the last one. A token that the
+    step before samples is not known yet: it is given as ``sampled_by(row)`` of that step.
     """
 
     start: int

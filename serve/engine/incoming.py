@@ -11,6 +11,9 @@ One loan, with who may touch its blocks::
 
 An aborted loan still waits for the end that the prefill side announces (a last push or a Withdraw):
 until then a transfer may be under way.
+
+Blocks of the prompt that its first decoded token does not see are neither reserved nor sent: both
+sides derive the first one that is from the prompt's length and the model's window.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from serve.comm.messages import (
     Withdraw,
 )
 from serve.engine.block_pool import BlockPool
-from serve.engine.sequence import Sequence
+from serve.engine.scheduler import SchedulerLimits
+from serve.engine.sequence import LEFT_BLOCK, Sequence
 from serve.request import Request, Timeline
 
 
@@ -38,6 +42,7 @@ class Loan:
 
     request: Request
     prefill_replica: int
+    first_block: int  # of the prompt, that is in ``blocks``
     blocks: list[int]
     number: int  # age on this replica
     num_announced: int = 0
@@ -72,9 +77,11 @@ class Received:
 class IncomingTransfers:
     """The decode side of every loan of one replica."""
 
-    def __init__(self, pool: BlockPool, block_size: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, pool: BlockPool, limits: SchedulerLimits, clock: Callable[[], float]
+    ) -> None:
         self._pool = pool
-        self._block_size = block_size
+        self._limits = limits
         self._clock = clock
         self._offers: dict[str, Offer] = {}  # in the order of their arrival
         self._loans: dict[str, Loan] = {}
@@ -98,13 +105,15 @@ class IncomingTransfers:
         """Lend blocks to waiting offers, in order, while ``fits(num_blocks)``: those to answer."""
         granted: list[Offer] = []
         for offer in list(self._offers.values()):
+            length = len(offer.request.prompt_ids)
+            first = self._limits.num_left_blocks(length)
             # One more position: the first token that is decoded here is never short of a block.
-            needed = -(-(len(offer.request.prompt_ids) + 1) // self._block_size)
+            needed = -(-(length + 1) // self._limits.block_size) - first
             if not fits(needed):
                 break
             del self._offers[offer.request.id]
             blocks = self._pool.allocate(needed)
-            loan = Loan(offer.request, offer.prefill_replica, blocks, next_number())
+            loan = Loan(offer.request, offer.prefill_replica, first, blocks, next_number())
             self._loans[offer.request.id] = loan
             granted.append(offer)
         return granted
@@ -125,7 +134,8 @@ class IncomingTransfers:
         """Every rank has the push in its staging slot."""
         loan, push = self._pushes.pop((prefill_replica, number))
         loan.num_received += 1
-        wanted = loan.blocks[push.first_block : push.first_block + push.num_blocks]
+        first = push.first_block - loan.first_block
+        wanted = loan.blocks[first : first + push.num_blocks]
         block_ids = () if loan.aborted else tuple(wanted)
         return Received(Unpack(prefill_replica, number, block_ids), self._settle(loan))
 
@@ -161,7 +171,8 @@ class IncomingTransfers:
             token_ids=[*loan.request.prompt_ids, *handover.output_ids],
             num_computed=len(loan.request.prompt_ids),
             num_scheduled=len(loan.request.prompt_ids),
-            block_table=loan.blocks,
+            block_table=[LEFT_BLOCK] * loan.first_block + loan.blocks,
+            num_left_blocks=loan.first_block,
             stamps=loan.stamps,
         )
         return Arrival(sequence, handover.text)

@@ -11,6 +11,9 @@ push that waited for its place among the steps of a busy replica would wait for 
 block is being read until the push that carries it is acknowledged, and is free only then. A push
 waits until the one before it in its staging slot is acknowledged; acknowledgements may come out of
 order, for the receiver's ranks and threads report for themselves.
+
+Blocks that the first token after the prompt does not see, for its window has passed them, do not
+travel. The scheduler frees those while the prompt is computed, and no others.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from serve.comm.messages import NUM_STAGING_SLOTS, Handover, Offer, Push, Send, Withdraw
+from serve.engine.scheduler import SchedulerLimits
 from serve.engine.sequence import Sequence
 
 
@@ -27,8 +31,8 @@ class Outgoing:
 
     sequence: Sequence
     decode_replica: int
+    next_block: int  # the first that is still to be pushed
     ready: bool = False
-    num_pushed_blocks: int = 0
     num_pushes: int = 0
     num_acknowledged: int = 0
     handover: Handover | None = None  # set once token 0 is sampled
@@ -76,9 +80,9 @@ class Withdrawn:
 class OutgoingTransfers:
     """The prefill side of every loan of one replica."""
 
-    def __init__(self, replica_id: int, block_size: int, max_push_blocks: int) -> None:
+    def __init__(self, replica_id: int, limits: SchedulerLimits, max_push_blocks: int) -> None:
         self._replica_id = replica_id
-        self._block_size = block_size
+        self._limits = limits
         self._max_push_blocks = max_push_blocks
         self._links: dict[int, Link] = {}
         self._prompts: dict[str, Outgoing] = {}
@@ -99,7 +103,8 @@ class OutgoingTransfers:
 
     def offer(self, sequence: Sequence, decode_replica: int) -> Offer:
         """An admitted prompt: ask the decode replica for blocks."""
-        outgoing = Outgoing(sequence, decode_replica)
+        first_block = self._limits.num_left_blocks(sequence.num_prompt_tokens)
+        outgoing = Outgoing(sequence, decode_replica, first_block)
         self._prompts[sequence.id] = outgoing
         self._links.setdefault(decode_replica, Link()).prompts.append(outgoing)
         return Offer(self._replica_id, sequence.request)
@@ -153,15 +158,15 @@ class OutgoingTransfers:
         if not outgoing.ready:
             return 0
         sequence = outgoing.sequence
-        complete = sequence.num_computed // self._block_size
+        complete = sequence.num_computed // self._limits.block_size
         if outgoing.handover is not None:
             complete = len(sequence.block_table)
-        return min(complete - outgoing.num_pushed_blocks, self._max_push_blocks)
+        return min(complete - outgoing.next_block, self._max_push_blocks)
 
     def _push(self, decode_replica: int, link: Link, outgoing: Outgoing) -> PushPlan:
-        sequence, first = outgoing.sequence, outgoing.num_pushed_blocks
+        sequence, first = outgoing.sequence, outgoing.next_block
         count = self._num_pushable(outgoing)
-        outgoing.num_pushed_blocks += count
+        outgoing.next_block += count
         outgoing.num_pushes += 1
         last = outgoing.handover is not None and first + count == len(sequence.block_table)
         number, link.next_number = link.next_number, link.next_number + 1

@@ -105,9 +105,9 @@ class Replica:
         self._pool = BlockPool(settings.num_blocks)
         self._scheduler = Scheduler(self._pool, settings.limits)
         self._outgoing = OutgoingTransfers(
-            settings.replica_id, settings.limits.block_size, settings.max_push_blocks
+            settings.replica_id, settings.limits, settings.max_push_blocks
         )
-        self._incoming = IncomingTransfers(self._pool, settings.limits.block_size, clock)
+        self._incoming = IncomingTransfers(self._pool, settings.limits, clock)
         self._live: dict[str, Live] = {}
         self._numbers = itertools.count()
         self._num_steps = 0
@@ -265,8 +265,7 @@ class Replica:
 
     def _release(self, sequence: Sequence) -> None:
         """Nobody computes or reads the blocks of ``sequence`` any more."""
-        self._pool.free(sequence.block_table)
-        sequence.block_table = []
+        self._pool.free(sequence.take_blocks())
 
     # --- what follows -----------------------------------------------------------------------
 

@@ -12,6 +12,10 @@ A sequence is in one of three places; the blocks in its table are owned by the s
                                           add_arrived()
 
 ``remove()`` takes a sequence out of any of them; the blocks go with it.
+
+Where every layer of the model sees a window only, a running sequence lets go of the blocks that its
+window has passed, when a step's result is known. It is still admitted only if all blocks of its
+tokens fit at once: then it can always finish its prompt, and nobody waits for another in a circle.
 """
 
 from __future__ import annotations
@@ -26,12 +30,25 @@ from serve.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What a step may hold."""
+    """What a step may hold, and how far back it reads.
+
+    A token at position ``p`` reads positions ``> p - window``: the largest window of the model's
+    layers, in tokens; None if some layer sees everything.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_chunked_prefill: bool
     block_size: int
+    window: int | None = None
+
+    def num_left_blocks(self, position: int) -> int:
+        """Leading blocks of a sequence that no token at ``position`` or later reads."""
+        if self.window is None:
+            return 0
+        # The token before is kept in any case, so that a prompt always has a block to hand over.
+        first_kept = position + 1 - max(self.window, 2)
+        return max(first_kept, 0) // self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +169,16 @@ class Scheduler:
             sequence = chunk.sequence
             if chunk.num_preemptions == sequence.num_preemptions:
                 sequence.num_computed += chunk.num_tokens
+                self._leave(sequence)
             if chunk.sample:
                 sequence.num_pending -= 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Free what the window has passed: a step in flight begins at ``num_computed`` or later."""
+        count = self._limits.num_left_blocks(sequence.num_computed)
+        # Of a sequence that has ended the blocks are another's to free.
+        if count > sequence.num_left_blocks and sequence in self.running:
+            self._pool.free(sequence.leave_blocks(count))
 
     def _start_arrived(self) -> None:
         while self.arrived and len(self.running) < self._limits.max_num_seqs:
@@ -189,8 +214,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         self.remove(victim)
-        self._pool.free(victim.block_table)
-        victim.block_table = []
+        self._pool.free(victim.take_blocks())
         victim.num_computed = victim.num_scheduled = 0
         victim.num_preemptions += 1
         self.num_preemptions += 1

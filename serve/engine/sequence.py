@@ -6,15 +6,21 @@ from dataclasses import dataclass, field
 
 from serve.request import Request, Timeline
 
+LEFT_BLOCK = 0  # stands in a block table for one that was let go: named, never read or written
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request on a replica. Whoever keeps the sequence owns the blocks in its table.
+    """A request on a replica. Whoever keeps the sequence owns its ``owned_blocks``.
 
     ``number`` is its age on the replica: smaller is older. ``token_ids`` is prompt and output, as
     far as it is known here; ``num_pending`` more tokens (0 or 1) are sampled by a step whose result
     has not come. The KV of the first ``num_computed`` tokens is in the blocks, that of the first
     ``num_scheduled`` will be when the steps under way have run.
+
+    ``block_table[i]`` holds positions ``[i * block_size, (i + 1) * block_size)``. Its first
+    ``num_left_blocks`` entries are ``LEFT_BLOCK``: an attention window has left them behind, and
+    somebody else may own them by now.
     """
 
     request: Request
@@ -27,6 +33,7 @@ class Sequence:
     row: int = 0  # of the last step that sampled it
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
+    num_left_blocks: int = 0
     stamps: Timeline = field(default_factory=Timeline)
 
     @property
@@ -63,6 +70,29 @@ class Sequence:
     def num_remaining(self) -> int:
         """Tokens to be scheduled before the next token can be sampled."""
         return self.num_tokens - self.num_scheduled
+
+    @property
+    def owned_blocks(self) -> list[int]:
+        """The blocks of the table that are the sequence's own."""
+        return self.block_table[self.num_left_blocks :]
+
+    def leave_blocks(self, count: int) -> list[int]:
+        """Let go of the first ``count`` blocks: those among them that were owned, now the caller's.
+
+        ``ValueError`` if the table has fewer.
+        """
+        if count > len(self.block_table):
+            raise ValueError(f"{count} blocks to be left of {len(self.block_table)}")
+        left = self.block_table[self.num_left_blocks : count]
+        self.block_table[self.num_left_blocks : count] = [LEFT_BLOCK] * len(left)
+        self.num_left_blocks += len(left)
+        return left
+
+    def take_blocks(self) -> list[int]:
+        """All that the sequence owns, now the caller's; its table is empty then."""
+        blocks = self.owned_blocks
+        self.block_table, self.num_left_blocks = [], 0
+        return blocks
 
     @property
     def is_ending(self) -> bool:

@@ -1,0 +1,197 @@
+"""A replica's fake GPU: a cache of token slots, staging, and a model whose tokens tell on a read.
+
+A block that is overwritten, freed too early or filled from the wrong place changes the tokens: the
+next token is a hash of all the KV that the block table leads to and that the window reaches. What
+is freed is wiped, in the order of the plan, as the next owner's writes would be.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from serve.comm.messages import (
+    NUM_STAGING_SLOTS,
+    Entry,
+    PostReceive,
+    Send,
+    Step,
+    StepSequence,
+    Unpack,
+)
+from serve.engine.replica import Replica
+from serve.engine.sequence import LEFT_BLOCK
+from serve.request import Request
+
+VOCAB_SIZE = 1009
+EOS = 7
+
+Block = list[int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wipe:
+    """Blocks that were freed after everything before in the plan."""
+
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """The KV of a token is the token itself, or, with a window, a hash of all that it sees.
+
+    So with a window every token reads, not only those that are sampled from, and a wrong read goes
+    on through all that follows.
+    """
+
+    window: int | None = None
+
+    def first_seen(self, position: int) -> int:
+        """The first position that a token at ``position`` reads."""
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+    def make_kv(self, token: int, seen: Iterable[int]) -> int:
+        """``seen``: the KV of the tokens before, from ``first_seen`` on."""
+        return token if self.window is None else _hash([*seen, token])
+
+    def next_token(self, seen: Iterable[int]) -> int:
+        """Any change of the KV, the last token's own with it, changes what follows."""
+        return _hash(seen) % VOCAB_SIZE
+
+    def expected_output(self, request: Request) -> list[int]:
+        """What the model says to a request, computed alone."""
+        kv: list[int] = []
+        for token in request.prompt_ids:
+            kv.append(self.make_kv(token, kv[self.first_seen(len(kv)) :]))
+        output: list[int] = []
+        while len(output) < request.sampling.max_tokens:
+            output.append(self.next_token(kv[self.first_seen(len(kv) - 1) :]))
+            kv.append(self.make_kv(output[-1], kv[self.first_seen(len(kv)) :]))
+            if output[-1] == EOS and not request.sampling.ignore_eos:
+                break
+        return output
+
+
+def _hash(values: Iterable[int]) -> int:
+    value = 1
+    for item in values:
+        value = (value * 31 + item + 1) % 2_147_483_647
+    return value
+
+
+@dataclass
+class Wires:
+    """What is between the GPUs, by prefill replica, decode replica and number of the push."""
+
+    sent: dict[tuple[int, int, int], list[Block]] = field(default_factory=dict)
+    posted: dict[tuple[int, int, int], int] = field(default_factory=dict)
+
+
+@dataclass
+class Node:
+    """One replica with its fake GPU: a cache of token slots, staging, a queue of entries.
+
+    Where the model has a window, block 0 belongs to nobody: who touches it went by a placeholder.
+    """
+
+    replica: Replica
+    num_blocks: int  # beside block 0, if that is nobody's
+    block_size: int
+    model: FakeModel
+    plan: deque[Entry | Wipe] = field(default_factory=deque)
+    sends: deque[Send] = field(default_factory=deque)  # packed in order, beside the plan
+    staging: dict[tuple[int, int], list[Block]] = field(default_factory=dict)
+    results: deque[list[int]] = field(default_factory=deque)
+    sampled: list[int] = field(default_factory=list)  # by the last step
+
+    def __post_init__(self) -> None:
+        self.pool = self.replica._pool
+        self.cache: list[Block] = [[None] * self.block_size for _ in range(self.pool.num_blocks)]
+        if self.model.window is not None:
+            assert self.pool.allocate(1) == [LEFT_BLOCK]
+        free = self.pool.free
+
+        def free_and_wipe(blocks: Iterable[int]) -> None:
+            freed = tuple(blocks)
+            free(freed)
+            self.plan.append(Wipe(freed))
+
+        self.pool.free = free_and_wipe  # type: ignore[method-assign]
+
+    # --- what the leader plans ----------------------------------------------------------------
+
+    def add(self, entry: Entry) -> None:
+        """Queue an entry. Of all that it reads and writes somebody must be the owner by now."""
+        match entry:
+            case Step():
+                for sequence in entry.sequences:
+                    self._check_owned(sequence.block_table[self._first_block(sequence) :])
+            case Send() | Unpack():
+                self._check_owned(entry.block_ids)
+        self.plan.append(entry)
+
+    def _first_block(self, sequence: StepSequence) -> int:
+        return self.model.first_seen(sequence.start) // self.block_size
+
+    def _check_owned(self, block_ids: Iterable[int]) -> None:
+        for block in block_ids:
+            self._check(block)
+            assert not self.pool._is_free[block], f"block {block} is used and free"
+
+    def _check(self, block: int) -> None:
+        assert block != LEFT_BLOCK or self.model.window is None, "a placeholder is used"
+
+    # --- what the GPU does --------------------------------------------------------------------
+
+    def execute(self, entry: Entry | Wipe, wires: Wires, node_id: int) -> None:
+        match entry:
+            case Step():
+                self.results.append(self._step(entry))
+            case Send():
+                self.sends.append(entry)
+            case PostReceive(prefill_replica, number, num_blocks):
+                wires.posted[(prefill_replica, node_id, number)] = num_blocks
+            case Unpack(prefill_replica, number, block_ids):
+                slot = (prefill_replica, number % NUM_STAGING_SLOTS)
+                blocks = self.staging.pop(slot)
+                for block, content in zip(block_ids, blocks, strict=bool(block_ids)):
+                    self.cache[block] = list(content)
+            case Wipe(block_ids):
+                for block in block_ids:
+                    self.cache[block] = [None] * self.block_size
+
+    def pack(self, wires: Wires, node_id: int) -> None:
+        """Put the blocks of the oldest push on the wire."""
+        send = self.sends.popleft()
+        key = (node_id, send.decode_replica, send.number)
+        wires.sent[key] = [list(self.cache[block]) for block in send.block_ids]
+
+    def _step(self, step: Step) -> list[int]:
+        tokens = []
+        before, known = self.sampled, range(VOCAB_SIZE)
+        for sequence in step.sequences:
+            for position, token in enumerate(sequence.token_ids, sequence.start):
+                value = token if token in known else before[known.start - 1 - token]
+                self._compute(sequence.block_table, position, value)
+            if sequence.sample:
+                last = sequence.start + len(sequence.token_ids) - 1
+                seen = range(self.model.first_seen(last), last + 1)
+                table = sequence.block_table
+                tokens.append(self.model.next_token([self._read(table, i) for i in seen]))
+        self.sampled = tokens
+        return tokens
+
+    def _compute(self, table: tuple[int, ...], position: int, token: int) -> None:
+        if self.model.window is not None:
+            seen = range(self.model.first_seen(position), position)
+            token = self.model.make_kv(token, [self._read(table, i) for i in seen])
+        block = table[position // self.block_size]
+        self._check(block)
+        self.cache[block][position % self.block_size] = token
+
+    def _read(self, table: tuple[int, ...], position: int) -> int:
+        block = table[position // self.block_size]
+        self._check(block)
+        token = self.cache[block][position % self.block_size]
+        return -1 if token is None else token
