@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
+
+from serve.tokenizer_files import load_fast
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 UNKNOWN = "\ufffd".encode()  # what an id without a token reads as
 _ALL_SPACES = -1
-_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 
 def load_tokenizer(path: str, model_path: str, chat_template: str | None) -> Tokenizer:
@@ -37,7 +36,7 @@ def load_tokenizer(path: str, model_path: str, chat_template: str | None) -> Tok
     the directory ``model_path`` is taken. ``ValueError``, in one line, if there is no usable one.
     """
     try:
-        fast = _load_gguf(Path(path)) if path.endswith(".gguf") else _load_directory(Path(path))
+        fast = load_fast(Path(path))
         template = chat_template or _own_template(fast, Path(model_path))
         tokenizer = Tokenizer(fast, template)
     except Exception as error:  # whatever a broken checkpoint makes transformers raise
@@ -154,84 +153,11 @@ class Tokenizer:
                 raise ValueError(f"chat template, line {cause.lineno}: {cause.message}") from cause
 
 
-# --- loading ------------------------------------------------------------------------------------
-
-
-def _load_directory(path: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
-    if not path.is_dir():
-        raise ValueError("neither a directory nor a .gguf file")
-    fast = AutoTokenizer.from_pretrained(
-        str(path), trust_remote_code=False, local_files_only=True, use_fast=True
-    )
-    if not getattr(fast, "is_fast", False):
-        raise ValueError(f"{type(fast).__name__} cannot be loaded by the tokenizers library")
-    return fast
-
-
-def _load_gguf(path: Path) -> PreTrainedTokenizerFast:
-    # AutoTokenizer would parse the whole file for a config first, which takes seconds.
-    from transformers import PreTrainedTokenizerFast
-
-    if not path.is_file():
-        raise ValueError("no such file")
-    fast = PreTrainedTokenizerFast.from_pretrained(
-        str(path.parent), gguf_file=path.name, local_files_only=True
-    )
-    _split_digits(fast.backend_tokenizer, path)
-    return fast
-
-
-def _split_digits(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """Restore the splitting at digits, which transformers leaves out for these vocabularies: it
-    reads ``"a  12"`` as ``a, ' ', ' ', 1, 2``; the model was trained on ``a, '  ', 1, 2``."""
-    from tokenizers import pre_tokenizers
-
-    if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
-        return  # split by a pattern that transformers knows, or sentencepiece
-    with path.open("rb") as file:
-        name = _gguf_string(file, "tokenizer.ggml.pre")
-    if name in ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"):
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
-    elif name not in (None, "default", "gpt-2"):
-        raise ValueError(f"the file names an unknown pre-tokenizer, {name!r}: give --tokenizer")
-
-
 def _own_template(fast: PreTrainedTokenizerFast, model_path: Path) -> str | None:
     if fast.chat_template:
         return str(fast.get_chat_template())
     file = model_path / "chat_template.jinja"
     return file.read_text(encoding="utf-8") if file.is_file() else None
-
-
-def _gguf_string(file: BinaryIO, wanted: str) -> str | None:
-    """The string under key ``wanted`` of a GGUF file (version 2 or 3), None if there is none."""
-
-    def number(code: str) -> int:
-        (value,) = struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))
-        return int(value)
-
-    def skip(kind: int) -> None:
-        if kind == _GGUF_ARRAY:
-            element, count = number("I"), number("Q")
-            if element in _GGUF_SIZES:
-                file.seek(_GGUF_SIZES[element] * count, 1)
-            else:
-                for _ in range(count):
-                    skip(element)
-        else:
-            file.seek(number("Q") if kind == _GGUF_STRING else _GGUF_SIZES[kind], 1)
-
-    file.seek(16)  # magic, version, number of tensors
-    for _ in range(number("Q")):
-        key = file.read(number("Q")).decode()
-        kind = number("I")
-        if key == wanted and kind == _GGUF_STRING:
-            return file.read(number("Q")).decode()
-        skip(kind)
-    return None
 
 
 # --- the bytes of a token -----------------------------------------------------------------------

@@ -42,7 +42,17 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.engine.decode_graphs",
         ),
     },
-    {HTTP: ("serve.tokenizer", "serve.output_text", "serve.metrics"), GPU: ()},
+    {
+        HTTP: (
+            "serve.tokenizer",
+            "serve.tokenizer_config",
+            "serve.tokenizer_files",
+            "serve.sentencepiece_tokenizer",
+            "serve.output_text",
+            "serve.metrics",
+        ),
+        GPU: (),
+    },
     {
         # Attention reads the batch's metadata, so it is one line above the forward batch.
         GPU: (

@@ -146,11 +146,11 @@ def test_a_directory_gives_the_same_tokenizer(
 
 # --- sentencepiece ------------------------------------------------------------------------------
 
-# transformers puts no space before a text that begins with one, where sentencepiece always does.
-SENTENCEPIECE_TEXTS = [text for text in TEXTS if not text.startswith(" ")]
+# For GGUF files transformers puts no space before a text that begins with one.
+GGUF_TEXTS = [text for text in TEXTS if not text.startswith(" ")]
 
 
-@pytest.mark.parametrize("text", SENTENCEPIECE_TEXTS)
+@pytest.mark.parametrize("text", TEXTS)
 def test_sentencepiece_directory(
     llama: tuple[Path, sentencepiece.SentencePieceProcessor], text: str
 ) -> None:
@@ -180,7 +180,7 @@ def test_sentencepiece_gguf(
     writer.write_kv_data_to_file()
     writer.close()
     tokenizer = load_tokenizer(str(tmp_path / "m.gguf"), str(tmp_path / "m.gguf"), None)
-    for text in SENTENCEPIECE_TEXTS:
+    for text in GGUF_TEXTS:
         assert tokenizer.encode(text) == [1, *processor.encode(text)]
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

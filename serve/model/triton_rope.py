@@ -27,27 +27,29 @@ def _rope_write_kernel(
     half: tl.constexpr = ROTARY // 2
     exists = head < NUM_Q + 2 * NUM_KV
     at = tl.arange(0, HALF_BLOCK)[None, :]
-    # What is not rotated: the rest of each head. Where there is none it is read nowhere.
-    tail = ROTARY + tl.arange(0, REST_BLOCK)[None, :]
+    tail = ROTARY + tl.arange(0, REST_BLOCK)[None, :]  # what is not rotated, if anything
     if EARLY:
         await_kernel_before()
     source = qkv_ptr + token * qkv_stride + head * DIM
     first = tl.load(source + at, exists & (at < half), 0.0)
     second = tl.load(source + half + at, exists & (at < half), 0.0)
-    rest = tl.load(source + tail, exists & (tail < DIM), 0.0)
+    if ROTARY < DIM:
+        rest = tl.load(source + tail, exists & (tail < DIM), 0.0)
     turned = head < NUM_Q + NUM_KV
     if HAS_NORMS:
         squares = tl.sum(first.to(tl.float32) * first.to(tl.float32), 1)
         squares += tl.sum(second.to(tl.float32) * second.to(tl.float32), 1)
-        squares += tl.sum(rest.to(tl.float32) * rest.to(tl.float32), 1)
+        if ROTARY < DIM:
+            squares += tl.sum(rest.to(tl.float32) * rest.to(tl.float32), 1)
         scale = tl.rsqrt(squares / DIM + eps)[:, None]
         norm_ptr = tl.where(head < NUM_Q, q_norm_ptr, k_norm_ptr)
         weight = tl.load(norm_ptr + at, turned & (at < half), 0.0)
         first = tl.where(turned, _normed(first, scale, weight, AROUND_ONE), first)
         weight = tl.load(norm_ptr + half + at, turned & (at < half), 0.0)
         second = tl.where(turned, _normed(second, scale, weight, AROUND_ONE), second)
-        weight = tl.load(norm_ptr + tail, turned & (tail < DIM), 0.0)
-        rest = tl.where(turned, _normed(rest, scale, weight, AROUND_ONE), rest)
+        if ROTARY < DIM:
+            weight = tl.load(norm_ptr + tail, turned & (tail < DIM), 0.0)
+            rest = tl.where(turned, _normed(rest, scale, weight, AROUND_ONE), rest)
     cos = tl.load(cos_ptr + token * half + at, at < half, 1.0)
     sin = tl.load(sin_ptr + token * half + at, at < half, 0.0)
     wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
@@ -60,7 +62,8 @@ def _rope_write_kernel(
         query = q_ptr + (row * NUM_Q + head) * DIM
         tl.store(query + at, out_first, is_query & (at < half))
         tl.store(query + half + at, out_second, is_query & (at < half))
-        tl.store(query + tail, rest, is_query & (tail < DIM))
+        if ROTARY < DIM:
+            tl.store(query + tail, rest, is_query & (tail < DIM))
     # Rows that fill up a batch have nowhere to go.
     slot = tl.load(slot_ptr + token)
     place = (slot // block_size) * block_stride + (slot % block_size) * token_stride
@@ -68,12 +71,14 @@ def _rope_write_kernel(
     key = k_ptr + place + (head - NUM_Q) * DIM
     tl.store(key + at, out_first, is_key & (at < half))
     tl.store(key + half + at, out_second, is_key & (at < half))
-    tl.store(key + tail, rest, is_key & (tail < DIM))
+    if ROTARY < DIM:
+        tl.store(key + tail, rest, is_key & (tail < DIM))
     is_value = (head >= NUM_Q + NUM_KV) & exists & (slot >= 0)
     value = v_ptr + place + (head - NUM_Q - NUM_KV) * DIM
     tl.store(value + at, out_first, is_value & (at < half))
     tl.store(value + half + at, out_second, is_value & (at < half))
-    tl.store(value + tail, rest, is_value & (tail < DIM))
+    if ROTARY < DIM:
+        tl.store(value + tail, rest, is_value & (tail < DIM))
 
 
 @triton.jit
