@@ -2,8 +2,8 @@
 
     [torchrun --standalone --nproc-per-node 2 -m] bench.load_speed MODEL_DIRECTORY FOLDER
 
-MODEL_DIRECTORY has a config.json. Its weights, of random bytes, are written to FOLDER as sharded
-safetensors if they are not there yet. The ranks share the model by tensor parallelism and load at
+MODEL_DIRECTORY has a config.json. Its weights, random numbers that repeat, are written to FOLDER as
+sharded safetensors if they are not there yet. The ranks share the model by tensor parallelism and load at
 the same time. Prints one JSON object: GB/s of the plain read and of the load, by the bytes that the
 rank has to read, and the most host memory that it had of its own meanwhile.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import Tensor
 
 from serve.comm.process_groups import init_world, new_tp_groups
 from serve.comm.tensor_parallel import TensorParallel
@@ -39,6 +40,7 @@ from serve.node import pick_device
 FILE_BYTES = 4 << 30
 _SAMPLE_S = 0.01
 _READ_BYTES = 16 << 20
+_DRAWN = 1 << 20
 
 
 def main() -> None:
@@ -99,11 +101,19 @@ def write_checkpoint(config: ModelConfig, model: Path, folder: Path) -> None:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(_files(shapes, dtype.itemsize), start=1):
         file = f"model-{number:05}.safetensors"
-        tensors = {name: torch.empty(shapes[name], dtype=dtype).normal_(0, 0.02) for name in names}
-        save_file(tensors, folder / file)
+        save_file({name: _filled(shapes[name], dtype) for name in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     shutil.copy(model / "config.json", folder / "config.json")
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of numbers like weights; to draw every one of 20 billion would take minutes."""
+    some = torch.empty(_DRAWN, dtype=dtype).normal_(0, 0.02)
+    flat = torch.empty(math.prod(shape), dtype=dtype)
+    for part in flat.split(_DRAWN):
+        part.copy_(some[: len(part)])
+    return flat.view(shape)
 
 
 def _files(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
