@@ -3,9 +3,9 @@
     [torchrun --standalone --nproc-per-node 2 -m] bench.load_speed MODEL_DIRECTORY FOLDER
 
 MODEL_DIRECTORY has a config.json. Its weights, random numbers that repeat, are written to FOLDER as
-sharded safetensors if they are not there yet. The ranks share the model by tensor parallelism and load at
-the same time. Prints one JSON object: GB/s of the plain read and of the load, by the bytes that the
-rank has to read, and the most host memory that it had of its own meanwhile.
+sharded safetensors if they are not there yet. The ranks share the model by tensor parallelism and
+load at the same time. Prints one JSON object a rank: GB/s of the plain read and of the load, by the
+bytes that the rank has to read, and the most host memory that it had of its own meanwhile.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of numbers like weights; to draw every one of 20 billion would take minutes."""
     some = torch.empty(_DRAWN, dtype=dtype).normal_(0, 0.02)
     flat = torch.empty(math.prod(shape), dtype=dtype)
-    for part in flat.split(_DRAWN):
+    for part in torch.split(flat, _DRAWN):
         part.copy_(some[: len(part)])
     return flat.view(shape)
 
