@@ -114,10 +114,16 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
     _check_model(given, specs, model_config)
     prefill, decode = _phase_limits(given, partition_id == 0, model_config)
     max_model_len = _max_model_len(given, prefill, model_config, notes)
-    context = max_model_len or model_config.max_position_embeddings
+    model_config = model_config.for_context(max_model_len or model_config.max_position_embeddings)
+    if (rope := model_config.rope) is not None and rope.is_long:
+        short = rope.original_max_position_embeddings
+        notes.append(
+            f"LongRoPE: all prompts have the rotation for contexts over {short} tokens, short ones "
+            f"too; --max-model-len {short} serves them as the model was trained"
+        )
     return ServerConfig(
         model=source.path,
-        model_config=model_config.for_context(context),
+        model_config=model_config,
         tokenizer=find_tokenizer(given.tokenizer, source),
         served_model_names=_served_names(given, source),
         load_format=resolve_load_format(source, given.load_format),

@@ -169,7 +169,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "braces). Default: the tokenizer's own.")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto", metavar="TYPE",
         help="Type of weights, activations and KV cache: auto, float32, bfloat16 or float16. auto "
-        "is the checkpoint's own on a GPU and float32 on a CPU. Default: %(default)s.")  # fmt: skip
+        "is float32 on a CPU; on a GPU the checkpoint's own, or bfloat16 where that is float32. "
+        "Default: %(default)s.")  # fmt: skip
     add("--load-format", choices=LOAD_FORMATS, default="auto", metavar="FORMAT",
         help="auto, safetensors, pt (PyTorch .bin files, read without unpickling code), gguf, or "
         "dummy (random weights; needs only config.json). auto takes what the model holds. "

@@ -116,6 +116,15 @@ def test_bfloat16_tokens_are_as_good_as_the_references(
     check_near(small, jobs, run_case(world, small, split, jobs, "--dtype", "bfloat16"))
 
 
+def test_a_vocabulary_that_does_not_divide_over_ranks(fresh: FreshWorld, tmp_path: Path) -> None:
+    need("colocated tp 2")
+    model = write_llama_checkpoint(tmp_path, seed=6, num_kv_heads=2, vocab_size=127)
+    jobs = random_jobs(31, 32, vocab_size=127)
+    check_near(
+        model, jobs, run_case(fresh(2), model, "colocated tp 2", jobs, "--dtype", "bfloat16")
+    )
+
+
 @pytest.mark.parametrize("split", ["1P+1D", "2P+2D", "tp 2 to 1", "tp 1 to 2", "tp 2 to 2"])
 def test_symmetric_transport(fresh: FreshWorld, small: Path, split: str) -> None:
     """Many pushes a prompt, each slot used again and again."""

@@ -103,6 +103,23 @@ def test_attention(dim: int, group: int, dtype: torch.dtype) -> None:
         assert_near(attention(*case), exact_attention(*case), dtype)
 
 
+@pytest.mark.parametrize(
+    ("dim", "group", "block_size"),
+    [(128, 3, 128), (128, 5, 128), (128, 7, 128), (128, 4, 128), (64, 7, 128), (256, 2, 128),
+     (80, 1, 128), (96, 1, 128)],
+)  # fmt: skip
+def test_attention_of_published_shapes(
+    dim: int, group: int, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of Qwen 2.5 and Phi 4, heads of OPT and Phi 3, over blocks of the default size."""
+    monkeypatch.setitem(globals(), "BLOCK_SIZE", block_size)
+    flash = pytest.importorskip("serve.model.flash_attention")
+    attention, _ = flash.choose_attention(GPU, torch.bfloat16, dim, BLOCK_SIZE)
+    lengths = [(1, 1), (1, 129), (1, 700), (5, 5), (130, 130), (100, 1000)]
+    case = make_case(lengths, 2 * group, 2, dim, torch.bfloat16)
+    assert_near(attention(*case), exact_attention(*case), torch.bfloat16)
+
+
 SCORINGS = {
     "window": Scoring(window=100),
     "window of one block": Scoring(window=64),
@@ -112,10 +129,11 @@ SCORINGS = {
 }
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("dim", "block_size"), [(64, 64), (96, 128), (128, 128), (256, 128)])
 @pytest.mark.parametrize("name", SCORINGS)
-def test_scoring(name: str, dim: int) -> None:
-    """What lies before every window is not read: here it is no number."""
+def test_scoring(name: str, dim: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies before every window does not count, whatever stands there."""
+    monkeypatch.setitem(globals(), "BLOCK_SIZE", block_size)
     flash = pytest.importorskip("serve.model.flash_attention")
     attention, _ = flash.choose_attention(GPU, torch.bfloat16, dim, BLOCK_SIZE)
     lengths = [(1, 1), (1, 65), (1, 700), (5, 5), (130, 130), (64, 700), (1, 77)]
@@ -125,8 +143,8 @@ def test_scoring(name: str, dim: int) -> None:
     if scoring.window is not None:
         for index, (new, total) in enumerate(lengths):
             unseen = max(0, total - new + 1 - scoring.window) // BLOCK_SIZE
-            k[metadata.block_tables[index, :unseen].long()] = math.nan
-            v[metadata.block_tables[index, :unseen].long()] = math.nan
+            k[metadata.block_tables[index, :unseen].long()] = 100.0
+            v[metadata.block_tables[index, :unseen].long()] = 100.0
     assert_near(attention(q, k, v, metadata, scoring), exact, torch.bfloat16)
 
 

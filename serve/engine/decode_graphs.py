@@ -98,6 +98,8 @@ class DecodeGraphs:
         num_words = Inputs.num_words(max_num_seqs, max_num_seqs * self._width)
         self._buffer = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        # Version 2 of flash-attn, on older GPUs, splits by itself.
+        self._splits = torch.cuda.get_device_capability(device)[0] >= 9
         self._sizes = batch_sizes(max_num_seqs)
         # A split never makes more rows than there are multiprocessors.
         most = max(max_num_seqs, self._num_sms) + 1
@@ -154,7 +156,7 @@ class DecodeGraphs:
 
     def _metadata(self, inputs: Inputs, size: int) -> AttentionMetadata:
         num_kv_heads = len(self._kv_cache.layout.kv_heads)
-        count = choose_num_splits(size, num_kv_heads, self._num_sms)
+        count = choose_num_splits(size, num_kv_heads, self._num_sms) if self._splits else 1
         tables, lengths = self._slice(inputs, count)
         numbers = self._numbers[: count * size + 1]
         splits = DecodeSplits(count, numbers, lengths, tables) if count > 1 else None

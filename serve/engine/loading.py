@@ -189,7 +189,7 @@ def _load_model(setup: RankSetup, tp: TensorParallel, progress: Progress) -> nn.
     config = setup.config
     head_dim = config.model_config.head_dim
     attention, name = choose_attention(setup.device, setup.dtype, head_dim, setup.block_size)
-    log.info("rank %d: attention by %s", setup.place.rank, name)
+    log.info("rank %d: %s, attention by %s", setup.place.rank, setup.dtype, name)
     model = build_model(config.model_config, tp, setup.dtype, setup.device, attention)
     load_weights(model, config.model, config.load_format, config.seed, progress)
     return model.eval()

@@ -33,10 +33,16 @@ class RankSetup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, activations and KV: float32 on CPU, the checkpoint's own on GPU."""
+        """Of weights, activations and KV.
+
+        Unless told: float32 on a CPU; on a GPU the checkpoint's own, and bfloat16 for float32,
+        which the fast kernels do not take.
+        """
         name: str = self.config.dtype
         if name == "auto":
             name = "float32" if self.device.type == "cpu" else self.config.model_config.dtype
+            if self.device.type != "cpu" and name == "float32":
+                name = "bfloat16"
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 

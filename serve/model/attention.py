@@ -43,9 +43,9 @@ class Attention(Protocol):
 
         ``q``: ``[num_tokens, num_heads, head_dim]``, and as often as ``metadata.num_copies`` says.
         ``k_cache``, ``v_cache``: ``[num_blocks, block_size, num_kv_heads, head_dim]``, the new
-        tokens already in; of blocks that no token's window reaches nothing is read. Query head
-        ``i`` reads KV head ``i // (num_heads // num_kv_heads)``. Returns ``[num_tokens, num_heads,
-        head_dim]``.
+        tokens already in; what lies before every window does not count, but may be read, and must
+        be finite. Query head ``i`` reads KV head ``i // (num_heads // num_kv_heads)``. Returns
+        ``[num_tokens, num_heads, head_dim]``.
         """
         ...
 

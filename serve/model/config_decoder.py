@@ -18,19 +18,21 @@ def describe_decoder(
     *,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
+    positions: int = 2048,
+    eps: float = 1e-6,
     window: int | None = None,
     rope_options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> ModelConfig:
     """A decoder of rotated queries and keys and a gated feed-forward layer, by the usual names.
 
-    ``num_kv_heads`` and ``head_dim``: what the family takes where nothing is said; ``window``: that
-    of all layers.
+    ``num_kv_heads``, ``head_dim``, ``positions`` and ``eps``: what the family takes where nothing
+    is said; ``window``: that of all layers.
     """
     num_heads, hidden_size = fields.count("num_attention_heads"), fields.count("hidden_size")
     num_layers = fields.count("num_hidden_layers")
     size = read_head_dim(fields, hidden_size, num_heads, head_dim)
-    max_positions = fields.count("max_position_embeddings", 2048)
+    max_positions = fields.count("max_position_embeddings", positions)
     rope, max_positions = read_rope(fields, max_positions, size, **(rope_options or {}))
     described: dict[str, Any] = {
         "architecture": architecture,
@@ -42,7 +44,7 @@ def describe_decoder(
         "num_kv_heads": _num_kv_heads(fields, num_heads, num_kv_heads),
         "head_dim": size,
         "max_position_embeddings": max_positions,
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "norm_eps": fields.number("rms_norm_eps", eps),
         "rope": rope,
         "tie_word_embeddings": fields.flag("tie_word_embeddings"),
         "dtype": fields.dtype(),

@@ -45,9 +45,8 @@ def _llama(fields: Fields) -> ModelConfig:
 
 def _mistral(fields: Fields) -> ModelConfig:
     """No biases, whatever the config says; a window unless it is null, also where it is missing."""
-    return describe_decoder(
-        "llama", fields, num_kv_heads=8, window=read_window(fields, "sliding_window", 4096)
-    )
+    window = read_window(fields, "sliding_window", 4096)
+    return describe_decoder("llama", fields, num_kv_heads=8, positions=131072, window=window)
 
 
 def _smollm3(fields: Fields) -> ModelConfig:
@@ -66,6 +65,8 @@ def _smollm3(fields: Fields) -> ModelConfig:
         "llama",
         fields,
         num_kv_heads=4,
+        positions=32768,
+        rope_options={"theta": 2e6},
         attention_bias=bias,
         attention_output_bias=bias,
         mlp_bias=fields.flag("mlp_bias"),
@@ -76,7 +77,8 @@ def _smollm3(fields: Fields) -> ModelConfig:
 
 def _qwen2(fields: Fields) -> ModelConfig:
     """Queries, keys and values have biases; of a window only the last layers would make use."""
-    return describe_decoder("llama", fields, attention_bias=True, windows=_qwen_windows(fields))
+    windows = _qwen_windows(fields)
+    return describe_decoder("llama", fields, positions=32768, attention_bias=True, windows=windows)
 
 
 def _qwen3(fields: Fields) -> ModelConfig:
@@ -86,6 +88,7 @@ def _qwen3(fields: Fields) -> ModelConfig:
         "llama",
         fields,
         head_dim=128,
+        positions=32768,
         attention_bias=bias,
         attention_output_bias=bias,
         qk_norm=True,
@@ -106,15 +109,18 @@ def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
 
 
 def _phi3(fields: Fields) -> ModelConfig:
-    """ "su" and "yarn" are old names of LongRoPE here; newer models rotate part of a head."""
+    """Old names of LongRoPE are "su" and "yarn" here; newer models rotate part of a head."""
     scaling = fields.get("rope_scaling") or fields.get("rope_parameters", {})
     if isinstance(scaling, dict):
+        scaling = dict[str, Any](original_max_position_embeddings=4096) | scaling
         key = "rope_type" if "rope_type" in scaling else "type"
         if scaling.get(key) in ("su", "yarn"):
-            scaling = scaling | {key: "longrope"}
+            scaling[key] = "longrope"
     rope = {"parameters": scaling, "types": ("default", "longrope"), "partial": True}
     window = read_window(fields, "sliding_window", None)
-    return describe_decoder("phi3", fields, window=window, rope_options=rope)
+    return describe_decoder(
+        "phi3", fields, positions=4096, eps=1e-5, window=window, rope_options=rope
+    )
 
 
 def _gemma2(fields: Fields) -> ModelConfig:
@@ -132,6 +138,9 @@ def _gemma3(fields: Fields) -> ModelConfig:
     ]
     size, positions = fields.count("head_dim", 256), fields.count("max_position_embeddings", 131072)
     given = fields.get("rope_parameters", {})
+    kinds = {"full_attention", "sliding_attention"}
+    if not isinstance(given, dict) or set(given) - kinds:
+        raise ValueError(f"rope_parameters {given} are not by the kind of a layer's attention")
     whole = given.get("full_attention") or fields.get("rope_scaling", {})
     near = given.get("sliding_attention", {})
     theta = fields.number("rope_local_base_freq", 10000.0)
@@ -159,6 +168,7 @@ def _gemma(
         fields,
         num_kv_heads=4,
         head_dim=256,
+        positions=8192,
         rope_options={"parameters": {}} if "rope" in changes else None,
         windows=windows_by_type(fields, window, types),
         activation=fields.choice("hidden_activation", _GELU_TANH, "gelu_pytorch_tanh"),

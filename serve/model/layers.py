@@ -215,6 +215,8 @@ class RowParallelLinear(ShardedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[num_tokens, local columns]`` to ``[num_tokens, out_features]``, equal on all ranks."""
+        if self.tp.size == 1:
+            return ops.linear(x, self.weight, self.bias)
         summand = self.tp.summand((len(x), len(self.weight)), x.dtype)
         out = self.tp.all_reduce(ops.linear(x, self.weight, out=summand))
         return out if self.bias is None else out + self.bias  # once, after the sum
@@ -251,6 +253,8 @@ class RowParallelConv1D(ShardedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[num_tokens, local rows]`` to ``[num_tokens, out_features]``, equal on all ranks."""
+        if self.tp.size == 1:
+            return torch.addmm(self.bias, x, self.weight)
         summand = self.tp.summand((len(x), self.weight.shape[1]), x.dtype)
         return self.tp.all_reduce(torch.mm(x, self.weight, out=summand)) + self.bias
 
@@ -312,4 +316,5 @@ class ParallelLMHead(ShardedLayer):
         gathered = self.tp.gather_to_leader(
             functional.pad(logits, (0, width - logits.shape[1])) if self.tp.size > 1 else logits
         )
-        return None if gathered is None else gathered[:, : self.vocab_size]
+        # Kernels read rows one right after another: what was padded is copied without it.
+        return None if gathered is None else gathered[:, : self.vocab_size].contiguous()
