@@ -6,6 +6,7 @@ each addition is made by the norm that follows, in one kernel with it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.engine.kv_layout import shard_kv_heads
 from serve.model import ops
-from serve.model.attention import Attention, Scoring, torch_attention
+from serve.model.attention import Attention, Scoring
 from serve.model.config import ModelConfig
 from serve.model.head_norms import HeadNorms
 from serve.model.layers import (
@@ -229,30 +230,22 @@ class Decoder(Stack):
         return self.run(residual, self.layers, self.norm, batch, kv_cache)
 
 
-class CausalLM(nn.Module):
+class CausalLM(nn.Module, ABC):
     """A language model by the names of most families; its layers are the family's.
 
     Parameters are uninitialised until weights are loaded.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tp: TensorParallel,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        attention: Attention = torch_attention,
-    ) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        build = Build(config, tp, Placement(dtype, torch.device(device)), attention)
-        layers = (self.make_layer(build, layer) for layer in range(config.num_layers))
+        layers = (self.make_layer(build, layer) for layer in range(build.config.num_layers))
         self.model = Decoder(build, layers, self.make_norm(build))
         self.lm_head = make_head(build, self.model.embed_tokens)
-        self._logit_softcap = config.logit_softcap
+        self._logit_softcap = build.config.logit_softcap
 
+    @abstractmethod
     def make_layer(self, build: Build, layer: int) -> nn.Module:
         """One layer, called as ``DecoderLayer`` is."""
-        raise NotImplementedError
 
     def make_norm(self, build: Build) -> RMSNorm:
         """The norm after the last layer."""

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.model import ops
-from serve.model.attention import Attention, torch_attention
-from serve.model.config import ModelConfig
 from serve.model.decoder import AttentionLayer, Build, Rotation, Stack, make_head
 from serve.model.layers import (
     ColumnParallelConv1D,
     LayerNorm,
-    Placement,
     PositionEmbedding,
     RowParallelConv1D,
     VocabParallelEmbedding,
@@ -105,16 +100,8 @@ class GPT2LMHeadModel(nn.Module):
 
     base_prefix = "transformer"  # which checkpoints of the bare model go without
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tp: TensorParallel,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        attention: Attention = torch_attention,
-    ) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        build = Build(config, tp, Placement(dtype, torch.device(device)), attention)
         self.transformer = GPT2Model(build)
         self.lm_head = make_head(build, self.transformer.wte)
 

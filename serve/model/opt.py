@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.model import ops
-from serve.model.attention import Attention, torch_attention
-from serve.model.config import ModelConfig
 from serve.model.decoder import AttentionLayer, Build, Rotation, Stack, make_head
 from serve.model.layers import (
     ColumnParallelLinear,
     FusedLinear,
     LayerNorm,
     NoNorm,
-    Placement,
     PositionEmbedding,
     Range,
     RowParallelLinear,
@@ -128,16 +123,8 @@ class OPTForCausalLM(nn.Module):
 
     base_prefix = "model"  # which checkpoints of the bare model go without
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tp: TensorParallel,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        attention: Attention = torch_attention,
-    ) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
-        build = Build(config, tp, Placement(dtype, torch.device(device)), attention)
         self.model = OPTModel(build)
         self.lm_head = make_head(build, self.model.decoder.embed_tokens)
 

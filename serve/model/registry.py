@@ -10,14 +10,16 @@ from torch import nn
 from serve.comm.tensor_parallel import TensorParallel
 from serve.model.attention import Attention, torch_attention
 from serve.model.config import ModelConfig
+from serve.model.decoder import Build
 from serve.model.gemma import GemmaForCausalLM
 from serve.model.gpt2 import GPT2LMHeadModel
 from serve.model.internlm2 import InternLM2ForCausalLM
+from serve.model.layers import Placement
 from serve.model.llama import LlamaForCausalLM
 from serve.model.opt import OPTForCausalLM
 from serve.model.phi3 import Phi3ForCausalLM
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+MODELS: dict[str, Callable[[Build], nn.Module]] = {
     "gemma": GemmaForCausalLM,
     "gpt2": GPT2LMHeadModel,
     "internlm2": InternLM2ForCausalLM,
@@ -41,4 +43,5 @@ def build_model(
     if config.architecture not in MODELS:
         supported = ", ".join(MODELS)
         raise ValueError(f"model {config.architecture!r} is not known; known: {supported}")
-    return MODELS[config.architecture](config, tp, dtype, device, attention)
+    place = Placement(dtype, torch.device(device))
+    return MODELS[config.architecture](Build(config, tp, place, attention))
