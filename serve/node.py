@@ -64,14 +64,15 @@ class RankFailed(JobFailed):
 
 def pick_device(place: Place) -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # Read when the first CUDA context and communicator are made. Transfers wait for each other on
-    # streams of their own, so streams must not share a queue; kernels are loaded before any waits.
+    # Read when the driver is first asked for anything, as whether there is a GPU. Transfers wait
+    # for each other on streams of their own, so streams must not share a queue; kernels are loaded
+    # before any waits.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
     return device

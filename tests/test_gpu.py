@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from serve.engine.memory import warm_up_pinned_memory
+from serve.engine.warm_up import warm_up_pinned_memory
 from serve.request import FinishReason
 from tests.cases import CaseResult, Job
 from tests.checkpoints import ROPES, load_reference, write_llama_checkpoint
@@ -40,6 +43,7 @@ def gpus() -> Iterator[World]:
 
 def test_pinned_memory_is_there_when_serving_begins() -> None:
     """Whatever its size, and though several steps and pushes hold some."""
+    torch.cuda.init()  # without it there are no statistics
     warm_up_pinned_memory()
     before = torch.cuda.host_memory_stats()["num_host_alloc"]
     held = [
@@ -49,6 +53,27 @@ def test_pinned_memory_is_there_when_serving_begins() -> None:
     ]
     assert torch.cuda.host_memory_stats()["num_host_alloc"] == before
     assert all(tensor.is_pinned() for tensor in held)
+
+
+def test_kernels_are_loaded_before_any_is_wanted() -> None:
+    """The driver reads how to when it is first asked for anything, and does not tell if it was too
+    late.
+    """
+    code = """
+import ctypes
+import os
+
+import serve.launch
+from serve.comm.topology import read_place
+from serve.node import pick_device
+
+print(pick_device(read_place(os.environ)))
+mode = ctypes.c_int()
+assert ctypes.CDLL("libcuda.so.1").cuModuleGetLoadingMode(ctypes.byref(mode)) == 0
+assert mode.value == 1  # CU_MODULE_EAGER_LOADING
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_MODULE_LOADING"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 
 FreshWorld = Callable[[int], World]
@@ -90,19 +115,37 @@ def test_each_rope_type(gpus: World, tmp_path: Path, rope: str) -> None:
 
 
 def check_near(model: Path, jobs: list[Job], result: CaseResult) -> None:
-    """Teacher-forced: no token is worse than the best by more than bfloat16 can tell."""
-    reference = load_reference(model)
-    shortfalls = []
+    """Teacher-forced: tokens fall short of the float32 reference's best by no more than those that
+    the reference would choose if it computed in bfloat16 itself.
+
+    How far that is depends on the model: random ones carry rounding errors further than trained
+    ones do.
+    """
+    exact, rounded = load_reference(model), load_reference(model).to(torch.bfloat16)
+    ours, its = [], []
     for job, answer in zip(jobs, result.answers, strict=True):
         ids = torch.tensor([[*job.prompt_ids, *answer.token_ids]])
+        places = slice(len(job.prompt_ids) - 1, -1)
         with torch.no_grad():
-            logits = reference(ids).logits[0, len(job.prompt_ids) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
-        shortfalls.append((logits.amax(dim=1) - chosen) / logits.abs().amax(dim=1))
-    every = torch.cat(shortfalls)
-    print(f"of {len(every)} tokens {int((every > 0).sum())} fall short, by {every.max():.3f}")
-    assert every.max() < 0.1  # the logits of this model lie close together
-    assert (every > 0.03).float().mean() < 0.01
+            logits = exact(ids).logits[0, places]
+            choices = rounded(ids).logits[0, places].argmax(dim=1)
+        ours.append(_shortfalls(logits, torch.tensor(answer.token_ids)))
+        its.append(_shortfalls(logits, choices))
+    found, allowed = torch.cat(ours), torch.cat(its)
+    print(f"{_told(found)}; the reference in bfloat16: {_told(allowed)}")
+    assert found.mean() <= 2 * allowed.mean() + 0.002
+    assert (found > 0).float().mean() <= 1.5 * (allowed > 0).float().mean() + 0.02
+
+
+def _shortfalls(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """How far each chosen token's logit is below the best, over the largest logit of all."""
+    best = logits.amax(dim=1)
+    return (best - logits.gather(1, chosen[:, None])[:, 0]) / logits.abs().amax(dim=1)
+
+
+def _told(shortfalls: torch.Tensor) -> str:
+    count = int((shortfalls > 0).sum())
+    return f"{count} of {len(shortfalls)} tokens fall short, by {shortfalls.mean():.4f} in the mean"
 
 
 @pytest.mark.parametrize("split", ["colocated", "1P+1D", "colocated tp 2", "tp 2 to 2"])

@@ -29,6 +29,7 @@ def test_tokens_are_as_good_as_the_references(
     if transfer and NUM_GPUS < 2:
         pytest.skip("a transfer needs two GPUs")
     world = fresh(2 if transfer else 1)
+    wrong = {}
     for number, variant in enumerate([*VARIANTS, "internlm2"]):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -41,8 +42,13 @@ def test_tokens_are_as_good_as_the_references(
         jobs = [greedy(_prompt(rng), 24) for _ in range(12)]
         options = ["--dtype", "bfloat16", "--block-size", "64", "--max-num-batched-tokens", "32"]
         split = "1P+1D" if transfer else "colocated"
-        print(variant)
-        check_near(source, jobs, run_case(world, path, split, jobs, *options))
+        print(variant, end=": ")
+        result = run_case(world, path, split, jobs, *options)
+        try:
+            check_near(source, jobs, result)
+        except AssertionError as error:  # the other families are of interest all the same
+            wrong[variant] = str(error)
+    assert not wrong
 
 
 def _prompt(rng: random.Random) -> list[int]:

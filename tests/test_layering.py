@@ -39,6 +39,8 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.engine.loading",
             "serve.engine.rank_setup",
             "serve.engine.memory",
+            "serve.engine.rehearsal",
+            "serve.engine.warm_up",
             "serve.engine.decode_graphs",
         ),
     },

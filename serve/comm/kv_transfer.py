@@ -55,6 +55,12 @@ class Pair:
         self._free: list[Wait | torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
         self._filled: list[torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
 
+    def warm_up(self) -> None:
+        """Use pack and unpack once: block 0 goes into this rank's own slot and back."""
+        ids, packed = self._heads.new_zeros(1), self._packed(0, 1)
+        self._pack(ids, packed)
+        self._unpack(packed, ids)
+
     def send(self, slot: int, block_ids: Tensor) -> None:
         """Pack ``block_ids`` (int64, on the cache's device) into ``slot`` and send it.
 

@@ -31,10 +31,10 @@ from serve.engine.memory import (
     make_graphs,
     measure_num_blocks,
     uses_graphs,
-    warm_up_pinned_memory,
 )
 from serve.engine.rank_setup import RankSetup
 from serve.engine.runner import Runner
+from serve.engine.warm_up import fill_caches, load_kernels
 from serve.model.flash_attention import choose_attention
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
@@ -82,6 +82,8 @@ def load_rank(setup: RankSetup, progress: Progress) -> Loaded:
     wires = _connect(setup, routes, pair_groups)
     tp = _make_tensor_parallel(setup, group)
     model = _load_model(setup, tp, progress)
+    if setup.device.type == "cuda":
+        load_kernels(setup, model, tp)
     measured = measure_num_blocks(setup, model, tp)
     num_blocks = _agree(measured, group, setup.device)
     layout = setup.layouts(setup.replica)[tp.rank]
@@ -93,7 +95,7 @@ def load_rank(setup: RankSetup, progress: Progress) -> Loaded:
         _capture(setup, graphs)
         runner.use_graphs(graphs)
     if setup.device.type == "cuda":
-        warm_up_pinned_memory()
+        fill_caches(setup, runner)
     return Loaded(Equipment(runner, sender, receiver), num_blocks)
 
 
@@ -233,4 +235,5 @@ def _make_transfers(
         else:
             pair = Pair(cache.blocks, route.slice.dst_heads, wire)
             incoming.setdefault(route.prefill.id, []).append(pair)
+        pair.warm_up()
     return KVSender(outgoing, setup.device), KVReceiver(incoming, setup.device)

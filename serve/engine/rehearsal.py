@@ -1,0 +1,56 @@
+"""Steps that no request asked for: the largest that will be served, to measure, and small ones.
+
+Their block tables repeat block 0, so that a cache of one block is enough; the lengths are real.
+"""
+
+from __future__ import annotations
+
+from serve.comm.messages import SampleRow, Step, StepSequence
+from serve.engine.rank_setup import RankSetup
+from serve.request import Request, SamplingParams
+
+
+def longest_context(setup: RankSetup) -> int:
+    """Tokens of the longest request."""
+    return setup.config.max_model_len or setup.config.model_config.max_position_embeddings
+
+
+def largest_chunk(setup: RankSetup) -> Step:
+    """The end of the longest prompt."""
+    longest = longest_context(setup)
+    count = min(longest, setup.limits.max_num_batched_tokens)
+    return _step(setup, [(longest - count, count)])
+
+
+def most_decodes(setup: RankSetup) -> Step:
+    """Every sequence at the end of the longest context."""
+    return _step(setup, [(longest_context(setup) - 1, 1)] * setup.limits.max_num_seqs)
+
+
+def short_prompts(setup: RankSetup) -> Step:
+    """Two prompts of three tokens each."""
+    return _step(setup, [(0, 3)] * 2)
+
+
+def one_decode(setup: RankSetup) -> Step:
+    """One sequence at its second token."""
+    return _step(setup, [(1, 1)])
+
+
+def _step(setup: RankSetup, sequences: list[tuple[int, int]]) -> Step:
+    """Of sequences that bring ``count`` tokens after ``start`` others."""
+    layout = setup.layouts(setup.replica)[0]
+    return Step(
+        0,
+        tuple(
+            StepSequence(start, (0,) * count, (0,) * layout.num_blocks_for(start + count), True)
+            for start, count in sequences
+        ),
+        (_row(),) * len(sequences),
+    )
+
+
+def _row() -> SampleRow:
+    """One that goes through every filter."""
+    sampling = SamplingParams(max_tokens=1, top_p=0.9, top_k=50, repetition_penalty=1.1)
+    return SampleRow(Request(id="rehearsal", prompt_ids=(0,), sampling=sampling), 0)
