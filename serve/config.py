@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Literal
 
-from serve import options as option_defaults
+from serve.limits import PhaseLimits, checked_max_model_len, phase_limits
 from serve.model.config import ModelConfig
 from serve.model.config_file import load_model_config
 from serve.model_source import (
@@ -21,6 +21,7 @@ from serve.model_source import (
     read_chat_template,
     resolve_load_format,
 )
+from serve.options import KV_PUSH_BYTES, option_name
 from serve.options import build_parser as build_parser
 
 
@@ -42,15 +43,6 @@ class ReplicaSpec:
 
     tp: int
     pp: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseLimits:
-    """What one replica may take on at a time."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    gpu_memory_utilization: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +104,8 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
     source = _find_source(given, notes)
     model_config = load_model_config(source.path)
     _check_model(given, specs, model_config)
-    prefill, decode = _phase_limits(given, partition_id == 0, model_config)
-    max_model_len = _max_model_len(given, prefill, model_config, notes)
+    prefill, decode = phase_limits(given, partition_id == 0, model_config)
+    max_model_len = checked_max_model_len(given, prefill, model_config, notes)
     model_config = model_config.for_context(max_model_len or model_config.max_position_embeddings)
     if (rope := model_config.rope) is not None and rope.is_long:
         short = rope.original_max_position_embeddings
@@ -132,7 +124,7 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
         prefill=prefill,
         decode=decode,
         max_model_len=max_model_len,
-        kv_push_bytes=given.kv_push_bytes or option_defaults.KV_PUSH_BYTES,
+        kv_push_bytes=given.kv_push_bytes or KV_PUSH_BYTES,
         kv_transport=given.kv_transport or "p2p",
         chat_template=read_chat_template(given.chat_template),
         notes=tuple(notes),
@@ -147,10 +139,6 @@ _TAKEN_AS_GIVEN = (
 )  # fmt: skip
 
 _LIMITS = ("max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 # --- replicas -----------------------------------------------------------------------------------
@@ -206,11 +194,11 @@ def _refuse_ignored(given: argparse.Namespace, *, colocated: bool) -> None:
         names = [f"{phase}_{name}" for phase in ("prefill", "decode") for name in _LIMITS]
         for name in [*names, "kv_push_bytes", "kv_transport"]:
             if getattr(given, name) is not None:
-                raise ValueError(f"{_option(name)} has no meaning when replicas are colocated")
+                raise ValueError(f"{option_name(name)} has no meaning when replicas are colocated")
     if given.num_blocks is not None:
         for name in ("", "prefill_", "decode_"):
             if getattr(given, f"{name}gpu_memory_utilization") is not None:
-                option = _option(f"{name}gpu_memory_utilization")
+                option = option_name(f"{name}gpu_memory_utilization")
                 raise ValueError(f"{option} has no meaning together with --num-blocks")
     if given.tokenizer == "none" and given.chat_template is not None:
         raise ValueError("--chat-template has no meaning with --tokenizer none")
@@ -247,58 +235,3 @@ def _served_names(given: argparse.Namespace, source: ModelSource) -> tuple[str, 
         if names.count(name) > 1:
             raise ValueError(f"--served-model-name: {name} is given twice")
     return names
-
-
-# --- limits -------------------------------------------------------------------------------------
-
-
-def _phase_limits(
-    given: argparse.Namespace, colocated: bool, model: ModelConfig
-) -> tuple[PhaseLimits, PhaseLimits]:
-    context = given.max_model_len or model.max_position_embeddings
-    whole_prompt = 0 if given.enable_chunked_prefill else context
-    if colocated:
-        both = _limits(given, "", max(option_defaults.MIXED_BATCHED_TOKENS, whole_prompt))
-        return both, both
-    tokens = max(option_defaults.PREFILL_BATCHED_TOKENS, whole_prompt)
-    return (
-        _limits(given, "prefill_", tokens),
-        _limits(given, "decode_", option_defaults.DECODE_BATCHED_TOKENS),
-    )
-
-
-def _limits(given: argparse.Namespace, prefix: str, default_tokens: int) -> PhaseLimits:
-    def value(name: str) -> Any:
-        own = getattr(given, prefix + name)
-        return getattr(given, name) if own is None else own
-
-    tokens = value("max_num_batched_tokens") or default_tokens
-    seqs = value("max_num_seqs") or min(option_defaults.MAX_NUM_SEQS, tokens)
-    # Every running sequence takes a token of each step; a prefill replica runs fewer at a time.
-    if seqs > tokens and prefix != "prefill_":
-        raise ValueError(
-            f"{_option(prefix + 'max_num_seqs')} {seqs} exceeds "
-            f"{_option(prefix + 'max_num_batched_tokens')} {tokens}"
-        )
-    utilization = value("gpu_memory_utilization") or option_defaults.GPU_MEMORY_UTILIZATION
-    return PhaseLimits(seqs, tokens, utilization)
-
-
-def _max_model_len(
-    given: argparse.Namespace, prefill: PhaseLimits, model: ModelConfig, notes: list[str]
-) -> int | None:
-    length: int | None = given.max_model_len
-    if given.num_blocks and given.block_size and length:
-        held = given.num_blocks * given.block_size
-        if length > held:
-            raise ValueError(f"--max-model-len {length} exceeds the {held} tokens of --num-blocks")
-    budget = prefill.max_num_batched_tokens
-    if given.enable_chunked_prefill or (length or model.max_position_embeddings) <= budget:
-        return length
-    if length is not None:
-        raise ValueError(
-            f"--max-model-len {length} exceeds max-num-batched-tokens {budget}, and without "
-            "chunked prefill a prompt must fit into one step"
-        )
-    notes.append(f"prompts are not chunked: max_model_len is max_num_batched_tokens, {budget}")
-    return budget

@@ -61,6 +61,11 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
 
+def option_name(name: str) -> str:
+    """As it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=8, width=96)
 

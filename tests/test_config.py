@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.config import ConfigError, PhaseLimits, ReplicaSpec, ServerConfig, parse_args
+from serve.config import ConfigError, ReplicaSpec, ServerConfig, parse_args
+from serve.limits import PhaseLimits
 from serve.options import build_parser
 
 TOP = Path(__file__).resolve().parent.parent

@@ -29,6 +29,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.dispatch.*",
             "serve.engine.replica",
             "serve.engine.ending",
+            "serve.engine.live",
             "serve.engine.step",
             "serve.engine.load",
             "serve.engine.stamps",
@@ -59,6 +60,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
         # Attention reads the batch's metadata, so it is one line above the forward batch.
         GPU: (
             "serve.model.layers",
+            "serve.model.conv1d",
             "serve.model.rope",
             "serve.model.attention",
             "serve.model.flash_attention",
@@ -108,6 +110,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {
         BOTH: (
             "serve.config",
+            "serve.limits",
             "serve.options",
             "serve.model_source",
             "serve.request",

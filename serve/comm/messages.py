@@ -282,13 +282,12 @@ class Failed(Message, frozen=True):
 
 
 AnyMessage = (
-    Prefill | Abort | Offer | Ready | Push | PushReceived | Withdraw | Report
-    | Step | PostReceive | Unpack | Send | Stop | Received
+    Prefill | Abort | Offer | Ready | Push | PushReceived | Withdraw | Report | Received | Entry
     | Ping | Pong | ReplicaReady | Heartbeat | Goodbye | Failed
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(message: AnyMessage) -> bytes:
@@ -298,5 +297,4 @@ def encode(message: AnyMessage) -> bytes:
 
 def decode(data: bytes | memoryview) -> AnyMessage:
     """The message in ``data``; ``msgspec.ValidationError`` if it is none of ours."""
-    message: AnyMessage = _decoder.decode(data)
-    return message
+    return _decoder.decode(data)

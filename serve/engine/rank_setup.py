@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from serve.comm.topology import Place, ReplicaInfo, Topology
-from serve.config import PhaseLimits, Role, ServerConfig
+from serve.config import Role, ServerConfig
 from serve.engine.kv_layout import KVLayout
+from serve.limits import PhaseLimits
 from serve.model.flash_attention import preferred_block_size
 
 

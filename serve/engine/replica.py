@@ -41,6 +41,7 @@ from serve.comm.messages import (
 from serve.engine.block_pool import BlockPool
 from serve.engine.ending import find_ending
 from serve.engine.incoming import Arrival, IncomingTransfers
+from serve.engine.live import Live
 from serve.engine.load import measure_load
 from serve.engine.outgoing import OutgoingTransfers
 from serve.engine.scheduler import Batch, Scheduler, SchedulerLimits
@@ -48,7 +49,7 @@ from serve.engine.sequence import Sequence
 from serve.engine.stamps import stamp_first_token, stamp_start
 from serve.engine.step import build_step
 from serve.output_text import OutputText
-from serve.request import Request, Timeline
+from serve.request import Request
 from serve.tokenizer import Tokenizer
 
 # While one runs, the next one is prepared and waits for its turn on the GPU.
@@ -73,21 +74,6 @@ class ReplicaSettings:
     limits: SchedulerLimits
     max_push_blocks: int
     eos_token_ids: tuple[int, ...]
-
-
-@dataclass(eq=False, slots=True)
-class Live:
-    """A sequence with what only the leader needs."""
-
-    sequence: Sequence
-    text: OutputText
-    decode_replica: int
-    told: bool = False  # whether rank 0 has this replica's stamps
-
-    def untold_stamps(self) -> Timeline | None:
-        """The stamps of this replica, with its first token of the request only."""
-        told, self.told = self.told, True
-        return None if told else self.sequence.stamps
 
 
 class Replica:

@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.model import ops
+from serve.model.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from serve.model.decoder import AttentionLayer, Build, Rotation, Stack, make_head
 from serve.model.layers import (
-    ColumnParallelConv1D,
     LayerNorm,
     PositionEmbedding,
-    RowParallelConv1D,
     VocabParallelEmbedding,
 )
 
