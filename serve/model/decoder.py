@@ -7,7 +7,7 @@ each addition is made by the norm that follows, in one kernel with it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,9 @@ from serve.model.layers import (
 from serve.model.rope import RotaryEmbedding
 
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, each [num_tokens, rotary_dim / 2]
+Projection = Callable[[Tensor], Tensor]
+Part = Callable[..., Tensor]
+Parts = tuple[Part, Part, Part, Part]  # see Layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +75,8 @@ class Build:
         return Range.even(self.config.intermediate_size, self.tp)
 
 
-class AttentionLayer(nn.Module):
-    """Attention between the projections, of the query heads of this rank."""
+class AttentionLayer(nn.Module, ABC):
+    """Attention of the query heads of this rank; the family names its projections."""
 
     q_norm: RMSNorm
     k_norm: RMSNorm
@@ -90,7 +93,18 @@ class AttentionLayer(nn.Module):
             self.q_norm = RMSNorm(size, eps, build.place, around_one=around_one)
             self.k_norm = RMSNorm(size, eps, build.place, around_one=around_one)
 
-    def attend(
+    @abstractmethod
+    def projections(self) -> tuple[Projection, Projection]:
+        """To queries, keys and values side by side, and from the heads' results."""
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
+    ) -> Tensor:
+        """``[num_tokens, hidden]`` to the same."""
+        project_in, project_out = self.projections()
+        return project_out(self._attend(project_in(x), rotation, metadata, kv_cache))
+
+    def _attend(
         self, qkv: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
     ) -> Tensor:
         """Projections side by side (see ``ops.rope_write``) to ``[num_tokens, heads * head_dim]``.
@@ -122,12 +136,9 @@ class SelfAttention(AttentionLayer):
         self._qkv = FusedLinear(self.q_proj, self.k_proj, self.v_proj)
         self.o_proj = RowParallelLinear(queries, size, config.attention_output_bias, tp, place)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
-    ) -> Tensor:
-        """``[num_tokens, hidden]`` to the same."""
-        out: Tensor = self.o_proj(self.attend(self._qkv(x), rotation, metadata, kv_cache))
-        return out
+    def projections(self) -> tuple[Projection, Projection]:
+        """See ``AttentionLayer``."""
+        return self._qkv, self.o_proj
 
 
 class GatedMLP(nn.Module):
@@ -179,8 +190,32 @@ class Stack(nn.Module):
         return states
 
 
-class DecoderLayer(nn.Module):
-    """Attention, then feed-forward, each on a normed copy and added: the layer of most families."""
+class Layer(nn.Module, ABC):
+    """Attention, then feed-forward, each on a normed copy and added; the family names its parts."""
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """A norm, attention, a norm, feed-forward."""
+
+    def forward(
+        self,
+        x: Tensor | None,
+        residual: Tensor,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        kv_cache: KVCache,
+    ) -> Tensor | None:
+        """What this layer adds to ``residual``, where ``x`` of the layer before is added first.
+
+        All ``[num_tokens, hidden]``.
+        """
+        first_norm, attention, second_norm, feed_forward = self.parts()
+        x = attention(first_norm(x, residual), rotation, metadata, kv_cache)
+        return feed_forward(second_norm(x, residual))
+
+
+class DecoderLayer(Layer):
+    """By the names of most families."""
 
     def __init__(self, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
@@ -190,23 +225,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps, build.place)
         self.mlp = mlp
 
-    def forward(
-        self,
-        x: Tensor | None,
-        residual: Tensor,
-        rotation: Rotation,
-        metadata: AttentionMetadata,
-        kv_cache: KVCache,
-    ) -> Tensor:
-        """What this layer adds to ``residual``, where ``x`` of the layer before is added first.
-
-        All ``[num_tokens, hidden]``.
-        """
-        x = self.input_layernorm(x, residual)
-        x = self.self_attn(x, rotation, metadata, kv_cache)
-        x = self.post_attention_layernorm(x, residual)
-        out: Tensor = self.mlp(x)
-        return out
+    def parts(self) -> Parts:
+        """See ``Layer``."""
+        return self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp
 
 
 class Decoder(Stack):
@@ -245,7 +266,7 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def make_layer(self, build: Build, layer: int) -> nn.Module:
-        """One layer, called as ``DecoderLayer`` is."""
+        """One layer, called as ``Layer`` is."""
 
     def make_norm(self, build: Build) -> RMSNorm:
         """The norm after the last layer."""

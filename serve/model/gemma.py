@@ -30,7 +30,7 @@ class GemmaLayer(nn.Module):
         metadata: AttentionMetadata,
         kv_cache: KVCache,
     ) -> Tensor:
-        """See ``serve.model.decoder.DecoderLayer``."""
+        """See ``serve.model.decoder.Layer``."""
         x = self.input_layernorm(x, residual)
         x = self.self_attn(x, rotation, metadata, kv_cache)
         x = self.post_attention_layernorm(None, x)

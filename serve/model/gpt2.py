@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
+from serve.engine.forward_batch import ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.model import ops
 from serve.model.conv1d import ColumnParallelConv1D, RowParallelConv1D
-from serve.model.decoder import AttentionLayer, Build, Rotation, Stack, make_head
+from serve.model.decoder import AttentionLayer, Build, Layer, Parts, Projection, Stack, make_head
 from serve.model.layers import (
     LayerNorm,
     PositionEmbedding,
@@ -25,12 +25,9 @@ class GPT2Attention(AttentionLayer):
         self.c_attn = ColumnParallelConv1D(size, build.qkv, place)
         self.c_proj = RowParallelConv1D(build.queries, size, build.tp, place)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
-    ) -> Tensor:
-        """``[num_tokens, hidden]`` to the same."""
-        out: Tensor = self.c_proj(self.attend(self.c_attn(x), rotation, metadata, kv_cache))
-        return out
+    def projections(self) -> tuple[Projection, Projection]:
+        """See ``AttentionLayer``."""
+        return self.c_attn, self.c_proj
 
 
 class GPT2MLP(nn.Module):
@@ -49,8 +46,8 @@ class GPT2MLP(nn.Module):
         return out
 
 
-class GPT2Layer(nn.Module):
-    """One layer: attention, then feed-forward, each on a normed copy and added."""
+class GPT2Layer(Layer):
+    """One layer."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
@@ -60,20 +57,9 @@ class GPT2Layer(nn.Module):
         self.ln_2 = LayerNorm(size, eps, build.place)
         self.mlp = GPT2MLP(build)
 
-    def forward(
-        self,
-        x: Tensor | None,
-        residual: Tensor,
-        rotation: Rotation,
-        metadata: AttentionMetadata,
-        kv_cache: KVCache,
-    ) -> Tensor:
-        """See ``serve.model.decoder.DecoderLayer``."""
-        x = self.ln_1(x, residual)
-        x = self.attn(x, rotation, metadata, kv_cache)
-        x = self.ln_2(x, residual)
-        out: Tensor = self.mlp(x)
-        return out
+    def parts(self) -> Parts:
+        """See ``Layer``."""
+        return self.ln_1, self.attn, self.ln_2, self.mlp
 
 
 class GPT2Model(Stack):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
+from serve.engine.forward_batch import ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.model import ops
-from serve.model.decoder import AttentionLayer, Build, Rotation, Stack, make_head
+from serve.model.decoder import AttentionLayer, Build, Layer, Parts, Projection, Stack, make_head
 from serve.model.layers import (
     ColumnParallelLinear,
     FusedLinear,
@@ -44,12 +44,9 @@ class InternLM2Attention(AttentionLayer):
         self.wqkv = ColumnParallelLinear(size, interleaved(build), bias, place)
         self.wo = RowParallelLinear(build.queries, size, bias, build.tp, place)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
-    ) -> Tensor:
-        """``[num_tokens, hidden]`` to the same."""
-        out: Tensor = self.wo(self.attend(self.wqkv(x), rotation, metadata, kv_cache))
-        return out
+    def projections(self) -> tuple[Projection, Projection]:
+        """See ``AttentionLayer``."""
+        return self.wqkv, self.wo
 
 
 class InternLM2MLP(nn.Module):
@@ -70,8 +67,8 @@ class InternLM2MLP(nn.Module):
         return out
 
 
-class InternLM2Layer(nn.Module):
-    """One layer: attention, then feed-forward, each on a normed copy and added."""
+class InternLM2Layer(Layer):
+    """One layer."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
@@ -81,20 +78,9 @@ class InternLM2Layer(nn.Module):
         self.ffn_norm = RMSNorm(size, eps, build.place)
         self.feed_forward = InternLM2MLP(build)
 
-    def forward(
-        self,
-        x: Tensor | None,
-        residual: Tensor,
-        rotation: Rotation,
-        metadata: AttentionMetadata,
-        kv_cache: KVCache,
-    ) -> Tensor:
-        """See ``serve.model.decoder.DecoderLayer``."""
-        x = self.attention_norm(x, residual)
-        x = self.attention(x, rotation, metadata, kv_cache)
-        x = self.ffn_norm(x, residual)
-        out: Tensor = self.feed_forward(x)
-        return out
+    def parts(self) -> Parts:
+        """See ``Layer``."""
+        return self.attention_norm, self.attention, self.ffn_norm, self.feed_forward
 
 
 class InternLM2Model(Stack):

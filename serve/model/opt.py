@@ -7,7 +7,16 @@ from torch import Tensor, nn
 from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.model import ops
-from serve.model.decoder import AttentionLayer, Build, Rotation, Stack, make_head
+from serve.model.decoder import (
+    AttentionLayer,
+    Build,
+    Layer,
+    Parts,
+    Projection,
+    Rotation,
+    Stack,
+    make_head,
+)
 from serve.model.layers import (
     ColumnParallelLinear,
     FusedLinear,
@@ -34,15 +43,12 @@ class OPTAttention(AttentionLayer):
         self._qkv = FusedLinear(self.q_proj, self.k_proj, self.v_proj)
         self.out_proj = RowParallelLinear(build.queries, size, True, build.tp, place)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
-    ) -> Tensor:
-        """``[num_tokens, hidden]`` to the same."""
-        out: Tensor = self.out_proj(self.attend(self._qkv(x), rotation, metadata, kv_cache))
-        return out
+    def projections(self) -> tuple[Projection, Projection]:
+        """See ``AttentionLayer``."""
+        return self._qkv, self.out_proj
 
 
-class OPTLayer(nn.Module):
+class OPTLayer(Layer):
     """One layer: attention, then feed-forward, each normed before it or, added, after it."""
 
     def __init__(self, build: Build, layer: int) -> None:
@@ -56,6 +62,11 @@ class OPTLayer(nn.Module):
         self.fc2 = RowParallelLinear(build.inner, size, True, build.tp, place)
         self.final_layer_norm = LayerNorm(size, eps, place)
 
+    def parts(self) -> Parts:
+        """See ``Layer``; where the norms come first."""
+        norms = self.self_attn_layer_norm, self.final_layer_norm
+        return norms[0], self.self_attn, norms[1], self._feed_forward
+
     def forward(
         self,
         x: Tensor | None,
@@ -64,11 +75,9 @@ class OPTLayer(nn.Module):
         metadata: AttentionMetadata,
         kv_cache: KVCache,
     ) -> Tensor | None:
-        """See ``serve.model.decoder.DecoderLayer``; None if all has been added already."""
+        """See ``Layer``; None if all has been added already."""
         if self._norms_first:
-            x = self.self_attn_layer_norm(x, residual)
-            x = self.self_attn(x, rotation, metadata, kv_cache)
-            return self._feed_forward(self.final_layer_norm(x, residual))
+            return super().forward(x, residual, rotation, metadata, kv_cache)
         x = self.self_attn(residual, rotation, metadata, kv_cache)
         residual.copy_(self.self_attn_layer_norm(x, residual))
         x = self._feed_forward(residual)

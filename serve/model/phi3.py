@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from serve.engine.forward_batch import AttentionMetadata
-from serve.engine.kv_cache import KVCache
 from serve.model import ops
-from serve.model.decoder import AttentionLayer, Build, CausalLM, DecoderLayer, Rotation
+from serve.model.decoder import AttentionLayer, Build, CausalLM, DecoderLayer, Projection
 from serve.model.layers import ColumnParallelLinear, RowParallelLinear
 
 
@@ -20,12 +18,9 @@ class Phi3Attention(AttentionLayer):
         self.qkv_proj = ColumnParallelLinear(size, build.qkv, False, place)
         self.o_proj = RowParallelLinear(build.queries, size, False, build.tp, place)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
-    ) -> Tensor:
-        """``[num_tokens, hidden]`` to the same."""
-        out: Tensor = self.o_proj(self.attend(self.qkv_proj(x), rotation, metadata, kv_cache))
-        return out
+    def projections(self) -> tuple[Projection, Projection]:
+        """See ``AttentionLayer``."""
+        return self.qkv_proj, self.o_proj
 
 
 class Phi3MLP(nn.Module):
