@@ -32,7 +32,6 @@ from serve.comm.symmetric import SymmetricReduction
 from serve.comm.tensor_parallel import TensorParallel
 from serve.comm.topology import build_topology, read_place
 from serve.config import ReplicaSpec
-from serve.engine.decode_graphs import DecodeGraphs
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.lifetime import exit_now
@@ -44,7 +43,7 @@ from serve.node import pick_device
 from serve.request import Request, SamplingParams
 
 PLACE = read_place(os.environ)
-DEVICE = torch.device("cuda", PLACE.local_rank)
+DEVICE = pick_device(PLACE)
 DTYPE = torch.bfloat16
 BLOCK_SIZE = preferred_block_size(DEVICE)
 DECODES = ["1x1024", "64x1024", "64x4096", "8x32768", "256x1024", "1x131072"]
@@ -66,6 +65,9 @@ class Engine:
         self.cache = KVCache(self.layout, max_tokens // BLOCK_SIZE, DTYPE, DEVICE)
         self.cache.blocks.normal_()
         self.eager = Runner(self.model, self.cache, tp, max_num_seqs)
+        # Triton asks for the device when it is imported, and pick_device has to be first.
+        from serve.engine.decode_graphs import DecodeGraphs
+
         self.graphs = DecodeGraphs(self.model, self.cache, self.eager.sampled, max_model_len)
 
     def step(self, batch: int, start: int, new: int) -> Step:
@@ -88,7 +90,6 @@ class Engine:
 
 def join_ranks() -> TensorParallel:
     """All ranks of the job as one replica."""
-    pick_device(PLACE)
     if PLACE.world_size == 1:
         return TensorParallel(0, 1)
     init_world(PLACE, "cuda")

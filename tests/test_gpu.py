@@ -56,9 +56,7 @@ def test_pinned_memory_is_there_when_serving_begins() -> None:
 
 
 def test_kernels_are_loaded_before_any_is_wanted() -> None:
-    """The driver reads how to when it is first asked for anything, and does not tell if it was too
-    late.
-    """
+    """The driver reads CUDA_MODULE_LOADING at its first call, and says nothing of later changes."""
     code = """
 import ctypes
 import os
@@ -115,8 +113,8 @@ def test_each_rope_type(gpus: World, tmp_path: Path, rope: str) -> None:
 
 
 def check_near(model: Path, jobs: list[Job], result: CaseResult) -> None:
-    """Teacher-forced: tokens fall short of the float32 reference's best by no more than those that
-    the reference would choose if it computed in bfloat16 itself.
+    """Teacher-forced: tokens fall short of the float32 reference's best about as little as those
+    that the reference would choose if it computed in bfloat16 itself.
 
     How far that is depends on the model: random ones carry rounding errors further than trained
     ones do.
@@ -133,6 +131,7 @@ def check_near(model: Path, jobs: list[Job], result: CaseResult) -> None:
         its.append(_shortfalls(logits, choices))
     found, allowed = torch.cat(ours), torch.cat(its)
     print(f"{_told(found)}; the reference in bfloat16: {_told(allowed)}")
+    assert found.max() <= 2 * allowed.max() + 0.1
     assert found.mean() <= 2 * allowed.mean() + 0.002
     assert (found > 0).float().mean() <= 1.5 * (allowed > 0).float().mean() + 0.02
 

@@ -34,7 +34,7 @@ from serve.engine.memory import (
 )
 from serve.engine.rank_setup import RankSetup
 from serve.engine.runner import Runner
-from serve.engine.warm_up import fill_caches, load_kernels
+from serve.engine.warm_up import load_kernels, reserve_memory
 from serve.model.flash_attention import choose_attention
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
@@ -95,7 +95,7 @@ def load_rank(setup: RankSetup, progress: Progress) -> Loaded:
         _capture(setup, graphs)
         runner.use_graphs(graphs)
     if setup.device.type == "cuda":
-        fill_caches(setup, runner)
+        reserve_memory(setup, runner, cache)
     return Loaded(Equipment(runner, sender, receiver), num_blocks)
 
 

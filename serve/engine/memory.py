@@ -11,7 +11,7 @@ from serve.comm.tensor_parallel import TensorParallel
 from serve.config import Role
 from serve.engine.kv_cache import KVCache
 from serve.engine.rank_setup import RankSetup
-from serve.engine.rehearsal import largest_chunk, longest_context, most_decodes
+from serve.engine.rehearsal import largest_steps, longest_context
 from serve.engine.runner import Runner
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def _profile(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> int:
     layout = setup.layouts(setup.replica)[setup.topology.tp_rank(setup.place.rank)]
     cache = KVCache(layout, 1, setup.dtype, setup.device)
     runner = Runner(model, cache, tp, setup.limits.max_num_seqs)
-    runner.run(largest_chunk(setup))
-    runner.run(most_decodes(setup))
+    for step in largest_steps(setup, longest_context(setup)):
+        runner.run(step)
     torch.cuda.synchronize()
     own_bytes = torch.cuda.max_memory_reserved()
     free_bytes, total_bytes = torch.cuda.mem_get_info(setup.device)

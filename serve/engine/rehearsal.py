@@ -15,16 +15,16 @@ def longest_context(setup: RankSetup) -> int:
     return setup.config.max_model_len or setup.config.model_config.max_position_embeddings
 
 
-def largest_chunk(setup: RankSetup) -> Step:
-    """The end of the longest prompt."""
-    longest = longest_context(setup)
-    count = min(longest, setup.limits.max_num_batched_tokens)
-    return _step(setup, [(longest - count, count)])
-
-
-def most_decodes(setup: RankSetup) -> Step:
-    """Every sequence at the end of the longest context."""
-    return _step(setup, [(longest_context(setup) - 1, 1)] * setup.limits.max_num_seqs)
+def largest_steps(setup: RankSetup, longest: int) -> tuple[Step, Step]:
+    """As many prompt tokens as a step may have, and as many decodes; at the end of ``longest``."""
+    limits = setup.limits
+    chunks: list[tuple[int, int]] = []
+    left = limits.max_num_batched_tokens
+    while left > 0 and len(chunks) < limits.max_num_seqs:
+        count = min(longest, left)
+        chunks.append((longest - count, count))
+        left -= count
+    return _step(setup, chunks), _step(setup, [(longest - 1, 1)] * limits.max_num_seqs)
 
 
 def short_prompts(setup: RankSetup) -> Step:

@@ -1,4 +1,4 @@
-"""What the first use of would hold up all that is behind it, used once before serving begins.
+"""Whatever would hold up, at its first use, all that is queued behind: used before serving begins.
 
 Before it hands out a kernel or pinned memory for the first time the driver waits for all that runs
 on the device, on a busy prefill replica for a whole prompt. Meanwhile the GPU thread issues
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.kv_cache import KVCache
 from serve.engine.rank_setup import RankSetup
-from serve.engine.rehearsal import largest_chunk, most_decodes, one_decode, short_prompts
+from serve.engine.rehearsal import largest_steps, longest_context, one_decode, short_prompts
 from serve.engine.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ _SMALL_PINNED_POWER = 14
 # Products of a weight, and which of their arguments has a row for each token.
 _ROWS_AT: dict[Callable[..., Any], int] = {functional.linear: 0, torch.mm: 0, torch.addmm: 1}
 _EVERY_COUNT_UP_TO = 512
+_DENSE_UP_TO = 8192
+_DENSE, _SPARSE = 256, 16  # the next count is further by this part of it
 
 
 def load_kernels(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> None:
@@ -52,14 +54,16 @@ def load_kernels(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> None
     log.info("rank %d: %d matrix products in %.1f s", setup.place.rank, num_runs, elapsed_s)
 
 
-def fill_caches(setup: RankSetup, runner: Runner) -> None:
+def reserve_memory(setup: RankSetup, runner: Runner, kv_cache: KVCache) -> None:
     """Have torch take from the driver the memory that the largest steps need, and keep it.
 
     All ranks of a replica together.
     """
     warm_up_pinned_memory()
-    for step in (largest_chunk(setup), most_decodes(setup)):
+    held = kv_cache.num_blocks * kv_cache.layout.block_size
+    for step in largest_steps(setup, min(longest_context(setup), held)):
         runner.run(step)
+    kv_cache.blocks[0].zero_()  # as it was: what is masked there must at least be a number
     torch.cuda.synchronize(setup.device)
 
 
@@ -80,6 +84,7 @@ class Product:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     has_out: bool
+    out_features: int
 
     @property
     def rows(self) -> Tensor:
@@ -89,7 +94,7 @@ class Product:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What decides on the kernel, beside how many rows there may be."""
+        """What the same product has in common: shapes, the rows' too, and the way it is called."""
         shapes = (
             (arg.shape, arg.stride()) if isinstance(arg, Tensor) else arg for arg in self.args
         )
@@ -99,8 +104,9 @@ class Product:
         """The product with other rows."""
         at = _ROWS_AT[self.function]
         args = (*self.args[:at], rows, *self.args[at + 1 :])
-        result: Tensor = self.function(*args)
-        return self.function(*args, out=torch.empty_like(result)) if self.has_out else result
+        out = {"out": rows.new_empty((len(rows), self.out_features))} if self.has_out else {}
+        result: Tensor = self.function(*args, **out)
+        return result
 
 
 class Products(TorchFunctionMode):
@@ -119,10 +125,11 @@ class Products(TorchFunctionMode):
     ) -> Any:
         """See ``TorchFunctionMode``."""
         kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func in _ROWS_AT:
-            product = Product(func, args, has_out="out" in kwargs)
+            product = Product(func, args, "out" in kwargs, result.shape[1])
             self._found.setdefault(product.signature, product)
-        return func(*args, **kwargs)
+        return result
 
     def __iter__(self) -> Iterator[Product]:
         """In the order in which they were first computed."""
@@ -130,7 +137,7 @@ class Products(TorchFunctionMode):
 
     @torch.inference_mode()
     def run(self, max_num_tokens: int, max_num_sampled: int) -> int:
-        """Compute each with every number of rows that may matter; how many that were.
+        """Compute each with one number of rows after another (``row_counts``); how many that were.
 
         A product that had fewer rows than the others was of the sampled tokens alone.
         """
@@ -146,11 +153,14 @@ class Products(TorchFunctionMode):
 
 
 def row_counts(most: int) -> Iterator[int]:
-    """Numbers of rows among which every kernel for up to ``most`` is chosen: all small ones, then
-    fewer and fewer, odd and even ones.
+    """A sample of the numbers of rows up to ``most``, odd and even: all small ones, then fewer and
+    fewer, since kernels are chosen by how their tiles fill the GPU.
     """
     count = 1
     while count < most:
         yield count
-        count += 1 if count < _EVERY_COUNT_UP_TO else count // 256 | 1
+        if count < _EVERY_COUNT_UP_TO:
+            count += 1
+        else:
+            count += count // (_DENSE if count < _DENSE_UP_TO else _SPARSE) | 1
     yield most

@@ -210,8 +210,10 @@ class Layer(nn.Module, ABC):
         All ``[num_tokens, hidden]``.
         """
         first_norm, attention, second_norm, feed_forward = self.parts()
-        x = attention(first_norm(x, residual), rotation, metadata, kv_cache)
-        return feed_forward(second_norm(x, residual))
+        x = first_norm(x, residual)
+        x = attention(x, rotation, metadata, kv_cache)
+        x = second_norm(x, residual)  # what attention gave is let go before memory is at its peak
+        return feed_forward(x)
 
 
 class DecoderLayer(Layer):
