@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from serve.config import ConfigError, ReplicaSpec, ServerConfig, parse_args
+from serve.config import ConfigError, ReplicaSpec, parse_args
 from serve.limits import PhaseLimits
 from serve.options import build_parser
+from tests.config_cases import model, parse, refusal
 
 TOP = Path(__file__).resolve().parent.parent
 
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A model of 8 query heads and 128 positions: configuration, empty weights and tokenizer."""
-    folder = tmp_path / "tiny-llama"
-    folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "torch_dtype": "float32",
-        "eos_token_id": 1,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").touch()
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
-
-
-def parse(model: Path, text: str = "", world_size: int = 2) -> ServerConfig:
-    return parse_args(["--model", str(model), *text.split()], world_size)
-
-
-def refusal(model: Path, text: str, world_size: int = 2) -> str:
-    with pytest.raises(ConfigError) as caught:
-        parse(model, text, world_size)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
+__all__ = ["model"]
 
 
 # --- defaults -----------------------------------------------------------------------------------
@@ -205,216 +169,6 @@ def test_a_line_stays_one_line(model: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(["--model", str(model), "--dtype", "a\nb"], 1)
     assert "\n" not in str(caught.value)
-
-
-# --- replicas -----------------------------------------------------------------------------------
-
-
-def test_replica_spec(model: Path) -> None:
-    config = parse(model, "--replica-spec 2,1 2,1 4,1 --partition-id 2", world_size=8)
-    assert config.replica_specs == (ReplicaSpec(2), ReplicaSpec(2), ReplicaSpec(4))
-    assert config.partition_id == 2 and config.notes == ()
-
-
-@pytest.mark.parametrize(
-    ("text", "world_size", "part"),
-    [
-        ("--replica-spec 2,1 2,1", 8, "needs 4 ranks in all, torchrun started 8"),
-        ("--replica-spec 4,1 2,1", 4, "needs 6 ranks in all, torchrun started 4"),
-        ("--replica-spec 1,2 1,1", 3, "pipeline parallelism (pp 2)"),
-        ("--replica-spec 3,1 1,1", 4, "tp 3 does not divide the model's 8 query heads"),
-        ("--replica-spec 2", 2, "'2' is not of the form TP,PP"),
-        ("--replica-spec 0,1 2,1", 2, "'0,1' is not of the form TP,PP"),
-        ("--replica-spec 1,00 1,1", 2, "'1,00' is not of the form TP,PP"),
-        ("--replica-spec -1,1", 2, "--replica-spec"),
-        ("--replica-spec 1,1,1", 2, "not of the form TP,PP"),
-        ("--partition-id 0", 2, "--partition-id 0 is not between 1 and 1"),
-        ("--partition-id 4", 4, "--partition-id 4 is not between 1 and 3"),
-        ("--partition-id -1", 4, "--partition-id -1 is not between 1 and 3"),
-        ("--partition-id 1", 1, "--partition-id needs at least two replicas"),
-        ("--mode disaggregated", 1, "--mode disaggregated needs at least two replicas"),
-        ("--mode colocated --partition-id 1", 2, "--partition-id has no meaning"),
-        ("--mode colocated --kv-push-bytes 5", 2, "--kv-push-bytes has no meaning"),
-    ],
-)
-def test_replicas_refused(model: Path, text: str, world_size: int, part: str) -> None:
-    assert part in refusal(model, text, world_size)
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize(
-    "option", ["max-num-seqs 4", "max-num-batched-tokens 64", "gpu-memory-utilization 0.5"]
-)
-def test_overrides_refused_when_colocated(model: Path, phase: str, option: str) -> None:
-    name = f"--{phase}-{option.split()[0]}"
-    for text, world_size in (
-        (f"--mode colocated --{phase}-{option}", 2),
-        (f"--{phase}-{option}", 1),
-    ):
-        assert refusal(model, text, world_size).startswith(f"{name} has no meaning")
-
-
-# --- limits -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "prefill", "decode"),
-    [
-        ("--max-num-seqs 8", (8, 8192, 0.9), (8, 2048, 0.9)),
-        ("--max-num-batched-tokens 512", (256, 512, 0.9), (256, 512, 0.9)),
-        ("--max-num-batched-tokens 64", (64, 64, 0.9), (64, 64, 0.9)),
-        ("--gpu-memory-utilization 1", (256, 8192, 1.0), (256, 2048, 1.0)),
-        ("--prefill-max-num-seqs 2", (2, 8192, 0.9), (256, 2048, 0.9)),
-        ("--max-num-seqs 8 --decode-max-num-seqs 32", (8, 8192, 0.9), (32, 2048, 0.9)),
-        ("--prefill-max-num-batched-tokens 5", (5, 5, 0.9), (256, 2048, 0.9)),
-        ("--prefill-max-num-batched-tokens 5 --max-num-seqs 8", (8, 5, 0.9), (8, 2048, 0.9)),
-        ("--decode-gpu-memory-utilization 0.5", (256, 8192, 0.9), (256, 2048, 0.5)),
-    ],
-)
-def test_plain_limits_and_overrides(
-    model: Path,
-    text: str,
-    prefill: tuple[int, int, float],
-    decode: tuple[int, int, float],
-) -> None:
-    config = parse(model, text)
-    assert dataclasses.astuple(config.prefill) == prefill
-    assert dataclasses.astuple(config.decode) == decode
-
-
-def test_limits_when_colocated(model: Path) -> None:
-    config = parse(model, "--mode colocated --max-num-seqs 4 --max-num-batched-tokens 99")
-    assert config.prefill == config.decode == PhaseLimits(4, 99, 0.9)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "--decode-max-num-seqs 64 --decode-max-num-batched-tokens 32",
-        "--mode colocated --max-num-seqs 64 --max-num-batched-tokens 32",
-    ],
-)
-def test_every_running_sequence_has_a_token(model: Path, text: str) -> None:
-    assert "max-num-seqs 64 exceeds" in refusal(model, text)
-
-
-def test_prompts_fit_the_budget_without_chunks(model: Path) -> None:
-    plain = "--no-enable-chunked-prefill"
-    assert parse(model, plain).max_model_len is None
-    lowered = parse(model, f"{plain} --prefill-max-num-batched-tokens 100")
-    assert lowered.max_model_len == 100
-    assert any("max_model_len is max_num_batched_tokens, 100" in note for note in lowered.notes)
-    text = f"{plain} --max-num-batched-tokens 100 --max-model-len 101"
-    assert "without chunked prefill a prompt must fit" in refusal(model, text)
-
-
-def test_budget_grows_with_the_context_without_chunks(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    config["max_position_embeddings"] = 20_000
-    (model / "config.json").write_text(json.dumps(config))
-    assert parse(model, "--no-enable-chunked-prefill").prefill.max_num_batched_tokens == 20_000
-    colocated = parse(model, "--no-enable-chunked-prefill --mode colocated --max-model-len 9000")
-    assert colocated.prefill.max_num_batched_tokens == 9000
-
-
-# --- model --------------------------------------------------------------------------------------
-
-
-def test_load_format_is_found(model: Path) -> None:
-    (model / "pytorch_model.bin").touch()
-    assert parse(model).load_format == "safetensors"
-    assert parse(model, "--load-format pt").load_format == "pt"
-    (model / "model.safetensors").unlink()
-    assert parse(model).load_format == "pt"
-    (model / "pytorch_model.bin").rename(model / "pytorch_model.bin.index.json")
-    assert parse(model).load_format == "pt"
-    (model / "pytorch_model.bin.index.json").unlink()
-    assert "holds no safetensors or pytorch_model.bin weights" in refusal(model, "")
-    assert parse(model, "--load-format dummy").load_format == "dummy"
-
-
-def test_gguf_file(tmp_path: Path) -> None:
-    built_in = Path(parse_args([], 1).model)
-    copy = tmp_path / "my-model.Q4_1.gguf"
-    copy.symlink_to(built_in)
-    config = parse(copy)
-    assert config.load_format == "gguf" and config.model == config.tokenizer == str(copy)
-    assert config.served_model_names == ("my-model.Q4_1",)
-    assert parse(copy, "--load-format dummy").load_format == "dummy"
-    assert "--load-format pt does not fit" in refusal(copy, "--load-format pt")
-
-
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [
-        ("absent/deep/er", "does not exist"),
-        ("absent.gguf", "does not exist"),
-        ("weights.bin", "neither a directory nor a .gguf file"),
-        ("empty", "has no config.json"),
-        ("only-gguf", "give the file itself, as in m.gguf"),
-    ],
-)
-def test_model_refused(tmp_path: Path, name: str, part: str) -> None:
-    (tmp_path / "weights.bin").touch()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "only-gguf").mkdir()
-    (tmp_path / "only-gguf" / "m.gguf").touch()
-    assert part in refusal(tmp_path / name, "")
-
-
-def test_bad_configurations(model: Path) -> None:
-    (model / "config.json").write_text("{")
-    assert "config.json" in refusal(model, "")
-    (model / "config.json").write_text('{"architectures": ["Whatever"], "model_type": "whatever"}')
-    assert "Whatever" in refusal(model, "")
-
-
-def test_missing_tokenizer(model: Path) -> None:
-    (model / "tokenizer.json").rename(model.parent / "tokenizer.json")
-    assert "--tokenizer none" in refusal(model, "")
-    assert parse(model, "--tokenizer none").tokenizer is None
-    assert parse(model, f"--tokenizer {model.parent}").tokenizer == str(model.parent)
-
-
-def test_chat_template_file(model: Path) -> None:
-    file = model / "template.jinja"
-    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert parse(model, f"--chat-template {file}").chat_template == file.read_text()
-    file.write_text(" \n")
-    assert "is empty" in refusal(model, f"--chat-template {file}")
-    file.write_bytes(b"\xff\xfe\xff")
-    assert "not UTF-8" in refusal(model, f"--chat-template {file}")
-
-
-def test_relative_model_is_resolved(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(model)
-    config = parse(Path())
-    assert config.model == str(model) and config.served_model_names == ("tiny-llama",)
-
-
-def test_hub_id_is_downloaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, list[str]]] = []
-
-    def snapshot_download(
-        repo: str, *, allow_patterns: list[str], ignore_patterns: list[str]
-    ) -> str:
-        asked.append((repo, allow_patterns))
-        return str(model)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    config = parse_args(["--model", "someone/tiny-llama"], 2)
-    assert config.model == str(model) and config.served_model_names == ("someone/tiny-llama",)
-    parse_args(["--model", "someone/tiny-llama", "--load-format", "dummy"], 2)
-    assert asked[0][0] == "someone/tiny-llama"
-    assert "model*.safetensors" in asked[0][1]
-    assert not any("safetensors" in pattern for pattern in asked[1][1])
-    assert not any("bin" in pattern for _, patterns in asked for pattern in patterns)
-
-
-def test_hub_out_of_reach() -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_args(["--model", "someone/no-such-model"], 2)
-    assert str(caught.value).startswith("--model: someone/no-such-model is no path here and cannot")
 
 
 # --- --help -------------------------------------------------------------------------------------
