@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bench.one_replica import join_ranks
 from serve.comm.messages import SampleRow, Step, StepSequence
-from serve.comm.process_groups import init_world, new_tp_groups
 from serve.comm.symmetric import SymmetricReduction
-from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.topology import build_topology, read_place
-from serve.config import ReplicaSpec
+from serve.comm.topology import read_place
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.lifetime import exit_now
@@ -58,7 +57,9 @@ class Engine:
         self.config = load_model_config(str(path))
         head_dim = self.config.head_dim
         attention, self.attention = choose_attention(DEVICE, DTYPE, head_dim, BLOCK_SIZE)
-        tp = join_ranks()
+        tp = join_ranks(PLACE, DEVICE)
+        if tp.group is not None:
+            tp = replace(tp, reduction=SymmetricReduction(tp.group, DEVICE))
         self.model = build_model(self.config, tp, DTYPE, DEVICE, attention)
         load_weights(self.model, str(path), "dummy", 0, lambda done, total: None)
         self.layout = self.config.kv_layout(BLOCK_SIZE, DTYPE.itemsize, tp.size, tp.rank)
@@ -86,18 +87,6 @@ class Engine:
         )
         rows = [SampleRow(request if i % 2 else greedy, 0) for i in range(batch)]
         return Step(0, tuple(sequences), tuple(rows))
-
-
-def join_ranks() -> TensorParallel:
-    """All ranks of the job as one replica."""
-    if PLACE.world_size == 1:
-        return TensorParallel(0, 1)
-    init_world(PLACE, "cuda")
-    topology = build_topology((ReplicaSpec(PLACE.world_size),), 0, mixed=True)
-    group = new_tp_groups(topology, "nccl")
-    assert group is not None
-    reduction = SymmetricReduction(group, DEVICE)
-    return TensorParallel(PLACE.rank, PLACE.world_size, group, reduction)
 
 
 def main() -> None:

@@ -21,14 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from serve.comm.process_groups import init_world, new_tp_groups
+from bench.one_replica import join_ranks
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.topology import Place, build_topology, read_place
-from serve.config import ReplicaSpec
+from serve.comm.topology import read_place
 from serve.lifetime import exit_now
 from serve.model.config import ModelConfig
 from serve.model.config_file import load_model_config
@@ -52,7 +50,7 @@ def main() -> None:
     place = read_place(os.environ)
     device = pick_device(place)
     config = load_model_config(str(args.model))
-    tp = join(place, device)
+    tp = join_ranks(place, device)
     if tp.is_leader and not (args.folder / "config.json").exists():
         write_checkpoint(config, args.model, args.folder)
     tp.broadcast(torch.zeros(1, device=device))  # the others wait until it is there
@@ -79,17 +77,6 @@ def main() -> None:
     print(json.dumps(found), flush=True)
     tp.broadcast(torch.zeros(1, device=device))
     exit_now(0)
-
-
-def join(place: Place, device: torch.device) -> TensorParallel:
-    """All ranks of the job as one replica."""
-    if place.world_size == 1:
-        return TensorParallel(0, 1)
-    init_world(place, "cuda" if device.type == "cuda" else "cpu")
-    topology = build_topology((ReplicaSpec(place.world_size),), 0, mixed=True)
-    group = new_tp_groups(topology, "nccl" if device.type == "cuda" else "gloo")
-    assert group is not None and dist.is_initialized()
-    return TensorParallel(place.rank, place.world_size, group)
 
 
 def write_checkpoint(config: ModelConfig, model: Path, folder: Path) -> None:

@@ -110,7 +110,10 @@ def _split_digits(backend: tokenizers.Tokenizer, path: Path) -> None:
 
 
 def _gguf_string(file: BinaryIO, wanted: str) -> str | None:
-    """The string under key ``wanted`` of a GGUF file (version 2 or 3), None if there is none."""
+    """The string under key ``wanted`` of a GGUF file (version 2 or 3), None if there is none.
+
+    gguf's own reader would take seconds, for every word of the vocabulary.
+    """
 
     def number(code: str) -> int:
         (value,) = struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))

@@ -6,12 +6,20 @@ from torch import Tensor, nn
 
 from serve.engine.forward_batch import AttentionMetadata
 from serve.engine.kv_cache import KVCache
-from serve.model.decoder import Build, CausalLM, GatedMLP, Rotation, SelfAttention
+from serve.model.decoder import (
+    Build,
+    CausalLM,
+    GatedMLP,
+    Layer,
+    Parts,
+    Rotation,
+    SelfAttention,
+)
 from serve.model.layers import RMSNorm
 
 
-class GemmaLayer(nn.Module):
-    """One layer: both of its parts are normed before and after."""
+class GemmaLayer(Layer):
+    """One layer: attention and feed-forward are normed before and after."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
@@ -22,19 +30,19 @@ class GemmaLayer(nn.Module):
         self.mlp = GatedMLP(build)
         self.post_feedforward_layernorm = make_norm(build)
 
-    def forward(
-        self,
-        x: Tensor | None,
-        residual: Tensor,
-        rotation: Rotation,
-        metadata: AttentionMetadata,
-        kv_cache: KVCache,
+    def parts(self) -> Parts:
+        """See ``Layer``."""
+        first_norm, second_norm = self.input_layernorm, self.pre_feedforward_layernorm
+        return first_norm, self._attend, second_norm, self._feed_forward
+
+    def _attend(
+        self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
     ) -> Tensor:
-        """See ``serve.model.decoder.Layer``."""
-        x = self.input_layernorm(x, residual)
         x = self.self_attn(x, rotation, metadata, kv_cache)
-        x = self.post_attention_layernorm(None, x)
-        x = self.pre_feedforward_layernorm(x, residual)
+        out: Tensor = self.post_attention_layernorm(None, x)
+        return out
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.post_feedforward_layernorm(None, self.mlp(x))
         return out
 

@@ -1,0 +1,21 @@
+"""All ranks of a job as one replica, for measurements without a server."""
+
+from __future__ import annotations
+
+import torch
+
+from serve.comm.process_groups import init_world, new_tp_groups
+from serve.comm.tensor_parallel import TensorParallel
+from serve.comm.topology import Place, build_topology
+from serve.config import ReplicaSpec
+
+
+def join_ranks(place: Place, device: torch.device) -> TensorParallel:
+    """This rank's part in it; the sums over ranks go through NCCL, or gloo on CPUs."""
+    if place.world_size == 1:
+        return TensorParallel(0, 1)
+    on_gpu = device.type == "cuda"
+    init_world(place, "cuda" if on_gpu else "cpu")
+    topology = build_topology((ReplicaSpec(place.world_size),), 0, mixed=True)
+    group = new_tp_groups(topology, "nccl" if on_gpu else "gloo")
+    return TensorParallel(place.rank, place.world_size, group)
