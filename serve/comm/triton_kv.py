@@ -6,27 +6,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ELEMENTS = 2048  # of one program
+_ELEMENTS = 2048  # copied at a time by one program
+# At the memory's full speed packing would stop the send that runs beside it, and the next push is
+# packed while one is sent. Unpacking stands between two decode steps, and has the whole GPU.
+_PACK_PROGRAMS = 64
 
 
-@triton.jit(do_not_specialize=["num_lines"])
+@triton.jit(do_not_specialize=["num_lines", "num_tiles", "num_blocks"])
 def _copy_kernel(
-    cache_ptr, packed_ptr, block_ptr, head_ptr, num_lines, block_stride, cache_heads,
+    cache_ptr, packed_ptr, block_ptr, head_ptr, num_lines, num_tiles, num_blocks,
+    block_stride, cache_heads,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, LINES: tl.constexpr,
     PACK: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(1).to(tl.int64)
-    line = tl.program_id(0) * LINES + tl.arange(0, LINES)  # one head of one token, K or V, layer
     at = tl.arange(0, DIM_BLOCK)[None, :]
-    valid = (line < num_lines)[:, None] & (at < DIM)
-    head = tl.load(head_ptr + line % HEADS).to(tl.int32)
-    place = (line // HEADS * cache_heads + head)[:, None] * DIM + at
-    in_cache = cache_ptr + tl.load(block_ptr + index) * block_stride + place
-    in_packed = packed_ptr + index * num_lines * DIM + line[:, None] * DIM + at
-    if PACK:
-        tl.store(in_packed, tl.load(in_cache, valid), valid)
-    else:
-        tl.store(in_cache, tl.load(in_packed, valid), valid)
+    tile = tl.program_id(0)
+    while tile < num_tiles * num_blocks:
+        index = (tile // num_tiles).to(tl.int64)
+        line = tile % num_tiles * LINES + tl.arange(0, LINES)  # a head of a token, K or V, layer
+        valid = (line < num_lines)[:, None] & (at < DIM)
+        head = tl.load(head_ptr + line % HEADS).to(tl.int32)
+        place = (line // HEADS * cache_heads + head)[:, None] * DIM + at
+        in_cache = cache_ptr + tl.load(block_ptr + index) * block_stride + place
+        in_packed = packed_ptr + index * num_lines * DIM + line[:, None] * DIM + at
+        if PACK:
+            tl.store(in_packed, tl.load(in_cache, valid), valid)
+        else:
+            tl.store(in_cache, tl.load(in_packed, valid), valid)
+        tile += tl.num_programs(0)
 
 
 def pack(cache: Tensor, block_ids: Tensor, heads: Tensor, packed: Tensor) -> None:
@@ -50,7 +57,12 @@ def _launch(cache: Tensor, block_ids: Tensor, heads: Tensor, packed: Tensor, *, 
     num_lines = packed[0].numel() // size
     width = triton.next_power_of_2(size)
     lines = max(1, _ELEMENTS // width)
-    _copy_kernel[(triton.cdiv(num_lines, lines), len(block_ids))](
-        cache, packed, block_ids, heads, num_lines, cache.stride(0), cache.shape[4],
+    num_tiles, num_blocks = triton.cdiv(num_lines, lines), len(block_ids)
+    num_programs = num_tiles * num_blocks
+    if pack:
+        num_programs = min(num_programs, _PACK_PROGRAMS)
+    _copy_kernel[(num_programs,)](
+        cache, packed, block_ids, heads, num_lines, num_tiles, num_blocks,
+        cache.stride(0), cache.shape[4],
         HEADS=len(heads), DIM=size, DIM_BLOCK=width, LINES=lines, PACK=pack,
     )  # fmt: skip
