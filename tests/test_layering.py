@@ -80,6 +80,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.model.registry",
             "serve.model.weights",
             "serve.model.checkpoint",
+            "serve.model.staged_copies",
             "serve.model.gguf",
             "serve.model.gguf_weights",
             "serve.engine.sampler",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from serve.model.checkpoint import Checkpoint, open_checkpoint, take, with_prefix
 from serve.model.layers import Shard, parameter_shards
+from serve.model.staged_copies import StagedCopies
 
 # Tables and masks that old checkpoints carry; they follow from the configuration.
 _BUFFERS = re.compile(r".*\b(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias)")
@@ -45,15 +46,15 @@ def load_weights(
     if checkpoint is not None:
         aliases = _aliases(model, targets, checkpoint)
         _check(targets, aliases, checkpoint, path)
-    for number, (name, target) in enumerate(targets.items(), start=1):
-        parameter, shard = target
-        if checkpoint is None:
-            _randomise(parameter, name, shard, seed)
-        else:
-            with torch.no_grad():
-                parameter.copy_(checkpoint.read(name, shard))
-        if progress is not None:
-            progress(number, len(targets))
+    with StagedCopies(next(model.parameters()).device) as copies:
+        for number, (name, target) in enumerate(targets.items(), start=1):
+            parameter, shard = target
+            if checkpoint is None:
+                _randomise(parameter, name, shard, seed)
+            else:
+                copies.add(parameter.detach(), checkpoint.read(name, shard))
+            if progress is not None:
+                progress(number, len(targets))
     for name, (parameter, shard) in aliases.items():
         assert checkpoint is not None
         _compare(parameter, checkpoint.read(name, shard), name, path)

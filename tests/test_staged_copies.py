@@ -1,0 +1,50 @@
+"""What is copied in pieces by threads arrives whole, and what goes wrong there is heard of."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from serve.model.staged_copies import NUM_SLOTS, StagedCopies
+
+CPU = torch.device("cpu")
+SHAPES = [(), (0,), (1,), (5000,), (3, 4), (1000, 7), (2, 3000), (5, 0), (4, 3, 600)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tensor_arrives(dtype: torch.dtype) -> None:
+    """Whatever its shape, strides and type, in slots smaller than a row and larger than it."""
+    seed = random.randrange(1 << 30)
+    print(f"seed={seed}")
+    generator = torch.Generator().manual_seed(seed)
+    sources = [torch.randn(shape, generator=generator) for shape in SHAPES * 4]
+    sources += [torch.randn(300, 40, generator=generator)[:, 3:17], torch.randn(9, 50).t()]
+    targets = [torch.full(source.shape, -1.0, dtype=dtype) for source in sources]
+    with StagedCopies(CPU, slot_bytes=1024) as copies:
+        for target, source in zip(targets, sources, strict=True):
+            copies.add(target, source)
+    for target, source in zip(targets, sources, strict=True):
+        assert torch.equal(target, source.to(dtype))
+
+
+def test_a_target_is_a_view() -> None:
+    whole, source = torch.zeros(100, 30), torch.randn(40, 30)
+    with StagedCopies(CPU, slot_bytes=500) as copies:
+        copies.add(whole[20:60], source)
+    assert torch.equal(whole[20:60], source)
+    assert not whole[:20].any() and not whole[60:].any()
+
+
+def test_more_pieces_than_slots_keep_to_the_slots() -> None:
+    copies = StagedCopies(CPU, slot_bytes=64)
+    target, source = torch.zeros(50 * NUM_SLOTS, 16), torch.randn(50 * NUM_SLOTS, 16)
+    with copies:
+        copies.add(target, source)
+    assert torch.equal(target, source)
+
+
+def test_a_copy_that_fails_is_heard_of() -> None:
+    with pytest.raises(RuntimeError), StagedCopies(CPU) as copies:
+        copies.add(torch.zeros(4, 3), torch.zeros(4, 2))
