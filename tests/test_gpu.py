@@ -74,6 +74,12 @@ assert mode.value == 1  # CU_MODULE_EAGER_LOADING
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 
+def test_memory_is_taken_before_serving_begins() -> None:
+    """The driver would wait for the steps that run before it gave more, and other work with it."""
+    command = [sys.executable, "-m", "tests.memory_growth", str(LLAMA_3_8B)]
+    subprocess.run(command, cwd=LLAMA_3_8B.parents[2], check=True, timeout=200)
+
+
 FreshWorld = Callable[[int], World]
 
 
