@@ -49,6 +49,7 @@ from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.node import SWITCH_INTERVAL_S, pick_device
+from serve.options import KV_PUSH_BYTES
 from serve.request import Request, SamplingParams
 
 SENDER, DECODER = PAIR = (0, 1)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--push-gb-s", type=float, default=12.0, help="of the paced phase")
-    parser.add_argument("--push-bytes", type=int, default=256 << 20, help="of one push")
+    parser.add_argument("--push-bytes", type=int, default=KV_PUSH_BYTES, help="of one push")
     parser.add_argument("--steps", type=int, default=300, help="of each phase")
     parser.add_argument("--kv-transport", choices=("p2p", "symm"), default="p2p")
     args = parser.parse_args(argv)

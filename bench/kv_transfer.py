@@ -3,6 +3,7 @@
     torchrun --standalone --nproc-per-node 2 -m bench.kv_transfer MODEL [--prompt-tokens 8192]
 
 MODEL is a directory with a config.json; its weights are random. Rank 0 prefills, rank 1 decodes.
+Options that are not this script's are the server's.
 Prints one JSON line: GB/s of plain sends and of pushes, one alone and many in a row, all of the
 same bytes in the same run, for each transport; then the stages of requests served one at a time.
 """
@@ -40,7 +41,6 @@ from serve.serving import follow
 
 NUM_ROUNDS = 10
 NUM_IN_A_ROW = 16
-PUSH_BYTES = 256 << 20
 PAIR = (0, 1)
 
 
@@ -51,30 +51,32 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=8192)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--kv-transport", choices=("p2p", "symm"), default="p2p")
-    args = parser.parse_args()
+    args, server_options = parser.parse_known_args()
     place = read_place(os.environ)
     if place.world_size != 2:
         parser.error("two ranks are wanted: one that prefills and one that decodes")
     argv = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
-    argv += ["--kv-transport", args.kv_transport]
+    argv += ["--kv-transport", args.kv_transport, *server_options]
     config = parse_args([*argv, "--max-model-len", str(args.prompt_tokens + 64)], 2)
     device, result = asyncio.run(_serve(config, place, args))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     block_size = preferred_block_size(device)
     layout = config.model_config.kv_layout(block_size, dtype.itemsize, 1, 0)
     cache = KVCache(layout, args.prompt_tokens // block_size, dtype, device)
-    result |= _measure_links(cache, place, device)
+    result |= _measure_links(cache, config.kv_push_bytes, place, device)
     if place.rank == 0:
         print(json.dumps(result), flush=True)
     dist.barrier()
     exit_now(0)
 
 
-def _measure_links(cache: KVCache, place: Place, device: torch.device) -> dict[str, Any]:
+def _measure_links(
+    cache: KVCache, push_bytes: int, place: Place, device: torch.device
+) -> dict[str, Any]:
     backend: Literal["gloo", "nccl"] = "nccl" if device.type == "cuda" else "gloo"
     group = new_pair_groups([PAIR], backend)[PAIR]
     peer = 1 - place.rank
-    count = min(cache.num_blocks, max(1, PUSH_BYTES // cache.layout.block_bytes))
+    count = min(cache.num_blocks, max(1, push_bytes // cache.layout.block_bytes))
     num_bytes = count * packed_bytes(cache.blocks, len(cache.layout.kv_heads))
     found: dict[str, Any] = {"bytes": num_bytes}
     plain = P2PWire(peer, group, num_bytes, device)
@@ -207,8 +209,8 @@ def _summarise(timelines: list[Timeline]) -> dict[str, Any]:
         "transfer_s": median("transfer_started_s", "transfer_ended_s"),
         "exposed_transfer_s": median("prefill_ended_s", "decode_queued_s"),
         "e2e_s": median("arrived_s", "finished_s"),
-        "exposed_share": median("prefill_ended_s", "decode_queued_s")
-        / median("arrived_s", "finished_s"),
+        "exposed_over_prefill": median("prefill_ended_s", "decode_queued_s")
+        / median("prefill_started_s", "prefill_ended_s"),
     }
 
 

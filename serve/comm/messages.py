@@ -112,7 +112,7 @@ class Withdraw(Message, frozen=True):
     num_pushes: int
 
 
-NUM_STAGING_SLOTS = 2
+NUM_STAGING_SLOTS = 4  # pushes from one replica to another that go out unacknowledged
 FRONT_END_RANK = 0  # where HTTP and dispatch live
 
 # --- replicas -> rank 0 -------------------------------------------------------------------------
