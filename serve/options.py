@@ -17,7 +17,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 # Defaults that depend on other options; the help text quotes them.
 MAX_NUM_SEQS = 256
 GPU_MEMORY_UTILIZATION = 0.9
-KV_PUSH_BYTES = 128 * 2**20
+KV_PUSH_BYTES = 256 * 2**20
 PREFILL_BATCHED_TOKENS = 8192
 DECODE_BATCHED_TOKENS = 2048
 MIXED_BATCHED_TOKENS = 2048
@@ -268,7 +268,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     add("--kv-push-bytes", type=_num_bytes, metavar="BYTES",
         help="Most bytes that one message of KV carries between two ranks: a whole number, or one "
         "with the unit KiB, MiB or GiB. Four buffers of this size are kept for every pair of "
-        "ranks. Refused in colocated mode. Default: 128MiB.")  # fmt: skip
+        "ranks. Refused in colocated mode. Default: 256MiB.")  # fmt: skip
     add("--kv-transport", choices=("p2p", "symm"), metavar="WAY",
         help="How KV crosses between two ranks: p2p, matched sends and receives (NCCL, or gloo on "
         "CPUs); symm, the sender's copy engine writes into the receiver's symmetric memory, which "

@@ -34,7 +34,7 @@ def test_defaults(model: Path) -> None:
     assert config.decode == PhaseLimits(256, 2048, 0.9)
     assert config.enable_chunked_prefill
     assert (config.block_size, config.num_blocks, config.max_model_len) == (None, None, None)
-    assert config.kv_push_bytes == 128 * 2**20
+    assert config.kv_push_bytes == 256 * 2**20
     assert (config.max_waiting, config.drain_timeout_s, config.seed) == (4096, 25.0, 0)
     assert config.chat_template is None
     assert config.dispatch_policy == "least-num-unfinished-tokens"
