@@ -27,16 +27,17 @@ def load_fast(path: Path) -> PreTrainedTokenizerFast:
         return _load_gguf(path)
     if not path.is_dir():
         raise ValueError("neither a directory nor a .gguf file")
-    has_json = (path / "tokenizer.json").is_file()
-    if not has_json and (path / "tokenizer.model").is_file():
-        return _load_model_file(path)
-    if has_json and find_remote_class(path):
+    if (path / "tokenizer.json").is_file():
         return _load_json(path)
+    if (path / "tokenizer.model").is_file():
+        return _load_model_file(path)
     return _load_by_class(path)
 
 
 def _load_json(path: Path) -> PreTrainedTokenizerFast:
-    """tokenizer.json says all there is to know; a class of the checkpoint's own would add code."""
+    """tokenizer.json says how the model's text was split. transformers 5 would keep of it only the
+    vocabulary, and split as the class does that tokenizer_config.json names.
+    """
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)

@@ -15,7 +15,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from serve.tokenizer import Tokenizer, load_tokenizer
@@ -142,6 +142,24 @@ def test_a_directory_gives_the_same_tokenizer(
     assert tokenizer.has_chat_template
     message = [{"role": "user", "content": "Hi"}]
     assert tokenizer.render_chat(message) == smollm2().render_chat(message)
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizerFast", None])
+def test_text_is_split_as_tokenizer_json_says(
+    reference: PreTrainedTokenizerFast, tmp_path: Path, name: str | None
+) -> None:
+    """Also where the class that the checkpoint names would split otherwise."""
+    backend = FastTokenizer.from_str(reference.backend_tokenizer.to_str())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": name, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = load_tokenizer(str(tmp_path), str(tmp_path), None)
+    for text in [*TEXTS, "def f():\n    1\n", "| 12 |   345 |", "DON'T"]:
+        assert tokenizer.encode(text) == backend.encode(text).ids == smollm2().encode(text)
+    assert tokenizer.decode([tokenizer.eos_token_id or 0], False) == "<|im_end|>"
 
 
 # --- sentencepiece ------------------------------------------------------------------------------
