@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Literal
 
 from serve.limits import PhaseLimits, checked_max_model_len, phase_limits
@@ -23,6 +24,7 @@ from serve.model_source import (
 )
 from serve.options import KV_PUSH_BYTES, option_name
 from serve.options import build_parser as build_parser
+from serve.sampling_defaults import SamplingDefaults, read_sampling_defaults
 
 
 class ConfigError(Exception):
@@ -73,6 +75,7 @@ class ServerConfig:
     drain_timeout_s: float
     seed: int
     chat_template: str | None  # the template's text
+    sampling_defaults: SamplingDefaults
     dispatch_policy: str
     log_level: str
     notes: tuple[str, ...] = ()  # what was chosen for the user, to be logged
@@ -113,6 +116,11 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
             f"LongRoPE: all prompts have the rotation for contexts over {short} tokens, short ones "
             f"too; --max-model-len {short} serves them as the model was trained"
         )
+    defaults = SamplingDefaults()
+    if given.generation_config == "auto":
+        defaults = read_sampling_defaults(Path(source.path))
+    if defaults != SamplingDefaults():
+        notes.append(f"requests that leave it open: {defaults} (generation_config.json)")
     return ServerConfig(
         model=source.path,
         model_config=model_config,
@@ -127,6 +135,7 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
         kv_push_bytes=given.kv_push_bytes or KV_PUSH_BYTES,
         kv_transport=given.kv_transport or "p2p",
         chat_template=read_chat_template(given.chat_template),
+        sampling_defaults=defaults,
         notes=tuple(notes),
         **{name: getattr(given, name) for name in _TAKEN_AS_GIVEN},
     )

@@ -88,10 +88,12 @@ class LLM:
     ) -> list[Completion]:
         """The completions of ``prompts`` (text or token ids), in their order.
 
-        ``sampling`` for all or one for each; without it greedy, ``max_tokens`` long.
+        ``sampling`` for all or one for each; without it greedy, ``max_tokens`` long, with the
+        repetition penalty that the model comes with.
         """
         if sampling is None:
-            sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+            defaults = self.config.sampling_defaults
+            sampling = defaults.params(max_tokens=max_tokens, temperature=0.0)
         if isinstance(sampling, SamplingParams):
             sampling = [sampling] * len(prompts)
         if len(sampling) != len(prompts):
@@ -198,7 +200,10 @@ class PromptLine(msgspec.Struct):
     prompt: str | list[int]
     max_tokens: int = 16
     temperature: float = 0.0
-    top_p: float = 1.0
+    top_p: float | None = None  # None, here and below: what the model comes with
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int = 0
     stop: list[str] = []
     ignore_eos: bool = False
@@ -227,8 +232,9 @@ def main() -> None:
         exit_now(2)
     with llm:
         sampling = [
-            SamplingParams(
+            llm.config.sampling_defaults.params(
                 max_tokens=line.max_tokens, temperature=line.temperature, top_p=line.top_p,
+                top_k=line.top_k, min_p=line.min_p, repetition_penalty=line.repetition_penalty,
                 seed=line.seed, stop=tuple(line.stop), ignore_eos=line.ignore_eos,
             )
             for line in lines

@@ -10,6 +10,7 @@ from typing import NoReturn, TypeVar
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
+GENERATION_CONFIGS = ("auto", "none")
 MODES = ("disaggregated", "colocated")
 DISPATCH_POLICIES = ("round-robin", "least-num-unfinished-tokens")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -172,6 +173,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", type=_text, metavar="FILE|TEXT",
         help="Jinja template for chat requests: a file, or the template itself (told by its "
         "braces). Default: the tokenizer's own.")  # fmt: skip
+    add("--generation-config", choices=GENERATION_CONFIGS, default="auto", metavar="WHICH",
+        help="How requests are sampled that leave it open: auto, by the temperature, top_p, top_k, "
+        "min_p and repetition_penalty in the model's generation_config.json; none, as the OpenAI "
+        "API does. Default: %(default)s.")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto", metavar="TYPE",
         help="Type of weights, activations and KV cache: auto, float32, bfloat16 or float16. auto "
         "is float32 on a CPU; on a GPU the checkpoint's own, or bfloat16 where that is float32. "

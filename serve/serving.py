@@ -133,6 +133,7 @@ def _api_settings(config: ServerConfig) -> ApiSettings:
         created=int(time.time()),
         api_key=config.api_key,
         seed=config.seed,
+        sampling=config.sampling_defaults,
     )
 
 

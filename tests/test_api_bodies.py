@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from serve.sampling_defaults import SamplingDefaults
 from tests.fake_front import FakeService, FakeTokenizer, serving, text
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
@@ -44,11 +45,13 @@ RECORDED: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-async def post(ask: dict[str, Any], path: str = COMPLETIONS) -> tuple[int, Any, FakeService]:
+async def post(
+    ask: dict[str, Any], path: str = COMPLETIONS, **settings: Any
+) -> tuple[int, Any, FakeService]:
     """Status and body (a list of events if it is a stream), and the service that was asked."""
     service = FakeService()
     async with (
-        serving(service, FakeTokenizer()) as url,
+        serving(service, FakeTokenizer(), **settings) as url,
         aiohttp.ClientSession(url) as http,
         http.post(path, json=ask) as answer,
     ):
@@ -255,6 +258,22 @@ async def test_sampling_arrives_as_asked() -> None:
         got = getattr(sampling, name)
         assert (list(got) if isinstance(got, tuple) else got) == value, name
     assert sampling.stop == ("zz",) and sampling.logit_bias == {5: -100.0, 7: 3.5}
+
+
+async def test_what_a_request_leaves_open_is_as_the_model_recommends() -> None:
+    recommended = {
+        "temperature": 0.6, "top_p": 0.8, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.05,
+    }  # fmt: skip
+    settings = {"sampling": SamplingDefaults(**recommended)}
+    given: dict[str, Any]
+    for given in ({}, {"temperature": 0, "top_k": -1}, {"top_p": None, "repetition_penalty": 1.0}):
+        for path, prompt in ((COMPLETIONS, {"prompt": "hi"}), (CHAT, {"messages": PLAIN})):
+            _, _, service = await post({"max_tokens": 2} | prompt | given, path, **settings)
+            sampling = service.requests[0].sampling
+            chosen = {name: value for name, value in given.items() if value is not None}
+            for name, value in (recommended | chosen).items():
+                assert getattr(sampling, name) == max(0, value), name
+            assert sampling.presence_penalty == sampling.frequency_penalty == 0.0
 
 
 async def test_max_tokens_is_cut_to_the_context() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from serve.config import ConfigError, parse_args
+from serve.sampling_defaults import SamplingDefaults
 from tests.config_cases import model, parse, refusal
 
 __all__ = ["model"]
@@ -62,6 +64,35 @@ def test_bad_configurations(model: Path) -> None:
     assert "config.json" in refusal(model, "")
     (model / "config.json").write_text('{"architectures": ["Whatever"], "model_type": "whatever"}')
     assert "Whatever" in refusal(model, "")
+
+
+def test_generation_config(model: Path) -> None:
+    """How requests are sampled by default; what it does not name is as in the OpenAI API."""
+    assert parse(model).sampling_defaults == SamplingDefaults()
+    file = model / "generation_config.json"
+    given = {"do_sample": True, "temperature": 0.7, "top_k": 20, "min_p": None, "eos_token_id": [2]}
+    file.write_text(json.dumps(given))
+    config = parse(model)
+    assert config.sampling_defaults == SamplingDefaults(temperature=0.7, top_k=20)
+    assert any("temperature 0.7, top_k 20" in note for note in config.notes)
+    assert config.model_config.eos_token_ids == (2,)
+    config = parse(model, "--generation-config none")
+    assert config.sampling_defaults == SamplingDefaults()
+    assert config.model_config.eos_token_ids == (2,)
+    file.write_text(json.dumps({"temperature": 0.0, "top_k": -1}))
+    assert parse(model).sampling_defaults == SamplingDefaults(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 2.5), ("temperature", "hot"), ("top_p", 0), ("top_k", 1.5), ("min_p", -1),
+        ("repetition_penalty", 0), ("repetition_penalty", True), ("temperature", float("nan")),
+    ],
+)  # fmt: skip
+def test_generation_config_refused(model: Path, name: str, value: object) -> None:
+    (model / "generation_config.json").write_text(json.dumps({name: value}))
+    assert f"generation_config.json: {name}" in refusal(model, "")
 
 
 def test_missing_tokenizer(model: Path) -> None:

@@ -115,6 +115,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.options",
             "serve.model_source",
             "serve.request",
+            "serve.sampling_defaults",
             "serve.comm.messages",
             "serve.comm.clock",
             "serve.dispatch.output",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.checkpoints import load_reference, reference_greedy, write_llama_checkpoint
 
@@ -62,6 +63,28 @@ def test_tp_2_to_4(tmp_path: Path) -> None:
     done = generate(tmp_path, model, 6, "--replica-spec", "2,1", "4,1", "--partition-id", "1")
     assert done.returncode == 0, done.stderr
     check(tmp_path, model, prompts)
+
+
+def test_the_model_recommends_a_repetition_penalty(tmp_path: Path) -> None:
+    """Where a line leaves it open; the reference is transformers with the same file."""
+    model = write_llama_checkpoint(tmp_path / "model", seed=5)
+    file = model / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.5}))
+    prompts = write_prompts(tmp_path, 3)
+    lines = [{"prompt": ids, "max_tokens": 24, "ignore_eos": True} for ids in prompts]
+    lines += [line | {"repetition_penalty": 1.0} for line in lines]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = generate(tmp_path, model, 1, "--mode", "colocated")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line)["token_ids"] for line in (tmp_path / "out.jsonl").open()]
+    assert found[:3] != found[3:]
+    reference = load_reference(model)
+    for number, ids in enumerate(prompts * 2):
+        expected = reference.generate(
+            torch.tensor([ids]), max_new_tokens=24, min_new_tokens=24, do_sample=False,
+            repetition_penalty=1.5 if number < 3 else 1.0,
+        )  # fmt: skip
+        assert found[number] == expected[0, len(ids) :].tolist()
 
 
 def test_a_wrong_option_is_one_line(tmp_path: Path) -> None:

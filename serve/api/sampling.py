@@ -90,16 +90,18 @@ def refuse_unsupported(body: Body) -> None:
 
 def read_sampling(body: Body, api: Api, max_tokens: int) -> SamplingParams:
     """The parameters of all prompts, before ``max_tokens`` is cut to what a context leaves."""
+    defaults = api.settings.sampling
+    top_k = body.integer("top_k", defaults.top_k, low=-1)
     return SamplingParams(
         max_tokens=max_tokens,
         seed=body.integer("seed", 0),
-        temperature=body.number("temperature", 1.0, 0.0, 2.0),
-        top_p=_top_p(body),
-        top_k=min(max(0, body.integer("top_k", 0, low=-1)), api.settings.vocab_size),
-        min_p=body.number("min_p", 0.0, 0.0, 1.0),
+        temperature=body.number("temperature", defaults.temperature, 0.0, 2.0),
+        top_p=_top_p(body, defaults.top_p),
+        top_k=min(max(0, top_k), api.settings.vocab_size),
+        min_p=body.number("min_p", defaults.min_p, 0.0, 1.0),
         presence_penalty=body.number("presence_penalty", 0.0, -_MAX_PENALTY, _MAX_PENALTY),
         frequency_penalty=body.number("frequency_penalty", 0.0, -_MAX_PENALTY, _MAX_PENALTY),
-        repetition_penalty=_repetition_penalty(body),
+        repetition_penalty=_repetition_penalty(body, defaults.repetition_penalty),
         logit_bias=_logit_bias(body, api.settings.vocab_size),
         stop=_stop(body, api),
         stop_token_ids=_stop_token_ids(body, api.settings.vocab_size),
@@ -119,15 +121,15 @@ def read_max_tokens(body: Body, default: int) -> int:
     return limit
 
 
-def _top_p(body: Body) -> float:
-    top_p = body.number("top_p", 1.0, 0.0, 1.0)
+def _top_p(body: Body, default: float) -> float:
+    top_p = body.number("top_p", default, 0.0, 1.0)
     if top_p == 0.0:
         raise ApiError("top_p must be in (0, 1], got 0", param="top_p")
     return top_p
 
 
-def _repetition_penalty(body: Body) -> float:
-    penalty = body.number("repetition_penalty", 1.0, 0.0, 1000.0)
+def _repetition_penalty(body: Body, default: float) -> float:
+    penalty = body.number("repetition_penalty", default, 0.0, 1000.0)
     if penalty == 0.0:
         raise ApiError("repetition_penalty must be above 0", param="repetition_penalty")
     return penalty

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from serve.api.service import Service
 from serve.metrics import Metrics
+from serve.sampling_defaults import SamplingDefaults
 from serve.tokenizer import Tokenizer
 
 
@@ -23,6 +24,7 @@ class ApiSettings:
     api_key: str | None = None
     seed: int = 0  # of the seeds that requests get which bring none
     max_body_bytes: int = 32 << 20
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 @dataclass(slots=True)

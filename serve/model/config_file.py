@@ -24,13 +24,17 @@ def load_model_config(path: str) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """generation_config.json of a directory; empty if it has none, or ``path`` is a file."""
+    file = path / "generation_config.json"
+    return _read_json(file) if file.exists() else {}
+
+
 def _read_directory(directory: Path) -> dict[str, Any]:
     """config.json, with the end tokens of generation_config.json where that names any."""
     data = _read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
-    if generation.exists():
-        eos = _read_json(generation).get("eos_token_id")
-        data["eos_token_id"] = data.get("eos_token_id") if eos is None else eos
+    eos = read_generation_config(directory).get("eos_token_id")
+    data["eos_token_id"] = data.get("eos_token_id") if eos is None else eos
     return data
 
 
