@@ -192,7 +192,7 @@ def test_tokens_are_those_of_the_reference(
         )
         ids = tuple(rng.randrange(vocab_size) for _ in range(20))
         request = Request(id="r", prompt_ids=ids, sampling=sampling)
-        rows.append(SampleRow(request, index, rng.choice([(), (5, 6)]), ids[:9]))
+        rows.append(SampleRow(request, index, rng.choice([(), (5, 6)]), ids[:9], ids))
     logits = (torch.randn(len(rows), vocab_size) * 3).to(dtype)
     expected = sample(logits.float().clone(), rows).tolist()
     wanted = [0 if is_plain(row) else token for row, token in zip(rows, expected, strict=True)]

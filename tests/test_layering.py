@@ -84,6 +84,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.model.gguf",
             "serve.model.gguf_weights",
             "serve.engine.sampler",
+            "serve.engine.penalties",
             "serve.engine.gpu_sampler",
             "serve.engine.triton_sampling",
             "serve.engine.triton_filters",
@@ -102,6 +103,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
         ),
         GPU: (
             "serve.engine.kv_cache",
+            "serve.engine.device_copy",
             "serve.engine.forward_batch",
             "serve.comm.tensor_parallel",
             "serve.comm.symmetric",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.engine import sampler
+from serve.engine import penalties, sampler
 from serve.engine.sampler import sample
+from serve.engine.sequence import Sequence
 from serve.request import Request, SamplingParams
 
 VOCAB = 50
@@ -35,7 +36,7 @@ def _row(
 ) -> SampleRow:
     params = SamplingParams(max_tokens=10**6, **sampling)
     request = Request(id="r", prompt_ids=prompt_ids, sampling=params)
-    return SampleRow(request, index, banned_ids, output_ids)
+    return SampleRow(request, index, banned_ids, output_ids, tuple(set(prompt_ids)))
 
 
 def _logits(rng: random.Random, rows: int, vocab: int = VOCAB, spread: float = 3.0) -> Tensor:
@@ -189,12 +190,41 @@ def test_penalties_bias_and_bans_against_a_reference(rng: random.Random) -> None
     rows = [_random_row(rng) for _ in range(100)]
     logits = _logits(rng, len(rows))
     processed = logits.clone()
-    sampler._penalise(processed, rows)
-    sampler._bias(processed, rows)
+    sampler.adjust(processed, rows)
     expected = torch.tensor([_processed(x, r) for x, r in zip(logits, rows, strict=True)])
     assert torch.equal(processed == -math.inf, expected == -math.inf)
     finite = expected > -math.inf
     assert torch.allclose(processed[finite].double(), expected[finite].double(), atol=1e-4)
+
+
+def test_long_histories_are_worked_on_in_parts(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows and tokens one part holds, a row longer than that included."""
+    rows = [_random_row(rng) for _ in range(40)]
+    long = tuple(rng.randrange(VOCAB) for _ in range(50))
+    rows[7] = _row(prompt_ids=long, output_ids=long, repetition_penalty=1.2, presence_penalty=0.3)
+    logits = _logits(rng, len(rows))
+    whole = logits.clone()
+    penalties.penalise(whole, rows)
+    assert not torch.equal(whole, logits)
+    for num_places, num_rows in ((60, 100), (10**6, 3), (1, 1)):
+        monkeypatch.setattr(penalties, "_MAX_PLACES", num_places)
+        monkeypatch.setattr(penalties, "_MAX_ELEMENTS", num_rows * VOCAB)
+        parts = logits.clone()
+        penalties.penalise(parts, rows)
+        assert torch.equal(parts, whole)
+
+
+def test_a_sequence_knows_its_history() -> None:
+    """The prompt's ids each once; the output as it grows, and as it came from another replica."""
+    request = Request(id="r", prompt_ids=(5, 3, 5, 3, 9), sampling=SamplingParams(max_tokens=9))
+    sequence = Sequence(request, 0, True, [*request.prompt_ids, 7])
+    assert sorted(sequence.prompt_set()) == sorted(sequence.prompt_set()) == [3, 5, 9]
+    before = sequence.copy_outputs()
+    sequence.token_ids += [7, 1]
+    assert list(before) == [7]
+    assert list(sequence.copy_outputs()) == list(sequence.output_ids) == [7, 7, 1]
 
 
 def test_greedy_rows_see_penalties_bias_and_bans() -> None:

@@ -17,7 +17,7 @@ it is in the slot: so none of these waits is longer than a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from serve.comm.messages import NUM_STAGING_SLOTS
 from serve.comm.wires import Wait, Wire
+from serve.engine.device_copy import to_device
 
 _MAX_WARM_BLOCKS = 1 << 14  # block ids of a push
 
@@ -162,12 +163,12 @@ class KVSender:
         if self._stream is not None:
             # Taken from the device by the first push it would wait for all that runs there.
             with torch.cuda.stream(self._stream):
-                _to_device(range(_MAX_WARM_BLOCKS), device)
+                to_device(range(_MAX_WARM_BLOCKS), torch.int64, device)
 
-    def send(self, decode_replica: int, number: int, block_ids: Iterable[int]) -> None:
+    def send(self, decode_replica: int, number: int, block_ids: Sequence[int]) -> None:
         """Pack and send ``block_ids`` as push ``number``; returns once it is issued."""
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            ids = _to_device(block_ids, self._device)
+            ids = to_device(block_ids, torch.int64, self._device)
             for pair in self._pairs.get(decode_replica, ()):
                 pair.send(number % NUM_STAGING_SLOTS, ids)
 
@@ -184,9 +185,9 @@ class KVReceiver:
         slot = number % NUM_STAGING_SLOTS
         return [pair.receive(slot, num_blocks) for pair in self._pairs.get(prefill_replica, ())]
 
-    def unpack(self, prefill_replica: int, number: int, block_ids: Iterable[int]) -> None:
+    def unpack(self, prefill_replica: int, number: int, block_ids: Sequence[int]) -> None:
         """Copy push ``number`` into ``block_ids`` (empty: drop it) and free its slot."""
-        ids = _to_device(block_ids, self._device)
+        ids = to_device(block_ids, torch.int64, self._device)
         for pair in self._pairs.get(prefill_replica, ()):
             pair.unpack(number % NUM_STAGING_SLOTS, ids)
 
@@ -194,10 +195,3 @@ class KVReceiver:
 def _widen(cache: Tensor) -> Tensor:
     """The same memory in elements of 8 bytes: indexed copies cost by the element."""
     return cache.view(torch.int64) if cache.shape[-1] * cache.itemsize % 8 == 0 else cache
-
-
-def _to_device(block_ids: Iterable[int], device: torch.device) -> Tensor:
-    host = torch.tensor(list(block_ids), dtype=torch.int64)
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host

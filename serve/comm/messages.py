@@ -24,6 +24,8 @@ Ranks and rank 0 also exchange start-up, heartbeat and shutdown messages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from msgspec import Struct
 
@@ -181,14 +183,15 @@ def sampled_by(row: int) -> int:
 class SampleRow(Struct, frozen=True, array_like=True):
     """How to sample one row. Stays on the leader: followers compute logits, the leader samples.
 
-    ``banned_ids`` may not be chosen (end tokens before ``min_tokens``). ``prompt_ids`` and
-    ``output_ids`` are filled only where penalties need them.
+    ``banned_ids`` may not be chosen (end tokens before ``min_tokens``). ``prompt_ids``, each once,
+    and ``output_ids``, in order, are filled only where penalties need them.
     """
 
     request: Request
     output_index: int
     banned_ids: tuple[int, ...] = ()
-    output_ids: tuple[int, ...] = ()
+    output_ids: Sequence[int] = ()
+    prompt_ids: Sequence[int] = ()
 
 
 class Step(Message, frozen=True):

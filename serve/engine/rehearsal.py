@@ -53,4 +53,5 @@ def _step(setup: RankSetup, sequences: list[tuple[int, int]]) -> Step:
 def _row() -> SampleRow:
     """One that goes through every filter."""
     sampling = SamplingParams(max_tokens=1, top_p=0.9, top_k=50, repetition_penalty=1.1)
-    return SampleRow(Request(id="rehearsal", prompt_ids=(0,), sampling=sampling), 0)
+    request = Request(id="rehearsal", prompt_ids=(0,), sampling=sampling)
+    return SampleRow(request, 0, output_ids=(0,), prompt_ids=(0,))

@@ -14,13 +14,14 @@ of the vocabulary, and the other rows are not touched. Nothing here waits for th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
+from serve.engine.device_copy import to_device
+from serve.engine.penalties import penalise
 from serve.request import SamplingParams
 
 _GREEDY_BELOW = 1e-5  # a lower temperature only overflows
@@ -67,7 +68,7 @@ def filter_parameters(
 
 def adjust(logits: Tensor, rows: Sequence[SampleRow]) -> None:
     """Penalties, bias and bans of each row, on ``[num_rows, vocab]`` float32, in place."""
-    _penalise(logits, rows)
+    penalise(logits, rows)
     _bias(logits, rows)
 
 
@@ -82,7 +83,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
     for start in range(0, len(noisy), chunk):
         part = noisy[start : start + chunk]
-        index = _to_device(part, torch.int64, logits.device)
+        index = to_device(part, torch.int64, logits.device)
         tokens[index] = _sample_noisy(logits[index], [rows[i] for i in part])
     return tokens
 
@@ -91,39 +92,7 @@ def _is_greedy(sampling: SamplingParams) -> bool:
     return sampling.temperature < _GREEDY_BELOW
 
 
-def _to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``values`` as a tensor. From pinned memory: another copy would wait for the stream."""
-    tensor = torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-# --- what was seen, what is wanted --------------------------------------------------------------
-
-
-def _penalise(logits: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Repetition penalty over prompt and output; frequency and presence over output. In place."""
-    seen: list[tuple[int, int, float]] = []  # row, token id, repetition penalty
-    counted: list[tuple[int, int, float]] = []  # row, token id, what to subtract
-    for index, row in enumerate(rows):
-        sampling = row.request.sampling
-        if not sampling.has_penalties:
-            continue
-        if sampling.repetition_penalty != 1.0:
-            ids = {*row.request.prompt_ids, *row.output_ids}
-            seen.extend((index, token, sampling.repetition_penalty) for token in ids)
-        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
-        if presence or frequency:
-            counts = Counter(row.output_ids)
-            counted.extend((index, t, presence + n * frequency) for t, n in counts.items())
-    if seen:
-        row_ids, token_ids, penalty = _cells(seen, logits)
-        values = logits[row_ids, token_ids]
-        logits[row_ids, token_ids] = torch.where(values > 0, values / penalty, values * penalty)
-    if counted:
-        row_ids, token_ids, amount = _cells(counted, logits)
-        logits[row_ids, token_ids] -= amount
+# --- what is wanted -----------------------------------------------------------------------------
 
 
 def _bias(logits: Tensor, rows: Sequence[SampleRow]) -> None:
@@ -151,9 +120,9 @@ def _cells(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row indices, token ids (int64) and values (float32) of single cells of ``logits``."""
     row_ids, token_ids, values = zip(*cells, strict=True)
-    where = _to_device([*row_ids, *token_ids], torch.int64, logits.device)
+    where = to_device([*row_ids, *token_ids], torch.int64, logits.device)
     half = len(row_ids)
-    return where[:half], where[half:], _to_device(values, logits.dtype, logits.device)
+    return where[:half], where[half:], to_device(values, logits.dtype, logits.device)
 
 
 # --- random rows --------------------------------------------------------------------------------
@@ -162,12 +131,12 @@ def _cells(
 def _sample_noisy(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Sample rows of positive temperature; ``logits`` is overwritten. ``[num_rows]``, int64."""
     params = [row.request.sampling for row in rows]
-    temperature = _to_device([p.temperature for p in params], torch.float32, logits.device)
+    temperature = to_device([p.temperature for p in params], torch.float32, logits.device)
     logits.div_(temperature[:, None])
     _apply_min_p(logits, params)
     _apply_top_k_top_p(logits, params)
     streams = [noise_stream(row.request.sampling.seed, row.output_index) for row in rows]
-    scores = gumbel_noise(_to_device(streams, torch.int64, logits.device), logits.shape[1])
+    scores = gumbel_noise(to_device(streams, torch.int64, logits.device), logits.shape[1])
     return scores.add_(logits).argmax(dim=-1)
 
 
@@ -175,7 +144,7 @@ def _apply_min_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:
     """Rule out what is less likely than ``min_p`` times the likeliest token. In place."""
     if not any(p.min_p > 0 for p in params):
         return
-    ratio = _to_device([p.min_p for p in params], torch.float32, logits.device)
+    ratio = to_device([p.min_p for p in params], torch.float32, logits.device)
     # p / p_max is exp(logit - max), whatever else is ruled out; min_p 0 gives -inf: keeps all.
     floor = logits.amax(dim=-1, keepdim=True) + ratio.log()[:, None]
     logits.masked_fill_(logits < floor, float("-inf"))
@@ -187,9 +156,9 @@ def _apply_top_k_top_p(logits: Tensor, params: Sequence[SamplingParams]) -> None
     some = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
     if not some:
         return
-    index = _to_device(some, torch.int64, logits.device)
-    top_k = _to_device([params[i].top_k or vocab for i in some], torch.int64, logits.device)
-    top_p = _to_device([params[i].top_p for i in some], torch.float64, logits.device)
+    index = to_device(some, torch.int64, logits.device)
+    top_k = to_device([params[i].top_k or vocab for i in some], torch.int64, logits.device)
+    top_p = to_device([params[i].top_p for i in some], torch.float64, logits.device)
     part = logits[index]  # [num_some, vocab]
     ranked, ids = part.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab, device=logits.device)

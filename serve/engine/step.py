@@ -29,5 +29,6 @@ def _build_row(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:
     sampling = sequence.request.sampling
     index = sequence.next_output_index - 1  # the token of this step is pending by now
     banned = (*eos_token_ids, *sampling.stop_token_ids) if index < sampling.min_tokens else ()
-    output_ids = sequence.output_ids if sampling.has_penalties else ()
-    return SampleRow(sequence.request, index, banned, output_ids)
+    output_ids = sequence.copy_outputs() if sampling.has_penalties else ()
+    prompt_ids = sequence.prompt_set() if sampling.repetition_penalty != 1.0 else ()
+    return SampleRow(sequence.request, index, banned, output_ids, prompt_ids)
