@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from serve.model.staged_copies import NUM_SLOTS, StagedCopies
 
@@ -37,14 +41,29 @@ def test_a_target_is_a_view() -> None:
     assert not whole[:20].any() and not whole[60:].any()
 
 
-def test_more_pieces_than_slots_keep_to_the_slots() -> None:
-    copies = StagedCopies(CPU, slot_bytes=64)
+def test_more_pieces_than_slots_keep_to_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(torch, "empty", _counted(torch.empty, made))
     target, source = torch.zeros(50 * NUM_SLOTS, 16), torch.randn(50 * NUM_SLOTS, 16)
-    with copies:
+    with StagedCopies(CPU, slot_bytes=64) as copies:
         copies.add(target, source)
     assert torch.equal(target, source)
+    assert made == [64] * NUM_SLOTS
+
+
+def _counted(make: Callable[..., Tensor], sizes: list[int]) -> Callable[..., Tensor]:
+    def counted(size: int, **options: Any) -> Tensor:
+        sizes.append(size)
+        return make(size, **options)
+
+    return counted
 
 
 def test_a_copy_that_fails_is_heard_of() -> None:
-    with pytest.raises(RuntimeError), StagedCopies(CPU) as copies:
-        copies.add(torch.zeros(4, 3), torch.zeros(4, 2))
+    """At once or at the end, and no thread lives on."""
+    before = threading.active_count()
+    for good in (0, 2 * NUM_SLOTS):
+        with pytest.raises(RuntimeError), StagedCopies(CPU, slot_bytes=64) as copies:
+            copies.add(torch.zeros(4, 3), torch.zeros(4, 2))
+            copies.add(torch.zeros(good, 16), torch.zeros(good, 16))
+    assert threading.active_count() == before

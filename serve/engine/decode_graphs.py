@@ -105,8 +105,10 @@ class DecodeGraphs:
         most = max(max_num_seqs, self._num_sms) + 1
         self._numbers = torch.arange(most, device=device, dtype=torch.int32)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, Tensor | None] = {}
+        self._logits: Tensor | None = None  # [max_num_seqs, vocab_size], on the leader
         self._pool: Any = None
+        # One for all: torch keeps work space of cuBLAS for every stream that products ran on.
+        self._side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def capture(
         self, progress: Callable[[int, int], None], sizes: Collection[int] | None = None
@@ -132,7 +134,7 @@ class DecodeGraphs:
         inputs = Inputs.over(self._buffer, size)
         self._buffer.zero_()
         inputs.slots.fill_(NOWHERE)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self._side_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -141,18 +143,24 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads may wait for events meanwhile, so the capture is this thread's alone.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._logits[size] = self._forward(inputs, size)
+            self._forward(inputs, size)
         self._pool = graph.pool()
         self._graphs[size] = graph
 
-    def _forward(self, inputs: Inputs, size: int) -> Tensor | None:
+    def _forward(self, inputs: Inputs, size: int) -> None:
         token_ids = take_up(inputs.token_ids, self._sampled)
         batch = ForwardBatch(token_ids, inputs.positions, self._metadata(inputs, size), None)
         logits: Tensor | None = self._model(batch, self._kv_cache)
         if logits is not None:
             sampled = self._sampled[:size]
             sample_plain(logits, inputs.temperatures, inputs.streams, sampled)
-        return logits
+            self._keep(logits)
+
+    def _keep(self, logits: Tensor) -> None:
+        """Copy ``logits`` where one memory holds those of every graph, one step's at a time."""
+        if self._logits is None:  # warming up, not capturing
+            self._logits = logits.new_empty(len(self._sampled), logits.shape[1])
+        self._logits[: len(logits)].copy_(logits)
 
     def _metadata(self, inputs: Inputs, size: int) -> AttentionMetadata:
         num_kv_heads = len(self._kv_cache.layout.kv_heads)
@@ -196,7 +204,7 @@ class DecodeGraphs:
         size = next(size for size in self._sizes if size >= count)
         self._fill(step, size)
         self.replay(size)
-        return self._logits[size]
+        return None if self._logits is None else self._logits[:size]
 
     def replay(self, size: int) -> None:
         """Launch the graph of ``size`` rows on what its inputs hold."""

@@ -37,9 +37,10 @@ def measure_num_blocks(setup: RankSetup, model: nn.Module, tp: TensorParallel) -
     budget = int(total_bytes * setup.limits.gpu_memory_utilization) - peak_bytes
     if budget < layout.block_bytes:
         raise ValueError(
-            f"no memory is left for the KV cache on {setup.device}: model, activations and staging "
-            f"buffers take {peak_bytes >> 20} MiB of {total_bytes >> 20} MiB; "
-            "raise --gpu-memory-utilization or lower --max-num-batched-tokens or --kv-push-bytes"
+            f"no memory is left for the KV cache on {setup.device}: model, activations, staging "
+            f"buffers and graphs take {peak_bytes >> 20} MiB of {total_bytes >> 20} MiB; raise "
+            "--gpu-memory-utilization or lower --max-num-batched-tokens, --max-num-seqs or "
+            "--kv-push-bytes"
         )
     return budget // layout.block_bytes
 

@@ -49,11 +49,13 @@ class StagedCopies:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        while self._filling and kind is None:
-            self._send_oldest()
-        self._threads.shutdown(cancel_futures=True)
-        if self._on_gpu:
-            torch.cuda.current_stream().synchronize()
+        try:
+            while self._filling and kind is None:
+                self._send_oldest()
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+            if self._on_gpu:
+                torch.cuda.current_stream().synchronize()
 
     def add(self, target: Tensor, source: Tensor) -> None:
         """Copy ``source``, on the CPU and of any type, into ``target``, of one shape with it.
