@@ -60,7 +60,7 @@ def main() -> None:
     config = parse_args([*argv, "--max-model-len", str(args.prompt_tokens + 64)], 2)
     device, result = asyncio.run(_serve(config, place, args))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    block_size = preferred_block_size(device)
+    block_size = config.block_size or preferred_block_size(device)
     layout = config.model_config.kv_layout(block_size, dtype.itemsize, 1, 0)
     cache = KVCache(layout, args.prompt_tokens // block_size, dtype, device)
     result |= _measure_links(cache, config.kv_push_bytes, place, device)

@@ -272,8 +272,9 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory-utilization. Default: what memory allows; on a CPU, 2GiB.")  # fmt: skip
     add("--kv-push-bytes", type=_num_bytes, metavar="BYTES",
         help="Most bytes that one message of KV carries between two ranks: a whole number, or one "
-        "with the unit KiB, MiB or GiB. Four buffers of this size are kept for every pair of "
-        "ranks. Refused in colocated mode. Default: 256MiB.")  # fmt: skip
+        "with the unit KiB, MiB or GiB. Both ranks of every pair keep four buffers of this size "
+        "(with --kv-transport symm, every rank as many as the one with the most pairs). Refused "
+        "in colocated mode. Default: 256MiB.")  # fmt: skip
     add("--kv-transport", choices=("p2p", "symm"), metavar="WAY",
         help="How KV crosses between two ranks: p2p, matched sends and receives (NCCL, or gloo on "
         "CPUs); symm, the sender's copy engine writes into the receiver's symmetric memory, which "

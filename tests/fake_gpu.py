@@ -122,14 +122,17 @@ class Node:
     # --- what the leader plans ----------------------------------------------------------------
 
     def add(self, entry: Entry) -> None:
-        """Queue an entry. Of all that it reads and writes somebody must be the owner by now."""
+        """Queue an entry. Of all that it reads and writes somebody must be the owner by now.
+
+        Packing has a stream of its own: it may come before entries that were queued earlier.
+        """
         match entry:
             case Step():
                 for sequence in entry.sequences:
                     self._check_owned(sequence.block_table[self._first_block(sequence) :])
             case Send() | Unpack():
                 self._check_owned(entry.block_ids)
-        self.plan.append(entry)
+        (self.sends if isinstance(entry, Send) else self.plan).append(entry)
 
     def _first_block(self, sequence: StepSequence) -> int:
         return self.model.first_seen(sequence.start) // self.block_size
@@ -148,8 +151,6 @@ class Node:
         match entry:
             case Step():
                 self.results.append(self._step(entry))
-            case Send():
-                self.sends.append(entry)
             case PostReceive(prefill_replica, number, num_blocks):
                 wires.posted[(prefill_replica, node_id, number)] = num_blocks
             case Unpack(prefill_replica, number, block_ids):

@@ -12,7 +12,7 @@ pair of ranks (GPU), or in gloo's threads (CPU). A staging slot passes between t
     receiver  unpacked[slot] -> receive (pair) -> filled[slot] -> unpack (compute) -> unpacked[slot]
 
 A push is sent only once the one before it in its slot is acknowledged, which the receiver does when
-it is in the slot: so none of these waits is longer than a step.
+it is in the slot: so none of these waits is longer than the steps that are under way.
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ class Push(Message, frozen=True):
 
 
 class PushReceived(Message, frozen=True):
-    """Push ``number`` has left the staging slots of the decode replica."""
+    """Push ``number`` is in the decode replica's staging slots, and its unpacking is planned: what
+    is received into them next will not overtake it.
+    """
 
     decode_replica: int
     number: int
