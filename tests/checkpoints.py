@@ -134,7 +134,10 @@ def load_reference(path: Path | str) -> PreTrainedModel:
 
 
 def reference_greedy(
-    model: PreTrainedModel, prompt_ids: Sequence[int], num_tokens: int
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    num_tokens: int,
+    repetition_penalty: float = 1.0,
 ) -> tuple[int, ...]:
     """What transformers' ``generate`` appends: ``num_tokens`` tokens, or up to an end token."""
     prompt = torch.tensor([list(prompt_ids)])
@@ -143,6 +146,7 @@ def reference_greedy(
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=num_tokens,
         do_sample=False,
+        repetition_penalty=repetition_penalty,
         pad_token_id=0,
     )
     return tuple(out[0, len(prompt_ids) :].tolist())

@@ -157,15 +157,15 @@ def test_logits_that_are_no_numbers_harm_only_their_row(bad: float, rng: random.
     assert torch.equal(ours[2::4], clean[2::4]) and torch.equal(ours[3::4], clean[3::4])
     if bad == math.inf:
         assert bool((ours[1::4].argmax(1) == 7).all())
-    tokens = sampled_here(logits, rows)
+    tokens = sampled_here(logits, rows, torch.zeros(len(rows), dtype=torch.int64))
     assert 0 <= min(tokens) <= max(tokens) < vocab_size
 
 
-def sampled_here(logits: Tensor, rows: list[SampleRow]) -> list[int]:
+def sampled_here(logits: Tensor, rows: list[SampleRow], input_ids: Tensor) -> list[int]:
     """The tokens of the rows that are not plain; 0 for the others."""
     special = pytest.importorskip("serve.engine.gpu_sampler")
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=GPU)
-    special.sample_special(logits.to(GPU), rows, tokens)
+    special.sample_special(logits.to(GPU), rows, input_ids.to(GPU), tokens)
     ids: list[int] = tokens.tolist()
     return ids
 
@@ -192,8 +192,10 @@ def test_tokens_are_those_of_the_reference(
         )
         ids = tuple(rng.randrange(vocab_size) for _ in range(20))
         request = Request(id="r", prompt_ids=ids, sampling=sampling)
-        rows.append(SampleRow(request, index, rng.choice([(), (5, 6)]), ids[:9], ids))
+        banned, is_pending = rng.choice([(), (5, 6)]), rng.random() < 0.5
+        rows.append(SampleRow(request, index, banned, ids[:9], ids, is_pending))
     logits = (torch.randn(len(rows), vocab_size) * 3).to(dtype)
-    expected = sample(logits.float().clone(), rows).tolist()
+    input_ids = torch.randint(vocab_size, (len(rows),))
+    expected = sample(logits.float().clone(), rows, input_ids).tolist()
     wanted = [0 if is_plain(row) else token for row, token in zip(rows, expected, strict=True)]
-    assert sampled_here(logits, rows) == wanted
+    assert sampled_here(logits, rows, input_ids) == wanted

@@ -214,7 +214,9 @@ def test_tokens_of_the_step_before_are_taken_up() -> None:
     kernels = pytest.importorskip("serve.model.triton_decode")
     sampled = torch.randint(1000, (300,), device=GPU)
     token_ids = torch.randint(-300, 1000, (300,), device=GPU)
-    torch.testing.assert_close(kernels.take_up(token_ids, sampled), fill_in(token_ids, sampled))
+    out = torch.empty_like(token_ids)
+    assert kernels.take_up(token_ids, sampled, out) is out
+    torch.testing.assert_close(out, fill_in(token_ids, sampled))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -330,4 +332,4 @@ def test_plain_rows_are_sampled_as_the_reference_does(
         torch.tensor(streams, device=GPU),
         tokens,
     )
-    assert tokens.tolist() == sample(logits.clone(), rows).tolist()
+    assert tokens.tolist() == sample(logits.clone(), rows, tokens).tolist()

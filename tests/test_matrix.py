@@ -76,7 +76,10 @@ def random_jobs(seed: int, count: int, *, vocab_size: int = 128, longest: int = 
 def check_parity(model: Path, jobs: Sequence[Job], result: CaseResult) -> None:
     reference = load_reference(model)
     for job, answer in zip(jobs, result.answers, strict=True):
-        expected = reference_greedy(reference, job.prompt_ids, job.sampling.max_tokens)
+        sampling = job.sampling
+        expected = reference_greedy(
+            reference, job.prompt_ids, sampling.max_tokens, sampling.repetition_penalty
+        )
         assert answer.token_ids == list(expected)
         assert answer.finish_reason == FinishReason.LENGTH
 
@@ -102,6 +105,17 @@ def test_tokens_are_the_models(world: World, gqa: Path, split: str) -> None:
         assert present == sorted(present)
         if len(answer.token_ids) > 1:
             assert ("transfer_ended_s" in stamps) == ("colocated" not in split)
+
+
+@pytest.mark.parametrize("split", ["1P+1D", "tp 2 to 1", "colocated", "colocated tp 2"])
+def test_repetition_penalty(world: World, gqa: Path, split: str) -> None:
+    """Each token depends on all before, of which the newest is not known when a step is planned."""
+    jobs = random_jobs(37, 12)
+    for number, job in enumerate(jobs):
+        penalty = (1.0, 1.2, 1.6)[number % 3]
+        job.sampling = msgspec.structs.replace(job.sampling, repetition_penalty=penalty)
+    chunk = ["--max-num-batched-tokens", "16", "--max-num-seqs", "8", "--block-size", "4"]
+    check_parity(gqa, jobs, run_case(world, gqa, split, jobs, *chunk))
 
 
 @pytest.mark.parametrize("rope", ROPES)

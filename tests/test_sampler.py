@@ -6,13 +6,13 @@ import math
 import random
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
 from serve.engine import penalties, sampler
-from serve.engine.sampler import sample
 from serve.engine.sequence import Sequence
 from serve.request import Request, SamplingParams
 
@@ -25,6 +25,11 @@ def rng() -> random.Random:
     seed = random.randrange(2**32)
     print("seed", seed)
     return random.Random(seed)
+
+
+def sample(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """``sampler.sample`` for rows whose history is known."""
+    return sampler.sample(logits, rows, torch.zeros(len(rows), dtype=torch.int64))
 
 
 def _row(
@@ -190,7 +195,7 @@ def test_penalties_bias_and_bans_against_a_reference(rng: random.Random) -> None
     rows = [_random_row(rng) for _ in range(100)]
     logits = _logits(rng, len(rows))
     processed = logits.clone()
-    sampler.adjust(processed, rows)
+    sampler.adjust(processed, rows, torch.zeros(len(rows), dtype=torch.int64))
     expected = torch.tensor([_processed(x, r) for x, r in zip(logits, rows, strict=True)])
     assert torch.equal(processed == -math.inf, expected == -math.inf)
     finite = expected > -math.inf
@@ -205,15 +210,33 @@ def test_long_histories_are_worked_on_in_parts(
     long = tuple(rng.randrange(VOCAB) for _ in range(50))
     rows[7] = _row(prompt_ids=long, output_ids=long, repetition_penalty=1.2, presence_penalty=0.3)
     logits = _logits(rng, len(rows))
+    input_ids = torch.tensor([rng.randrange(VOCAB) for _ in rows])
     whole = logits.clone()
-    penalties.penalise(whole, rows)
+    penalties.penalise(whole, rows, input_ids)
     assert not torch.equal(whole, logits)
     for num_places, num_rows in ((60, 100), (10**6, 3), (1, 1)):
         monkeypatch.setattr(penalties, "_MAX_PLACES", num_places)
         monkeypatch.setattr(penalties, "_MAX_ELEMENTS", num_rows * VOCAB)
         parts = logits.clone()
-        penalties.penalise(parts, rows)
+        penalties.penalise(parts, rows, input_ids)
         assert torch.equal(parts, whole)
+
+
+def test_a_token_that_is_not_known_yet_is_penalised(rng: random.Random) -> None:
+    """It is the row's own input, and makes the difference that it would make if it were known."""
+    rows = [_random_row(rng) for _ in range(60)]
+    logits = _logits(rng, len(rows))
+    expected, pending, found = [], [], logits.clone()
+    inputs = [rng.randrange(VOCAB) for _ in rows]
+    for row, token in zip(rows, inputs, strict=True):
+        is_pending = rng.random() < 0.5
+        known = (*row.output_ids, token) if is_pending else row.output_ids
+        expected.append(msgspec.structs.replace(row, output_ids=known))
+        pending.append(msgspec.structs.replace(row, is_pending=is_pending))
+    whole = logits.clone()
+    penalties.penalise(whole, expected, torch.zeros(len(rows), dtype=torch.int64))
+    penalties.penalise(found, pending, torch.tensor(inputs))
+    assert torch.equal(found, whole) and not torch.equal(found, logits)
 
 
 def test_a_sequence_knows_its_history() -> None:

@@ -186,7 +186,8 @@ class SampleRow(Struct, frozen=True, array_like=True):
     """How to sample one row. Stays on the leader: followers compute logits, the leader samples.
 
     ``banned_ids`` may not be chosen (end tokens before ``min_tokens``). ``prompt_ids``, each once,
-    and ``output_ids``, in order, are filled only where penalties need them.
+    and ``output_ids``, in order, are filled only where penalties need them; ``is_pending``: the
+    newest output id is not among these, it is still being sampled and is the row's own input.
     """
 
     request: Request
@@ -194,6 +195,7 @@ class SampleRow(Struct, frozen=True, array_like=True):
     banned_ids: tuple[int, ...] = ()
     output_ids: Sequence[int] = ()
     prompt_ids: Sequence[int] = ()
+    is_pending: bool = False
 
 
 class Step(Message, frozen=True):

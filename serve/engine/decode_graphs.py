@@ -104,6 +104,7 @@ class DecodeGraphs:
         # A split never makes more rows than there are multiprocessors.
         most = max(max_num_seqs, self._num_sms) + 1
         self._numbers = torch.arange(most, device=device, dtype=torch.int32)
+        self.token_ids = torch.zeros_like(sampled)  # the last step's input: one for each row
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: Tensor | None = None  # [max_num_seqs, vocab_size], on the leader
         self._pool: Any = None
@@ -148,7 +149,7 @@ class DecodeGraphs:
         self._graphs[size] = graph
 
     def _forward(self, inputs: Inputs, size: int) -> None:
-        token_ids = take_up(inputs.token_ids, self._sampled)
+        token_ids = take_up(inputs.token_ids, self._sampled, self.token_ids[:size])
         batch = ForwardBatch(token_ids, inputs.positions, self._metadata(inputs, size), None)
         logits: Tensor | None = self._model(batch, self._kv_cache)
         if logits is not None:

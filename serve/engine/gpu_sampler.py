@@ -17,8 +17,13 @@ from serve.engine.triton_filters import filter_logits
 from serve.engine.triton_sampling import sample_plain
 
 
-def sample_on_gpu(logits: Tensor, rows: Sequence[SampleRow], tokens: Tensor) -> None:
-    """One id for each row of ``logits`` (``[num_rows, vocab_size]``), into ``tokens`` (int64)."""
+def sample_on_gpu(
+    logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
+) -> None:
+    """One id for each row of ``logits`` (``[num_rows, vocab_size]``), into ``tokens`` (int64).
+
+    ``input_ids``: see ``serve.engine.penalties.penalise``.
+    """
     temperatures, streams = plain_parameters(rows)
     columns = [
         torch.tensor(streams, dtype=torch.int64),
@@ -26,10 +31,12 @@ def sample_on_gpu(logits: Tensor, rows: Sequence[SampleRow], tokens: Tensor) -> 
     ]
     noise, heat = _move(columns, logits.device)
     sample_plain(logits, heat, noise, tokens)
-    sample_special(logits, rows, tokens)
+    sample_special(logits, rows, input_ids, tokens)
 
 
-def sample_special(logits: Tensor, rows: Sequence[SampleRow], tokens: Tensor) -> None:
+def sample_special(
+    logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
+) -> None:
     """Sample anew, into ``tokens``, the rows that are not plain. ``logits`` stays as it is."""
     special = [index for index, row in enumerate(rows) if not is_plain(row)]
     if not special:
@@ -49,7 +56,7 @@ def sample_special(logits: Tensor, rows: Sequence[SampleRow], tokens: Tensor) ->
     ]
     index, noise, mass, rank, floor, divisor, heat = _move(columns, logits.device)
     part = logits[index].float()  # [num_special, vocab_size]
-    adjust(part, chosen)
+    adjust(part, chosen, input_ids[index])
     part.div_(divisor[:, None])
     filter_logits(part, floor, rank, mass)
     ids = torch.empty_like(index)

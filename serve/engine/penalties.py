@@ -20,15 +20,18 @@ _MAX_PLACES = 1 << 20  # of one copy to the device: 8 MiB
 _MAX_ELEMENTS = 1 << 24  # of logits that are worked on at once
 
 
-def penalise(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+def penalise(logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor) -> None:
     """Penalise what ``rows`` have had: ``[num_rows, vocab]`` float32, in place.
 
-    The repetition penalty is over prompt and output, the others over output.
+    The repetition penalty is over prompt and output, the others over output. ``input_ids``
+    (``[num_rows]``, int64): the last token of each row's input, which is looked at where the host
+    does not know it yet.
     """
     some = [i for i, row in enumerate(rows) if row.request.sampling.has_penalties]
     for part in _parts(rows, some, max(1, _MAX_ELEMENTS // logits.shape[1])):
         index = to_device(part, torch.int64, logits.device)
-        logits[index] = _penalised(logits[index], [rows[i] for i in part])
+        chosen = [rows[i] for i in part]
+        logits[index] = _penalised(logits[index], chosen, input_ids[index])
 
 
 def _parts(rows: Sequence[SampleRow], some: Iterable[int], most: int) -> Iterator[list[int]]:
@@ -46,12 +49,14 @@ def _parts(rows: Sequence[SampleRow], some: Iterable[int], most: int) -> Iterato
         yield part
 
 
-def _penalised(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def _penalised(logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor) -> Tensor:
     device, vocab = logits.device, logits.shape[1]
     outputs = _places([row.output_ids for row in rows], vocab, device)
+    pending = to_device([i for i, row in enumerate(rows) if row.is_pending], torch.int64, device)
     counts = torch.zeros_like(logits)
     # Whole numbers: their sum does not depend on the order.
-    counts.view(-1).index_add_(0, outputs, torch.ones_like(outputs, dtype=counts.dtype))
+    for places in (outputs, pending * vocab + input_ids[pending]):
+        counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=counts.dtype))
     seen = counts > 0
     chosen = [row.request.sampling for row in rows]
     columns = [

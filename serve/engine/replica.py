@@ -159,9 +159,6 @@ class Replica:
         """
         if len(self._in_flight) == MAX_STEPS_IN_FLIGHT:
             return None
-        # Penalties look at every token before: the next step cannot be planned without them.
-        if self._in_flight and self._in_flight[-1].needs_history:
-            return None
         batch = self._scheduler.schedule()
         if batch is None:
             return None

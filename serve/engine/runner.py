@@ -52,7 +52,7 @@ class Runner:
         if self._graphs is not None and self._graphs.holds(step):
             logits = self._graphs.run(step)
             if logits is not None:
-                self._sample_special(logits, step.rows, tokens)
+                self._sample_special(logits, step.rows, self._graphs.token_ids, tokens)
         else:
             logits = self._run_eagerly(step, tokens)
         self._tp.broadcast(tokens)
@@ -63,18 +63,23 @@ class Runner:
         batch = build_forward_batch(step, block_size, self._device, self.sampled)
         logits: Tensor | None = self._model(batch, self._kv_cache)  # [num_rows, vocab_size]
         if logits is not None and len(logits):
-            self._sample(logits, step.rows, tokens)
+            input_ids = batch.token_ids[batch.sample_indices]
+            self._sample(logits, step.rows, input_ids, tokens)
         return logits
 
-    def _sample(self, logits: Tensor, rows: Sequence[SampleRow], tokens: Tensor) -> None:
+    def _sample(
+        self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
+    ) -> None:
         if logits.is_cuda:
             from serve.engine.gpu_sampler import sample_on_gpu
 
-            sample_on_gpu(logits, rows, tokens)
+            sample_on_gpu(logits, rows, input_ids, tokens)
         else:
-            tokens.copy_(sample(logits.float(), rows))
+            tokens.copy_(sample(logits.float(), rows, input_ids))
 
-    def _sample_special(self, logits: Tensor, rows: Sequence[SampleRow], tokens: Tensor) -> None:
+    def _sample_special(
+        self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
+    ) -> None:
         from serve.engine.gpu_sampler import sample_special
 
-        sample_special(logits, rows, tokens)
+        sample_special(logits, rows, input_ids, tokens)

@@ -66,18 +66,22 @@ def filter_parameters(
     return min_p, top_k, top_p
 
 
-def adjust(logits: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Penalties, bias and bans of each row, on ``[num_rows, vocab]`` float32, in place."""
-    penalise(logits, rows)
+def adjust(logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor) -> None:
+    """Penalties, bias and bans of each row, on ``[num_rows, vocab]`` float32, in place.
+
+    ``input_ids``: see ``penalise``.
+    """
+    penalise(logits, rows, input_ids)
     _bias(logits, rows)
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def sample(logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor) -> Tensor:
     """One token id for each row: ``[num_rows]``, int64, on the device of ``logits``.
 
-    ``logits`` is ``[num_rows, vocab]``, float32, may hold -inf, and is overwritten.
+    ``logits`` is ``[num_rows, vocab]``, float32, may hold -inf, and is overwritten. ``input_ids``:
+    see ``penalise``.
     """
-    adjust(logits, rows)
+    adjust(logits, rows, input_ids)
     tokens = logits.argmax(dim=-1)
     noisy = [i for i, row in enumerate(rows) if not _is_greedy(row.request.sampling)]
     chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])

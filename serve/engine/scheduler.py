@@ -75,13 +75,6 @@ class Batch:
     admitted: tuple[Sequence, ...]
     preempted: tuple[Sequence, ...]
 
-    @property
-    def needs_history(self) -> bool:
-        """Whether some sequence's next token depends on the values of all before."""
-        return any(
-            chunk.sample and chunk.sequence.request.sampling.has_penalties for chunk in self.chunks
-        )
-
 
 class Scheduler:
     """Continuous batching over one ``BlockPool``: running decodes first, then prefill chunks.

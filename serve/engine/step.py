@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from serve.comm.messages import SampleRow, Step, StepSequence, sampled_by
 from serve.engine.scheduler import Batch, Chunk
-from serve.engine.sequence import Sequence
 
 
 def build_step(number: int, batch: Batch, eos_token_ids: tuple[int, ...]) -> Step:
@@ -12,7 +11,7 @@ def build_step(number: int, batch: Batch, eos_token_ids: tuple[int, ...]) -> Ste
     return Step(
         number,
         tuple(_build_sequence(chunk) for chunk in batch.chunks),
-        tuple(_build_row(c.sequence, eos_token_ids) for c in batch.chunks if c.sample),
+        tuple(_build_row(chunk, eos_token_ids) for chunk in batch.chunks if chunk.sample),
     )
 
 
@@ -25,10 +24,11 @@ def _build_sequence(chunk: Chunk) -> StepSequence:
     return StepSequence(start, token_ids, tuple(sequence.block_table), chunk.sample)
 
 
-def _build_row(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> SampleRow:
+def _build_row(chunk: Chunk, eos_token_ids: tuple[int, ...]) -> SampleRow:
+    sequence, is_pending = chunk.sequence, chunk.source is not None
     sampling = sequence.request.sampling
     index = sequence.next_output_index - 1  # the token of this step is pending by now
     banned = (*eos_token_ids, *sampling.stop_token_ids) if index < sampling.min_tokens else ()
     output_ids = sequence.copy_outputs() if sampling.has_penalties else ()
     prompt_ids = sequence.prompt_set() if sampling.repetition_penalty != 1.0 else ()
-    return SampleRow(sequence.request, index, banned, output_ids, prompt_ids)
+    return SampleRow(sequence.request, index, banned, output_ids, prompt_ids, is_pending)

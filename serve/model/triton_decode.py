@@ -21,9 +21,8 @@ def _take_up_kernel(token_ptr, sampled_ptr, out_ptr, num_rows, BLOCK: tl.constex
     tl.store(out_ptr + row, tl.where(token < 0, sampled, token), valid)
 
 
-def take_up(token_ids: Tensor, sampled: Tensor) -> Tensor:
-    """``serve.engine.forward_batch.fill_in`` as one kernel: ``[num_rows]``, int64."""
-    out = torch.empty_like(token_ids)
+def take_up(token_ids: Tensor, sampled: Tensor, out: Tensor) -> Tensor:
+    """``serve.engine.forward_batch.fill_in`` as one kernel, into ``out``: ``[num_rows]``, int64."""
     _take_up_kernel[(triton.cdiv(len(out), 128),)](token_ids, sampled, out, len(out), BLOCK=128)
     return out
 
