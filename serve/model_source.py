@@ -21,7 +21,13 @@ _WEIGHT_FILES: dict[LoadFormat, str] = {
     "safetensors": "model.safetensors",
     "pt": "pytorch_model.bin",
 }
-_HUB_WEIGHTS = {"pt": ("pytorch_model*.bin",), "dummy": ()}
+# Weights on the hub, by what was asked for; a later kind only where there is nothing of the first.
+_HUB_WEIGHTS = {
+    "auto": ("model*.safetensors", "pytorch_model*.bin"),
+    "safetensors": ("model*.safetensors",),
+    "pt": ("pytorch_model*.bin",),
+    "dummy": ("config.json",),
+}
 _HUB_PATTERNS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
 
@@ -82,14 +88,23 @@ def _is_hub_id(model: str) -> bool:
 def _download(model: str, load_format: str) -> str:
     if load_format == "gguf":
         raise ValueError("--load-format gguf: give --model the .gguf file itself")
+    path = Path()
+    for weights in _HUB_WEIGHTS[load_format]:
+        path = _snapshot(model, weights)
+        if any(path.glob(weights)):
+            break
+    return str(path)
+
+
+def _snapshot(model: str, weights: str) -> Path:
+    """The directory of ``model``'s files from the hub, of its weights those like ``weights``."""
     # Imported only where it is needed, so that a wrong option is refused at once.
     from huggingface_hub import snapshot_download
 
-    weights = _HUB_WEIGHTS.get(load_format, ("model*.safetensors",))
     try:
-        path: str = snapshot_download(
+        path = snapshot_download(
             model,
-            allow_patterns=[*_HUB_PATTERNS, *weights],
+            allow_patterns=[*_HUB_PATTERNS, weights],
             ignore_patterns=["*/*"],  # other exports of the same model
         )
     except Exception as error:  # the hub's client has many kinds; each means the same to the user
@@ -99,7 +114,7 @@ def _download(model: str, load_format: str) -> str:
         ) from error
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"--model: {model} has no config.json on the hub")
-    return path
+    return Path(path)
 
 
 def resolve_load_format(source: ModelSource, load_format: str) -> LoadFormat:

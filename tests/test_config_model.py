@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from serve.config import ConfigError, parse_args
 from serve.sampling_defaults import SamplingDefaults
@@ -135,6 +137,42 @@ def test_hub_id_is_downloaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "model*.safetensors" in asked[0][1]
     assert not any("safetensors" in pattern for pattern in asked[1][1])
     assert not any("bin" in pattern for _, patterns in asked for pattern in patterns)
+
+
+@pytest.mark.parametrize("stored", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
+@pytest.mark.parametrize("asked", ["auto", "safetensors", "pt", "dummy"])
+def test_hub_weights_of_one_kind_are_downloaded(
+    model: Path, tmp_path: Path, asked: str, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository without safetensors gives its .bin files, unless others were asked for."""
+    hub, here = model, tmp_path / "here"
+    here.mkdir()
+    (hub / "model.safetensors").unlink()
+    (hub / stored).touch()
+    if stored != "pytorch_model.bin":
+        (hub / "pytorch_model.bin.index.json").touch()
+    calls: list[list[str]] = []
+
+    def snapshot_download(
+        repo: str, *, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        calls.append(allow_patterns)
+        names = [file.name for file in hub.iterdir()]
+        for name in filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            shutil.copy(hub / name, here / name)
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    arguments = ["--model", "someone/tiny-llama", "--load-format", asked]
+    if asked == "safetensors":
+        with pytest.raises(ConfigError, match="holds no safetensors weights"):
+            parse_args(arguments, 2)
+    else:
+        assert parse_args(arguments, 2).load_format == ("dummy" if asked == "dummy" else "pt")
+    assert (here / stored).exists() == (asked in ("auto", "pt"))
+    assert len(calls) == (2 if asked == "auto" else 1)
 
 
 def test_hub_out_of_reach() -> None:
