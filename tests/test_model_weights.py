@@ -51,7 +51,7 @@ def fault(path: Path, load_format: str = "auto") -> str:
 def rewrite(path: Path, change: Any) -> None:
     tensors = load_file(path / "model.safetensors")
     change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_faults_are_named_together(tmp_path: Path) -> None:
@@ -80,6 +80,23 @@ def test_a_tied_head_may_be_stored_but_not_differ(tmp_path: Path) -> None:
     assert named["lm_head.weight"] is named["model.embed_tokens.weight"]
     rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
     assert "lm_head.weight is tied" in fault(tmp_path)
+
+
+def test_a_tied_tensor_may_be_stored_under_either_name(tmp_path: Path) -> None:
+    """As the head alone, say, which is where transformers looks too."""
+    write_llama_checkpoint(tmp_path, seed=2, tie=True)
+    expected = build(tmp_path).state_dict()
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    rewrite(tmp_path, rename)
+    model = build(tmp_path).state_dict()
+    assert all(torch.equal(model[name], expected[name]) for name in expected)
+    reference = load_reference(tmp_path).state_dict()
+    assert torch.equal(model["lm_head.weight"], reference["model.embed_tokens.weight"])
+    rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "missing: model.embed_tokens.weight" in fault(tmp_path)
 
 
 def test_an_untied_head_must_be_there(tmp_path: Path) -> None:

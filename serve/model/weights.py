@@ -20,6 +20,7 @@ _DUMMY_STD = 0.02
 
 
 class _Target(NamedTuple):
+    names: list[str]  # more than one if it is tied
     parameter: nn.Parameter
     shard: Shard
 
@@ -37,64 +38,58 @@ def load_weights(
     and on a tensor's name only, not on how it is sharded. ``progress`` hears (tensors done, all).
     Raises one ``ValueError`` that names the tensors missing, left over or of another shape.
     """
-    targets = {name: _Target(p, shard) for name, p, shard in parameter_shards(model)}
+    targets = _targets(model)
     checkpoint = None if load_format == "dummy" else open_checkpoint(path, load_format)
     prefix = getattr(model, "base_prefix", "")
     if checkpoint is not None and prefix:
         checkpoint = with_prefix(checkpoint, prefix)
-    aliases: dict[str, _Target] = {}
     if checkpoint is not None:
-        aliases = _aliases(model, targets, checkpoint)
-        _check(targets, aliases, checkpoint, path)
+        targets = _as_stored(targets, checkpoint, path)
     with StagedCopies(next(model.parameters()).device) as copies:
-        for number, (name, target) in enumerate(targets.items(), start=1):
-            parameter, shard = target
+        for number, (names, parameter, shard) in enumerate(targets, start=1):
             if checkpoint is None:
-                _randomise(parameter, name, shard, seed)
+                _randomise(parameter, names[0], shard, seed)
             else:
-                copies.add(parameter.detach(), checkpoint.read(name, shard))
+                copies.add(parameter.detach(), checkpoint.read(names[0], shard))
             if progress is not None:
                 progress(number, len(targets))
-    for name, (parameter, shard) in aliases.items():
-        assert checkpoint is not None
-        _compare(parameter, checkpoint.read(name, shard), name, path)
+    if checkpoint is not None:
+        for (_, *others), parameter, shard in targets:
+            for name in others:
+                _compare(parameter, checkpoint.read(name, shard), name, path)
 
 
-def _aliases(
-    model: nn.Module, targets: dict[str, _Target], checkpoint: Checkpoint
-) -> dict[str, _Target]:
-    """Second names of tied parameters under which the checkpoint has a tensor as well."""
-    owners = {id(target.parameter): target for target in targets.values()}
+def _targets(model: nn.Module) -> list[_Target]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [_Target(names[id(p)], p, shard) for _, p, shard in parameter_shards(model)]
+
+
+def _as_stored(targets: list[_Target], checkpoint: Checkpoint, path: str) -> list[_Target]:
+    """``targets`` by the names that ``checkpoint`` has: of a tied one any, or several."""
     present = set(checkpoint.names())
-    return {
-        name: owners[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name not in targets and name in present
-    }
-
-
-def _check(
-    targets: dict[str, _Target], aliases: dict[str, _Target], checkpoint: Checkpoint, path: str
-) -> None:
-    present = set(checkpoint.names())
-    wanted = targets | aliases
-    extra = [name for name in present - wanted.keys() if not _BUFFERS.fullmatch(name)]
+    stored = [t._replace(names=[name for name in t.names if name in present]) for t in targets]
+    missing = [t.names[0] for t, found in zip(targets, stored, strict=True) if not found.names]
+    extra = present.difference(*(t.names for t in stored))
     shapes = [
-        f"{name} is {list(checkpoint.shape(name))} instead of {list(shard.shape)}"
-        for name, (_, shard) in wanted.items()
-        if name in present and checkpoint.shape(name) != shard.shape
+        f"{name} is {list(checkpoint.shape(name))} instead of {list(t.shard.shape)}"
+        for t in stored
+        for name in t.names
+        if checkpoint.shape(name) != t.shard.shape
     ]
     faults = [
         f"{what} {_listed(names)}"
         for what, names in (
-            ("missing:", targets.keys() - present),
-            ("left over:", extra),
+            ("missing:", missing),
+            ("left over:", [name for name in extra if not _BUFFERS.fullmatch(name)]),
             ("shape:", shapes),
         )
         if names
     ]
     if faults:
         raise ValueError(f"the weights in {path} do not fit the model; {'; '.join(faults)}")
+    return stored
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:
