@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from serve.model.config_families import FAMILIES
 from serve.model.config_file import load_model_config
@@ -87,18 +88,40 @@ def test_through_prefill_and_decode_ranks(
         assert answer.token_ids == list(reference_greedy(reference, job.prompt_ids, 12))
 
 
-@pytest.mark.parametrize(("variant", "prefix"), [("gpt2", "transformer."), ("opt, 350m", "model.")])
-def test_checkpoints_of_the_bare_model(variant: str, prefix: str, tmp_path: Path) -> None:
-    """As GPT-2 and some of OPT are published: names without their beginning, masks, .bin files."""
-    source = write_variant(tmp_path / "full", variant, seed=1)
-    reference = load_reference(source)
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in reference.state_dict().items()
-        if name.startswith(prefix)
-    }
+@pytest.mark.parametrize(
+    ("variant", "prefix", "with_head"),
+    [
+        ("gpt2", "transformer.", False),
+        ("gpt2", "transformer.", True),
+        ("opt, 350m", "model.", False),
+        ("opt, 350m", "model.", True),
+        ("opt", "model.decoder.", False),
+        ("qwen2", "model.", False),
+        ("qwen2", "model.", True),
+        ("qwen3", "model.", True),
+        ("phi3", "model.", True),
+        ("gemma3", "model.", False),
+        ("internlm2", "model.", True),
+    ],
+)
+def test_checkpoints_of_the_bare_model(
+    variant: str, prefix: str, with_head: bool, tmp_path: Path
+) -> None:
+    """As GPT-2, some of OPT and embedding models are published: names without their beginning,
+    masks, .bin files; a head that is tied may be there as well."""
+    if variant == "internlm2":
+        llama = write_llama_checkpoint(tmp_path / "llama", seed=5)
+        source, reference = write_internlm2(tmp_path / "full", llama), load_reference(llama)
+    else:
+        source = write_variant(tmp_path / "full", variant, seed=1)
+        reference = load_reference(source)
+    full = load_file(source / "model.safetensors")
+    state = {name.removeprefix(prefix): tensor for name, tensor in full.items()}
+    assert not any(name.startswith(prefix) for name in state)
     if variant == "gpt2":
         state |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.ones(())}
+    if with_head and variant != "internlm2":
+        state["lm_head.weight"] = reference.state_dict()["lm_head.weight"]
     path = tmp_path / "bare"
     path.mkdir()
     torch.save(state, path / "pytorch_model.bin")

@@ -105,6 +105,22 @@ def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
     assert "missing: lm_head.weight" in fault(tmp_path)
 
 
+def test_a_tensor_by_its_long_and_its_short_name_is_left_over(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=3)
+    rewrite(tmp_path, lambda tensors: tensors.update({"norm.weight": torch.ones(64)}))
+    assert "left over: norm.weight" in fault(tmp_path)
+
+    def shorten(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        tensors["layers.2.mlp.up_proj.weight"] = torch.zeros(2)
+        del tensors["embed_tokens.weight"]
+
+    rewrite(tmp_path, shorten)
+    message = fault(tmp_path)
+    assert "missing: model.embed_tokens.weight; left over: layers.2.mlp.up_proj.weight" in message
+
+
 @pytest.mark.parametrize("size", [0, 5, 200, -7])
 def test_a_truncated_safetensors_file(tmp_path: Path, size: int) -> None:
     file = write_llama_checkpoint(tmp_path, seed=4) / "model.safetensors"

@@ -85,30 +85,41 @@ class TorchCheckpoint:
         return take(self._tensors[name], shard)
 
 
-class PrefixedCheckpoint:
-    """A checkpoint whose names all lack the same beginning."""
+class RenamedCheckpoint:
+    """A checkpoint whose tensors go by names that its files do not use."""
 
-    def __init__(self, inner: Checkpoint, prefix: str) -> None:
-        self._inner, self._prefix = inner, f"{prefix}."
+    def __init__(self, inner: Checkpoint, names: dict[str, str]) -> None:
+        """``names``: by the name that a tensor goes by, the one that ``inner`` has for it."""
+        self._inner, self._names = inner, names
 
     def names(self) -> Iterable[str]:
         """See ``Checkpoint``."""
-        return [self._prefix + name for name in self._inner.names()]
+        return self._names.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See ``Checkpoint``."""
-        return self._inner.shape(name.removeprefix(self._prefix))
+        return self._inner.shape(self._names[name])
 
     def read(self, name: str, shard: Shard) -> Tensor:
         """See ``Checkpoint``."""
-        return self._inner.read(name.removeprefix(self._prefix), shard)
+        return self._inner.read(self._names[name], shard)
 
 
-def with_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
-    """``checkpoint`` by names that begin with ``prefix``, which the bare model's go without."""
-    if any(name.startswith(f"{prefix}.") for name in checkpoint.names()):
-        return checkpoint
-    return PrefixedCheckpoint(checkpoint, prefix)
+def with_prefix(checkpoint: Checkpoint, prefix: str, wanted: set[str]) -> Checkpoint:
+    """``checkpoint`` by ``wanted`` names, also where its own lack ``prefix`` or its first parts.
+
+    So bare models are published: without what the modules around them add to their tensors' names.
+    """
+    parts = prefix.split(".")
+    beginnings = [".".join(parts[: n + 1]) + "." for n in range(len(parts))]
+    free = wanted.difference(checkpoint.names())
+    names: dict[str, str] = {}
+    for name in checkpoint.names():
+        longer = [] if name in wanted else [beginning + name for beginning in beginnings]
+        full = next((one for one in longer if one in free), name)
+        free.discard(full)  # of two tensors for one name the second is left over
+        names[full] = name
+    return RenamedCheckpoint(checkpoint, names)
 
 
 def take(tensor: Tensor, shard: Shard) -> Tensor:

@@ -259,6 +259,8 @@ class CausalLM(nn.Module, ABC):
     Parameters are uninitialised until weights are loaded.
     """
 
+    base_prefix = "model"  # which checkpoints of the bare model go without
+
     def __init__(self, build: Build) -> None:
         super().__init__()
         layers = (self.make_layer(build, layer) for layer in range(build.config.num_layers))

@@ -103,6 +103,8 @@ class InternLM2Model(Stack):
 class InternLM2ForCausalLM(nn.Module):
     """The language model."""
 
+    base_prefix = "model"  # which checkpoints of the bare model go without
+
     def __init__(self, build: Build) -> None:
         super().__init__()
         self.model = InternLM2Model(build)

@@ -130,7 +130,7 @@ class OPTModel(nn.Module):
 class OPTForCausalLM(nn.Module):
     """The language model."""
 
-    base_prefix = "model"  # which checkpoints of the bare model go without
+    base_prefix = "model.decoder"  # of which checkpoints of bare models lack "model", or all
 
     def __init__(self, build: Build) -> None:
         super().__init__()

@@ -39,11 +39,11 @@ def load_weights(
     Raises one ``ValueError`` that names the tensors missing, left over or of another shape.
     """
     targets = _targets(model)
-    checkpoint = None if load_format == "dummy" else open_checkpoint(path, load_format)
-    prefix = getattr(model, "base_prefix", "")
-    if checkpoint is not None and prefix:
-        checkpoint = with_prefix(checkpoint, prefix)
-    if checkpoint is not None:
+    checkpoint = None
+    if load_format != "dummy":
+        wanted = {name for target in targets for name in target.names}
+        checkpoint = open_checkpoint(path, load_format)
+        checkpoint = with_prefix(checkpoint, getattr(model, "base_prefix", ""), wanted)
         targets = _as_stored(targets, checkpoint, path)
     with StagedCopies(next(model.parameters()).device) as copies:
         for number, (names, parameter, shard) in enumerate(targets, start=1):
