@@ -92,6 +92,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma3, caps": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "num_hidden_layers": 3,
+            "attn_logit_softcapping": 0.2,  # which transformers does not apply
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "gpt2": ("GPT2Config", {}),
     "gpt2, wide": ("GPT2Config", {"n_inner": 100, "activation_function": "gelu"}),
     "opt": ("OPTConfig", {"ffn_dim": 96}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -138,6 +139,22 @@ def test_every_architecture_is_tried() -> None:
     tried = {transformers.AutoModelForCausalLM._model_mapping[kind].__name__ for kind in kinds}
     # Llama has tests of its own, and InternLM2 no class.
     assert FAMILIES.keys() == tried | {"LlamaForCausalLM", "InternLM2ForCausalLM"}
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "gemma2", "gemma3", "gpt2", "opt"])
+def test_attention_to_what_follows_is_refused(variant: str, tmp_path: Path) -> None:
+    """As models for embeddings have it, which transformers honours in every family."""
+    file = write_variant(tmp_path, variant, seed=1) / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"is_causal": True, "use_bidirectional_attention": None}))
+    load_model_config(str(tmp_path))
+    file.write_text(json.dumps(config | {"is_causal": False}))
+    with pytest.raises(ValueError, match="is_causal False is not supported"):
+        load_model_config(str(tmp_path))
+    if variant.startswith("gemma"):
+        file.write_text(json.dumps(config | {"use_bidirectional_attention": True}))
+        with pytest.raises(ValueError, match="use_bidirectional_attention True"):
+            load_model_config(str(tmp_path))
 
 
 def test_longrope_depends_on_the_context_that_is_served(tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"architecture {names} is not supported; supported: {supported}")
     if data.get("quantization_config") is not None:
         raise ValueError("quantization_config is not supported; supported: plain weights, GGUF")
-    return FAMILIES[names[0]](Fields(data))
+    fields = Fields(data)
+    fields.only("is_causal", True)  # embedding models see what follows as well
+    return FAMILIES[names[0]](fields)
 
 
 def _llama(fields: Fields) -> ModelConfig:
@@ -126,12 +128,15 @@ def _phi3(fields: Fields) -> ModelConfig:
 def _gemma2(fields: Fields) -> ModelConfig:
     """Every other layer has a window."""
     types = ["full_attention" if layer % 2 else "sliding_attention" for layer in layers_of(fields)]
-    return _gemma(fields, types, attention_softcap=50.0, logit_softcap=30.0)
+    cap = _softcap(fields, "attn_logit_softcapping", 50.0)
+    return _gemma(fields, types, attention_softcap=cap, logit_softcap=30.0)
 
 
 def _gemma3(fields: Fields) -> ModelConfig:
-    """Five of six layers have a window and a rotation of their own; queries and keys are normed."""
-    fields.only("use_bidirectional_attention", False)
+    """Five of six layers have a window and a rotation of their own; queries and keys are normed.
+
+    ``attn_logit_softcapping`` is Gemma 2's: a Gemma 3 may name it, but does not cap its scores.
+    """
     pattern = fields.count("sliding_window_pattern", 6)
     types = [
         "sliding_attention" if (i + 1) % pattern else "full_attention" for i in layers_of(fields)
@@ -156,10 +161,10 @@ def _gemma(
     fields: Fields,
     types: list[str],
     *,
-    attention_softcap: float | None = None,
     logit_softcap: float | None = None,
     **changes: Any,
 ) -> ModelConfig:
+    fields.only("use_bidirectional_attention", False)
     window = fields.count("sliding_window", 4096)
     hidden_size = fields.count("hidden_size")
     bias = fields.flag("attention_bias")
@@ -176,7 +181,6 @@ def _gemma(
         attention_bias=bias,
         attention_output_bias=bias,
         attention_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=_softcap(fields, "attn_logit_softcapping", attention_softcap),
         logit_softcap=_softcap(fields, "final_logit_softcapping", logit_softcap),
         embedding_scale=hidden_size**0.5,
         **changes,
