@@ -32,12 +32,13 @@ _ALL_SPACES = -1
 def load_tokenizer(path: str, model_path: str, chat_template: str | None) -> Tokenizer:
     """The tokenizer of a directory or a ``.gguf`` file on this machine.
 
-    ``chat_template`` replaces the tokenizer's own; where neither exists, ``chat_template.jinja`` of
-    the directory ``model_path`` is taken. ``ValueError``, in one line, if there is no usable one.
+    ``chat_template`` replaces the tokenizer's own: ``chat_template.jinja`` in its directory, else
+    what its configuration or metadata has, else ``chat_template.jinja`` in the directory
+    ``model_path``. ``ValueError``, in one line, if there is no usable one.
     """
     try:
         fast = load_fast(Path(path))
-        template = chat_template or _own_template(fast, Path(model_path))
+        template = chat_template or _own_template(fast, Path(path), Path(model_path))
         tokenizer = Tokenizer(fast, template)
     except Exception as error:  # whatever a broken checkpoint makes transformers raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -153,10 +154,13 @@ class Tokenizer:
                 raise ValueError(f"chat template, line {cause.lineno}: {cause.message}") from cause
 
 
-def _own_template(fast: PreTrainedTokenizerFast, model_path: Path) -> str | None:
-    if fast.chat_template:
-        return str(fast.get_chat_template())
-    file = model_path / "chat_template.jinja"
+def _own_template(fast: PreTrainedTokenizerFast, path: Path, model_path: Path) -> str | None:
+    configured = str(fast.get_chat_template()) if fast.chat_template else None
+    return _read_template(path) or configured or _read_template(model_path)
+
+
+def _read_template(directory: Path) -> str | None:
+    file = directory / "chat_template.jinja"
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 

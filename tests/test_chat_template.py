@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
@@ -10,6 +12,7 @@ from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from serve.tokenizer import Tokenizer, load_tokenizer
+from tests.sentencepiece_models import model
 from tests.test_tokenizer import smollm2
 
 
@@ -25,12 +28,16 @@ def test_chat_template_of_the_model() -> None:
     assert closed.endswith("Hi<|im_end|>\n")
 
 
+def _fast() -> FastTokenizer:
+    fast = FastTokenizer(models.BPE({"a": 0}, []))
+    fast.decoder = decoders.ByteLevel()
+    return fast
+
+
 def _with_template(
     tmp_path: Path, template: str | None, model_path: Path | None = None
 ) -> Tokenizer:
-    fast = FastTokenizer(models.BPE({"a": 0}, []))
-    fast.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=fast).save_pretrained(str(tmp_path))
+    PreTrainedTokenizerFast(tokenizer_object=_fast()).save_pretrained(str(tmp_path))
     return load_tokenizer(str(tmp_path), str(model_path or tmp_path), template)
 
 
@@ -40,11 +47,49 @@ def test_a_given_template_overrides_and_sees_its_variables(tmp_path: Path) -> No
 
 
 def test_the_template_of_the_models_directory_serves_a_bare_tokenizer(tmp_path: Path) -> None:
-    model, bare = tmp_path / "model", tmp_path / "bare"
-    model.mkdir()
-    (model / "chat_template.jinja").write_text("T {{ messages[0].content }}")
-    tokenizer = _with_template(bare, None, model)
+    other, bare = tmp_path / "model", tmp_path / "bare"
+    other.mkdir()
+    (other / "chat_template.jinja").write_text("T {{ messages[0].content }}")
+    tokenizer = _with_template(bare, None, other)
     assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "T x"
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+def _write_tokenizer(directory: Path, file: str, template: Any, jinja: str | None) -> None:
+    """A tokenizer of one kind with ``template`` in its configuration and ``jinja`` beside it."""
+    directory.mkdir()
+    config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "chat_template": template}
+    if file == "tokenizer.json":
+        _fast().save(str(directory / file))
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        (directory / file).write_bytes(model("bpe-bytes"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    if jinja is not None:
+        (directory / "chat_template.jinja").write_text(jinja)
+
+
+@pytest.mark.parametrize("file", TOKENIZERS)
+@pytest.mark.parametrize("jinja", ["beside", None])
+@pytest.mark.parametrize("template", ["configured", "named", None])
+@pytest.mark.parametrize("of_model", ["of the model", None])
+def test_the_nearest_template_is_taken(
+    tmp_path: Path, file: str, jinja: str | None, template: str | None, of_model: str | None
+) -> None:
+    configured: Any = template
+    if template == "named":
+        configured = [{"name": name, "template": f"named {name}"} for name in ("rag", "default")]
+    _write_tokenizer(tmp_path / "tokenizer", file, configured, jinja)
+    (tmp_path / "model").mkdir()
+    if of_model:
+        (tmp_path / "model" / "chat_template.jinja").write_text(of_model)
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"), str(tmp_path / "model"), None)
+    expected = jinja or ("named default" if template == "named" else template) or of_model
+    assert tokenizer.has_chat_template == (expected is not None)
+    if expected is not None:
+        assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == expected
 
 
 def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
