@@ -13,6 +13,7 @@ padding are switched off there, for good.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from serve.tokenizer_files import load_fast
 if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
 
 UNKNOWN = "\ufffd".encode()  # what an id without a token reads as
 _ALL_SPACES = -1
@@ -155,8 +158,15 @@ class Tokenizer:
 
 
 def _own_template(fast: PreTrainedTokenizerFast, path: Path, model_path: Path) -> str | None:
-    configured = str(fast.get_chat_template()) if fast.chat_template else None
-    return _read_template(path) or configured or _read_template(model_path)
+    named = fast.chat_template if isinstance(fast.chat_template, dict) else {}
+    configured = named.get("default") if named else fast.chat_template
+    template = _read_template(path) or configured or _read_template(model_path)
+    if named and not template:
+        log.warning(
+            "no chat: of the chat templates %s none is called default; --chat-template chooses one",
+            ", ".join(sorted(named)),
+        )
+    return template or None
 
 
 def _read_template(directory: Path) -> str | None:

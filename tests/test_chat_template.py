@@ -92,6 +92,25 @@ def test_the_nearest_template_is_taken(
         assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == expected
 
 
+@pytest.mark.parametrize("file", TOKENIZERS)
+def test_named_templates_without_a_default_leave_the_choice(
+    tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = [{"name": name, "template": name} for name in ("tool_use", "rag")]
+    path = tmp_path / "tokenizer"
+    _write_tokenizer(path, file, named, None)
+    assert not load_tokenizer(str(path), str(path), None).has_chat_template
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "rag, tool_use" in record.message and "--chat-template" in record.message
+    caplog.clear()
+    given = load_tokenizer(str(path), str(path), "given {{ messages[0].content }}")
+    assert given.render_chat([{"role": "user", "content": "x"}]) == "given x"
+    (tmp_path / "chat_template.jinja").write_text("of the model")
+    assert load_tokenizer(str(path), str(tmp_path), None).has_chat_template
+    assert not caplog.records
+
+
 def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
     tokenizer = _with_template(tmp_path, None)
     assert not tokenizer.has_chat_template
