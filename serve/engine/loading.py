@@ -74,6 +74,18 @@ def load_rank(setup: RankSetup, progress: Progress) -> Loaded:
 
     Raises ``ValueError`` with one line for a checkpoint or a memory setting that cannot be served.
     """
+    try:
+        return _load_rank(setup, progress)
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:2])
+        raise ValueError(
+            f"rank {setup.place.rank}: {setup.device} is too small for its part: {reason}. Give "
+            "replicas more ranks (--replica-spec), or lower --max-num-batched-tokens, "
+            "--max-num-seqs or --kv-push-bytes"
+        ) from error
+
+
+def _load_rank(setup: RankSetup, progress: Progress) -> Loaded:
     backend: Backend = "nccl" if setup.device.type == "cuda" else "gloo"
     routes = find_routes(setup)
     _check_transport(setup, routes)

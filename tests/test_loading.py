@@ -1,0 +1,32 @@
+"""What a rank says that cannot be loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from serve.comm.topology import Place, build_topology
+from serve.config import parse_args
+from serve.engine import loading
+from serve.engine.rank_setup import RankSetup
+
+
+def test_a_device_that_is_too_small_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's own text, what was wanted; not the paragraph about fragmentation."""
+    said = (
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB "
+        "of which 3.00 GiB is free. If reserved but unallocated memory is large try setting\n..."
+    )
+
+    def build_model(*_: object) -> None:
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr(loading, "build_model", build_model)
+    config = parse_args(["--mode", "colocated"], 1)
+    topology = build_topology(config.replica_specs, 0, mixed=True)
+    setup = RankSetup(config, topology, Place(0, 1, 0, 1), torch.device("cpu"))
+    with pytest.raises(ValueError) as caught:
+        loading.load_rank(setup, lambda done, total: None)
+    text = str(caught.value)
+    assert "\n" not in text and "rank 0: cpu is too small" in text
+    assert "Tried to allocate 20.00 GiB. Give replicas more ranks (--replica-spec)" in text
