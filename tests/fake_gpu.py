@@ -15,6 +15,7 @@ from serve.comm.messages import (
     NUM_STAGING_SLOTS,
     Entry,
     PostReceive,
+    SampleRow,
     Send,
     Step,
     StepSequence,
@@ -104,6 +105,7 @@ class Node:
     staging: dict[tuple[int, int], list[Block]] = field(default_factory=dict)
     results: deque[list[int]] = field(default_factory=deque)
     sampled: list[int] = field(default_factory=list)  # by the last step
+    expected: dict[str, list[int]] = field(default_factory=dict)  # outputs, by request
 
     def __post_init__(self) -> None:
         self.pool = self.replica._pool
@@ -169,19 +171,32 @@ class Node:
         wires.sent[key] = [list(self.cache[block]) for block in send.block_ids]
 
     def _step(self, step: Step) -> list[int]:
-        tokens = []
+        tokens: list[int] = []
         before, known = self.sampled, range(VOCAB_SIZE)
         for sequence in step.sequences:
             for position, token in enumerate(sequence.token_ids, sequence.start):
                 value = token if token in known else before[known.start - 1 - token]
                 self._compute(sequence.block_table, position, value)
             if sequence.sample:
+                self._check_history(step.rows[len(tokens)], value)
                 last = sequence.start + len(sequence.token_ids) - 1
                 seen = range(self.model.first_seen(last), last + 1)
                 table = sequence.block_table
                 tokens.append(self.model.next_token([self._read(table, i) for i in seen]))
         self.sampled = tokens
         return tokens
+
+    def _check_history(self, row: SampleRow, input_id: int) -> None:
+        """What penalties look at is the prompt, and all that was sampled before."""
+        if not row.request.sampling.has_penalties:
+            return
+        assert set(row.prompt_ids) == set(row.request.prompt_ids)
+        if row.request.id not in self.expected:
+            self.expected[row.request.id] = self.model.expected_output(row.request)
+        expected = self.expected[row.request.id]
+        if row.output_index <= len(expected):  # else it has ended, and nobody wants the token
+            history = [*row.output_ids, *([input_id] if row.is_pending else [])]
+            assert history == expected[: row.output_index]
 
     def _compute(self, table: tuple[int, ...], position: int, token: int) -> None:
         if self.model.window is not None:

@@ -210,7 +210,9 @@ def random_request(rng: random.Random, number: int, max_total: int) -> Request:
         id=f"r{number}",
         prompt_ids=tuple(rng.randrange(VOCAB_SIZE) for _ in range(length)),
         sampling=SamplingParams(
-            max_tokens=rng.randint(1, max_total - length), ignore_eos=rng.random() < 0.5
+            max_tokens=rng.randint(1, max_total - length),
+            ignore_eos=rng.random() < 0.5,
+            repetition_penalty=rng.choice((1.0, 1.3)),  # what it looks at is checked
         ),
     )
 
