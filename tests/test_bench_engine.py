@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench import sampling
 from bench.decode_beside_push import Times, summarise
 from bench.decode_gaps import EDGE, Span, measure_idle, read_spans
 from tests.checkpoints import write_llama_checkpoint
@@ -72,6 +73,15 @@ def test_decode_beside_push(model: Path) -> None:
         for q in ("p50", "p99"):
             over = found[f"{name}_itl_{q}_ms"] / found[f"undisturbed_itl_{q}_ms"]
             assert found[f"{name}_over_undisturbed_{q}"] == pytest.approx(over)
+
+
+def test_sampling(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rows", "1", "3", "--vocab-size", "500", "--prompt-tokens", "40"]
+    sampling.main([*options, "--output-tokens", "7"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["rows"] for one in found] == [1] * len(sampling.KINDS) + [3] * len(sampling.KINDS)
+    assert [one["sampling"] for one in found] == [*sampling.KINDS] * 2
+    assert all(0 < one["host_ms"] <= one["ms"] and one["copy_of_logits_ms"] > 0 for one in found)
 
 
 def test_prefill_beside_streams(model: Path) -> None:

@@ -1,0 +1,117 @@
+"""What it costs to choose the next tokens of a batch, by the parameters that requests ask for.
+
+    python -m bench.sampling [--rows 1 64 256] [--vocab-size 128256] [--prompt-tokens 8000]
+
+Prints one JSON object for each kind of sampling and number of rows: milliseconds from the call to
+the ids, those of them in which the host was busy, and how long the device takes to copy the logits,
+beside which the rest can be judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from serve.comm.messages import SampleRow
+from serve.comm.topology import read_place
+from serve.engine.sampler import sample
+from serve.engine.sequence import Sequence as TokenSequence
+from serve.node import pick_device
+from serve.request import Request, SamplingParams
+
+NUM_ROUNDS = 20
+KINDS: tuple[dict[str, float], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 0.0, "repetition_penalty": 1.1},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+    {"temperature": 1.0, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every kind with every number of rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--vocab-size", type=int, default=128256)
+    parser.add_argument("--prompt-tokens", type=int, default=8000, help="of each row")
+    parser.add_argument("--output-tokens", type=int, default=500, help="of each row, so far")
+    args = parser.parse_args(argv)
+    device = pick_device(read_place(os.environ))
+    rng = random.Random(0)
+    for num_rows in args.rows:
+        tokens = [
+            rng.choices(range(args.vocab_size), k=args.prompt_tokens + args.output_tokens)
+            for _ in range(num_rows)
+        ]
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        logits = torch.randn(num_rows, args.vocab_size, device=device, dtype=dtype) * 3
+        copy_ms, _ = _median_ms(logits.clone, device)
+        for kind in KINDS:
+            run = _sampling(logits, _rows(tokens, args.prompt_tokens, kind))
+            total_ms, host_ms = _median_ms(run, device)
+            found = {"ms": total_ms, "host_ms": host_ms, "copy_of_logits_ms": copy_ms}
+            print(json.dumps({"sampling": kind, "rows": num_rows} | found), flush=True)
+
+
+def _rows(
+    tokens: list[list[int]], num_prompt_tokens: int, kind: dict[str, Any]
+) -> Callable[[], list[SampleRow]]:
+    """Makes the rows of one step, as it is done for every step."""
+    sequences = []
+    for number, ids in enumerate(tokens):
+        sampling = SamplingParams(max_tokens=1 << 20, seed=number, **kind)
+        prompt = tuple(ids[:num_prompt_tokens])
+        request = Request(id=str(number), prompt_ids=prompt, sampling=sampling)
+        sequences.append(TokenSequence(request, number, True, ids))
+
+    def make() -> list[SampleRow]:
+        return [
+            SampleRow(s.request, s.num_output_tokens, (), s.copy_outputs(), s.prompt_set())
+            if s.request.sampling.has_penalties
+            else SampleRow(s.request, s.num_output_tokens)
+            for s in sequences
+        ]
+
+    return make
+
+
+def _sampling(logits: Tensor, rows: Callable[[], list[SampleRow]]) -> Callable[[], object]:
+    tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    if not logits.is_cuda:
+        return lambda: sample(logits.clone(), rows(), tokens)
+    from serve.engine.gpu_sampler import sample_on_gpu
+
+    input_ids = tokens.clone()
+    return lambda: sample_on_gpu(logits, rows(), input_ids, tokens)
+
+
+@torch.inference_mode()
+def _median_ms(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Until ``run`` is done, and until it has returned."""
+    totals, hosts = [], []
+    for _ in range(NUM_ROUNDS + 3):
+        begun_s = time.perf_counter()
+        run()
+        returned_s = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        totals.append(1e3 * (time.perf_counter() - begun_s))
+        hosts.append(1e3 * (returned_s - begun_s))
+    return statistics.median(totals[3:]), statistics.median(hosts[3:])
+
+
+if __name__ == "__main__":
+    main()
