@@ -50,14 +50,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=8192)
     parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--kv-transport", choices=("p2p", "symm"), default="p2p")
     args, server_options = parser.parse_known_args()
     place = read_place(os.environ)
     if place.world_size != 2:
         parser.error("two ranks are wanted: one that prefills and one that decodes")
     argv = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
-    argv += ["--kv-transport", args.kv_transport, *server_options]
-    config = parse_args([*argv, "--max-model-len", str(args.prompt_tokens + 64)], 2)
+    argv += ["--max-model-len", str(args.prompt_tokens + 64)]
+    config = parse_args([*argv, *server_options], 2)
     device, result = asyncio.run(_serve(config, place, args))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     block_size = config.block_size or preferred_block_size(device)

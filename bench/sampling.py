@@ -24,7 +24,9 @@ from torch import Tensor
 from serve.comm.messages import SampleRow
 from serve.comm.topology import read_place
 from serve.engine.sampler import sample
+from serve.engine.scheduler import Batch, Chunk
 from serve.engine.sequence import Sequence as TokenSequence
+from serve.engine.step import build_step
 from serve.node import pick_device
 from serve.request import Request, SamplingParams
 
@@ -68,33 +70,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _rows(
     tokens: list[list[int]], num_prompt_tokens: int, kind: dict[str, Any]
-) -> Callable[[], list[SampleRow]]:
-    """Makes the rows of one step, as it is done for every step."""
-    sequences = []
+) -> Callable[[], tuple[SampleRow, ...]]:
+    """Plans the rows of one decode step."""
+    chunks = []
     for number, ids in enumerate(tokens):
         sampling = SamplingParams(max_tokens=1 << 20, seed=number, **kind)
         prompt = tuple(ids[:num_prompt_tokens])
         request = Request(id=str(number), prompt_ids=prompt, sampling=sampling)
-        sequences.append(TokenSequence(request, number, True, ids))
-
-    def make() -> list[SampleRow]:
-        return [
-            SampleRow(s.request, s.num_output_tokens, (), s.copy_outputs(), s.prompt_set())
-            if s.request.sampling.has_penalties
-            else SampleRow(s.request, s.num_output_tokens)
-            for s in sequences
-        ]
-
-    return make
+        sequence = TokenSequence(request, number, True, ids, num_pending=1)
+        chunks.append(Chunk(sequence, len(ids) - 1, 1, True, None, 0))
+    batch = Batch(tuple(chunks), (), ())
+    return lambda: build_step(0, batch, ()).rows
 
 
-def _sampling(logits: Tensor, rows: Callable[[], list[SampleRow]]) -> Callable[[], object]:
-    tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+def _sampling(logits: Tensor, rows: Callable[[], Sequence[SampleRow]]) -> Callable[[], object]:
+    input_ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     if not logits.is_cuda:
-        return lambda: sample(logits.clone(), rows(), tokens)
+        return lambda: sample(logits.clone(), rows(), input_ids)
     from serve.engine.gpu_sampler import sample_on_gpu
 
-    input_ids = tokens.clone()
+    tokens = torch.empty_like(input_ids)
     return lambda: sample_on_gpu(logits, rows(), input_ids, tokens)
 
 

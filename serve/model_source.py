@@ -26,7 +26,7 @@ _HUB_WEIGHTS = {
     "auto": ("model*.safetensors", "pytorch_model*.bin"),
     "safetensors": ("model*.safetensors",),
     "pt": ("pytorch_model*.bin",),
-    "dummy": ("config.json",),
+    "dummy": ("config.json",),  # no weights: a file that comes in any case
 }
 _HUB_PATTERNS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 

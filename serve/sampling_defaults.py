@@ -10,15 +10,15 @@ from typing import Any
 from serve.model.config_file import read_generation_config
 from serve.request import SamplingParams
 
-# Lowest and highest value, as in a request.
-_LEAST = math.ulp(0.0)
-_RANGES: dict[str, tuple[float, float]] = {
+# Lowest and highest value, also of a request's own.
+RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
-    "top_p": (_LEAST, 1.0),
+    "top_p": (0.0, 1.0),
     "top_k": (-1, math.inf),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (_LEAST, 1000.0),
+    "repetition_penalty": (0.0, 1000.0),
 }
+_ABOVE_ZERO = ("top_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def read_sampling_defaults(model: Path) -> SamplingDefaults:
     ``ValueError`` with one line.
     """
     given = read_generation_config(model)
-    found = {name: given[name] for name in _RANGES if given.get(name) is not None}
+    found = {name: given[name] for name in RANGES if given.get(name) is not None}
     for name, value in found.items():
         if not _is_served(name, value):
             raise ValueError(f"{model}: generation_config.json: {name} {value!r} is not supported")
@@ -61,6 +61,8 @@ def read_sampling_defaults(model: Path) -> SamplingDefaults:
 
 
 def _is_served(name: str, value: Any) -> bool:
-    low, high = _RANGES[name]
+    low, high = RANGES[name]
     is_number = isinstance(value, int if name == "top_k" else int | float)
-    return is_number and not isinstance(value, bool) and low <= value <= high
+    if not is_number or isinstance(value, bool) or not low <= value <= high:
+        return False
+    return value > 0 or name not in _ABOVE_ZERO

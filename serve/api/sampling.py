@@ -9,6 +9,7 @@ from serve.api.body import Body, is_integer, is_number
 from serve.api.errors import ApiError
 from serve.api.settings import Api
 from serve.request import SamplingParams
+from serve.sampling_defaults import RANGES
 
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024  # of one stop string: each new token is held against all of them
@@ -95,10 +96,10 @@ def read_sampling(body: Body, api: Api, max_tokens: int) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
         seed=body.integer("seed", 0),
-        temperature=body.number("temperature", defaults.temperature, 0.0, 2.0),
+        temperature=body.number("temperature", defaults.temperature, *RANGES["temperature"]),
         top_p=_top_p(body, defaults.top_p),
         top_k=min(max(0, top_k), api.settings.vocab_size),
-        min_p=body.number("min_p", defaults.min_p, 0.0, 1.0),
+        min_p=body.number("min_p", defaults.min_p, *RANGES["min_p"]),
         presence_penalty=body.number("presence_penalty", 0.0, -_MAX_PENALTY, _MAX_PENALTY),
         frequency_penalty=body.number("frequency_penalty", 0.0, -_MAX_PENALTY, _MAX_PENALTY),
         repetition_penalty=_repetition_penalty(body, defaults.repetition_penalty),
@@ -122,14 +123,14 @@ def read_max_tokens(body: Body, default: int) -> int:
 
 
 def _top_p(body: Body, default: float) -> float:
-    top_p = body.number("top_p", default, 0.0, 1.0)
+    top_p = body.number("top_p", default, *RANGES["top_p"])
     if top_p == 0.0:
         raise ApiError("top_p must be in (0, 1], got 0", param="top_p")
     return top_p
 
 
 def _repetition_penalty(body: Body, default: float) -> float:
-    penalty = body.number("repetition_penalty", default, 0.0, 1000.0)
+    penalty = body.number("repetition_penalty", default, *RANGES["repetition_penalty"])
     if penalty == 0.0:
         raise ApiError("repetition_penalty must be above 0", param="repetition_penalty")
     return penalty

@@ -16,7 +16,7 @@ from torch import Tensor
 from serve.comm.messages import SampleRow
 from serve.engine.device_copy import to_device
 
-_MAX_PLACES = 1 << 20  # of one copy to the device: 8 MiB
+_MAX_PLACES = 1 << 20  # of one copy to the device: 8 MiB, for which warm_up has pinned memory
 _MAX_ELEMENTS = 1 << 24  # of logits that are worked on at once
 
 
