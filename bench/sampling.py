@@ -23,6 +23,7 @@ from torch import Tensor
 
 from serve.comm.messages import SampleRow
 from serve.comm.topology import read_place
+from serve.engine.penalties import Penalties
 from serve.engine.sampler import sample
 from serve.engine.scheduler import Batch, Chunk
 from serve.engine.sequence import Sequence as TokenSequence
@@ -31,6 +32,7 @@ from serve.node import pick_device
 from serve.request import Request, SamplingParams
 
 NUM_ROUNDS = 20
+INPUT_ID = 7
 KINDS: tuple[dict[str, float], ...] = (
     {"temperature": 0.0},
     {"temperature": 1.0},
@@ -71,26 +73,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _rows(
     tokens: list[list[int]], num_prompt_tokens: int, kind: dict[str, Any]
 ) -> Callable[[], tuple[SampleRow, ...]]:
-    """Plans the rows of one decode step."""
-    chunks = []
+    """Plans the rows of one decode step after another."""
+    sequences = []
     for number, ids in enumerate(tokens):
         sampling = SamplingParams(max_tokens=1 << 20, seed=number, **kind)
         prompt = tuple(ids[:num_prompt_tokens])
         request = Request(id=str(number), prompt_ids=prompt, sampling=sampling)
-        sequence = TokenSequence(request, number, True, ids, num_pending=1)
-        chunks.append(Chunk(sequence, len(ids) - 1, 1, True, None, 0))
-    batch = Batch(tuple(chunks), (), ())
-    return lambda: build_step(0, batch, ()).rows
+        sequences.append(TokenSequence(request, number, True, list(ids), num_pending=1))
+
+    def plan() -> tuple[SampleRow, ...]:
+        for sequence in sequences:
+            sequence.token_ids.append(INPUT_ID)
+        chunks = [Chunk(one, len(one.token_ids) - 1, 1, True, None, 0) for one in sequences]
+        return build_step(0, Batch(tuple(chunks), (), ()), ()).rows
+
+    return plan
 
 
 def _sampling(logits: Tensor, rows: Callable[[], Sequence[SampleRow]]) -> Callable[[], object]:
-    input_ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    input_ids = torch.full((len(logits),), INPUT_ID, device=logits.device)
+    penalties = Penalties(len(logits))
     if not logits.is_cuda:
-        return lambda: sample(logits.clone(), rows(), input_ids)
+        return lambda: sample(logits.clone(), rows(), input_ids, penalties)
     from serve.engine.gpu_sampler import sample_on_gpu
 
     tokens = torch.empty_like(input_ids)
-    return lambda: sample_on_gpu(logits, rows(), input_ids, tokens)
+    return lambda: sample_on_gpu(logits, rows(), input_ids, penalties, tokens)
 
 
 @torch.inference_mode()

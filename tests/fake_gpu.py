@@ -190,13 +190,12 @@ class Node:
         """What penalties look at is the prompt, and all that was sampled before."""
         if not row.request.sampling.has_penalties:
             return
-        assert set(row.prompt_ids) == set(row.request.prompt_ids)
         if row.request.id not in self.expected:
             self.expected[row.request.id] = self.model.expected_output(row.request)
         expected = self.expected[row.request.id]
         if row.output_index <= len(expected):  # else it has ended, and nobody wants the token
-            history = [*row.output_ids, *([input_id] if row.is_pending else [])]
-            assert history == expected[: row.output_index]
+            history = [*row.request.prompt_ids, *expected[: row.output_index]]
+            assert [*row.token_ids[: len(history) - 1], input_id] == history
 
     def _compute(self, table: tuple[int, ...], position: int, token: int) -> None:
         if self.model.window is not None:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from serve.comm.messages import SampleRow
 from serve.engine import sampler
+from serve.engine.penalties import Penalties
 from serve.engine.sampler import filter_parameters, is_plain, sample
 from serve.request import Request, SamplingParams
+from tests.penalised_requests import steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -165,7 +167,8 @@ def sampled_here(logits: Tensor, rows: list[SampleRow], input_ids: Tensor) -> li
     """The tokens of the rows that are not plain; 0 for the others."""
     special = pytest.importorskip("serve.engine.gpu_sampler")
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=GPU)
-    special.sample_special(logits.to(GPU), rows, input_ids.to(GPU), tokens)
+    kept = Penalties(len(rows))
+    special.sample_special(logits.to(GPU), rows, input_ids.to(GPU), kept, tokens)
     ids: list[int] = tokens.tolist()
     return ids
 
@@ -191,11 +194,19 @@ def test_tokens_are_those_of_the_reference(
             logit_bias=rng.choice([{}, {3: 5.0, 4: -100.0}]),
         )
         ids = tuple(rng.randrange(vocab_size) for _ in range(20))
-        request = Request(id="r", prompt_ids=ids, sampling=sampling)
-        banned, is_pending = rng.choice([(), (5, 6)]), rng.random() < 0.5
-        rows.append(SampleRow(request, index, banned, ids[:9], ids, is_pending))
+        request = Request(id=str(index), prompt_ids=ids[:11], sampling=sampling)
+        rows.append(SampleRow(request, 10, rng.choice([(), (5, 6)]), ids))
     logits = (torch.randn(len(rows), vocab_size) * 3).to(dtype)
     input_ids = torch.randint(vocab_size, (len(rows),))
-    expected = sample(logits.float().clone(), rows, input_ids).tolist()
+    expected = sample(logits.float().clone(), rows, input_ids, Penalties(len(rows))).tolist()
     wanted = [0 if is_plain(row) else token for row, token in zip(rows, expected, strict=True)]
     assert sampled_here(logits, rows, input_ids) == wanted
+
+
+@pytest.mark.parametrize("max_num_rows", [1, 7, 30])
+def test_penalties_of_requests_that_come_and_go(max_num_rows: int, rng: random.Random) -> None:
+    """See ``tests.test_penalties``; blocks of a row that are not full included."""
+    for vocab_size in (50, 5000):
+        kept = Penalties(max_num_rows)
+        for changed, expected in steps(rng, kept, max_num_rows, vocab_size, GPU):
+            assert torch.allclose(changed.double(), expected, atol=1e-4)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from serve.comm.messages import SampleRow, Step, StepSequence
 from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, build_forward_batch, fill_in
+from serve.engine.penalties import Penalties
 from serve.engine.sampler import plain_parameters, sample
 from serve.model import ops
 from serve.model.attention import PLAIN, Scoring
@@ -332,4 +333,4 @@ def test_plain_rows_are_sampled_as_the_reference_does(
         torch.tensor(streams, device=GPU),
         tokens,
     )
-    assert tokens.tolist() == sample(logits.clone(), rows, tokens).tolist()
+    assert tokens.tolist() == sample(logits.clone(), rows, tokens, Penalties(len(rows))).tolist()

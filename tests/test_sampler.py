@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.engine import penalties, sampler
-from serve.engine.sequence import Sequence
+from serve.engine import sampler
+from serve.engine.penalties import Penalties
 from serve.request import Request, SamplingParams
 
 VOCAB = 50
@@ -28,8 +28,15 @@ def rng() -> random.Random:
 
 
 def sample(logits: Tensor, rows: list[SampleRow]) -> Tensor:
-    """``sampler.sample`` for rows whose history is known."""
-    return sampler.sample(logits, rows, torch.zeros(len(rows), dtype=torch.int64))
+    """``sampler.sample`` for rows that have not been sampled before."""
+    return sampler.sample(logits, rows, _newest(rows), Penalties(len(rows)))
+
+
+def _newest(rows: list[SampleRow]) -> Tensor:
+    return torch.tensor([row.token_ids[-1] for row in rows], dtype=torch.int64)
+
+
+_numbers = itertools.count()
 
 
 def _row(
@@ -40,8 +47,8 @@ def _row(
     **sampling: Any,
 ) -> SampleRow:
     params = SamplingParams(max_tokens=10**6, **sampling)
-    request = Request(id="r", prompt_ids=prompt_ids, sampling=params)
-    return SampleRow(request, index, banned_ids, output_ids, tuple(set(prompt_ids)))
+    request = Request(id=f"r{next(_numbers)}", prompt_ids=prompt_ids, sampling=params)
+    return SampleRow(request, index or len(output_ids), banned_ids, [*prompt_ids, *output_ids])
 
 
 def _logits(rng: random.Random, rows: int, vocab: int = VOCAB, spread: float = 3.0) -> Tensor:
@@ -145,7 +152,7 @@ def _random_row(rng: random.Random) -> SampleRow:
     chosen = {name: rng.choice(values) for name, values in options.items()}
     banned = rng.choice([(), (5, 6, 5)])
     seed = rng.choice([*SEEDS, rng.randrange(-(2**63), 2**63)])
-    return _row(len(output), prompt, output, banned, seed=seed, **chosen)
+    return _row(0, prompt, output, banned, seed=seed, **chosen)
 
 
 def test_a_row_gets_its_token_whatever_stands_beside_it(rng: random.Random) -> None:
@@ -178,11 +185,12 @@ def test_seed_and_index_make_a_difference() -> None:
 def _processed(logits: Tensor, row: SampleRow) -> list[float]:
     params = row.request.sampling
     values = logits.double().tolist()
-    for token in {*row.request.prompt_ids, *row.output_ids}:
+    output_ids = row.token_ids[len(row.request.prompt_ids) :]
+    for token in set(row.token_ids):
         factor = params.repetition_penalty
         values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
-    for token in set(row.output_ids):
-        values[token] -= params.frequency_penalty * row.output_ids.count(token)
+    for token in set(output_ids):
+        values[token] -= params.frequency_penalty * output_ids.count(token)
         values[token] -= params.presence_penalty
     for token, bias in params.logit_bias.items():
         values[token] += bias
@@ -195,59 +203,11 @@ def test_penalties_bias_and_bans_against_a_reference(rng: random.Random) -> None
     rows = [_random_row(rng) for _ in range(100)]
     logits = _logits(rng, len(rows))
     processed = logits.clone()
-    sampler.adjust(processed, rows, torch.zeros(len(rows), dtype=torch.int64))
+    sampler.adjust(processed, rows, _newest(rows), Penalties(len(rows)))
     expected = torch.tensor([_processed(x, r) for x, r in zip(logits, rows, strict=True)])
     assert torch.equal(processed == -math.inf, expected == -math.inf)
     finite = expected > -math.inf
     assert torch.allclose(processed[finite].double(), expected[finite].double(), atol=1e-4)
-
-
-def test_long_histories_are_worked_on_in_parts(
-    rng: random.Random, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However many rows and tokens one part holds, a row longer than that included."""
-    rows = [_random_row(rng) for _ in range(40)]
-    long = tuple(rng.randrange(VOCAB) for _ in range(50))
-    rows[7] = _row(prompt_ids=long, output_ids=long, repetition_penalty=1.2, presence_penalty=0.3)
-    logits = _logits(rng, len(rows))
-    input_ids = torch.tensor([rng.randrange(VOCAB) for _ in rows])
-    whole = logits.clone()
-    penalties.penalise(whole, rows, input_ids)
-    assert not torch.equal(whole, logits)
-    for num_places, num_rows in ((60, 100), (10**6, 3), (1, 1)):
-        monkeypatch.setattr(penalties, "_MAX_PLACES", num_places)
-        monkeypatch.setattr(penalties, "_MAX_ELEMENTS", num_rows * VOCAB)
-        parts = logits.clone()
-        penalties.penalise(parts, rows, input_ids)
-        assert torch.equal(parts, whole)
-
-
-def test_a_token_that_is_not_known_yet_is_penalised(rng: random.Random) -> None:
-    """It is the row's own input, and makes the difference that it would make if it were known."""
-    rows = [_random_row(rng) for _ in range(60)]
-    logits = _logits(rng, len(rows))
-    expected, pending, found = [], [], logits.clone()
-    inputs = [rng.randrange(VOCAB) for _ in rows]
-    for row, token in zip(rows, inputs, strict=True):
-        is_pending = rng.random() < 0.5
-        known = (*row.output_ids, token) if is_pending else row.output_ids
-        expected.append(msgspec.structs.replace(row, output_ids=known))
-        pending.append(msgspec.structs.replace(row, is_pending=is_pending))
-    whole = logits.clone()
-    penalties.penalise(whole, expected, torch.zeros(len(rows), dtype=torch.int64))
-    penalties.penalise(found, pending, torch.tensor(inputs))
-    assert torch.equal(found, whole) and not torch.equal(found, logits)
-
-
-def test_a_sequence_knows_its_history() -> None:
-    """The prompt's ids each once; the output as it grows, and as it came from another replica."""
-    request = Request(id="r", prompt_ids=(5, 3, 5, 3, 9), sampling=SamplingParams(max_tokens=9))
-    sequence = Sequence(request, 0, True, [*request.prompt_ids, 7])
-    assert sorted(sequence.prompt_set()) == sorted(sequence.prompt_set()) == [3, 5, 9]
-    before = sequence.copy_outputs()
-    sequence.token_ids += [7, 1]
-    assert list(before) == [7]
-    assert list(sequence.copy_outputs()) == list(sequence.output_ids) == [7, 7, 1]
 
 
 def test_greedy_rows_see_penalties_bias_and_bans() -> None:

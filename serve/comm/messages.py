@@ -185,17 +185,15 @@ def sampled_by(row: int) -> int:
 class SampleRow(Struct, frozen=True, array_like=True):
     """How to sample one row. Stays on the leader: followers compute logits, the leader samples.
 
-    ``banned_ids`` may not be chosen (end tokens before ``min_tokens``). ``prompt_ids``, each once,
-    and ``output_ids``, in order, are filled only where penalties need them; ``is_pending``: the
-    newest output id is not among these, it is still being sampled and is the row's own input.
+    ``banned_ids`` may not be chosen (end tokens before ``min_tokens``). ``token_ids`` is the prompt
+    and all output before ``output_index``, but for the newest token of that: it is the row's input,
+    and may be unknown yet. The list is the sequence's own and grows: more may stand there.
     """
 
     request: Request
     output_index: int
     banned_ids: tuple[int, ...] = ()
-    output_ids: Sequence[int] = ()
-    prompt_ids: Sequence[int] = ()
-    is_pending: bool = False
+    token_ids: Sequence[int] = ()
 
 
 class Step(Message, frozen=True):

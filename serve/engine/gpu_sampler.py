@@ -12,30 +12,40 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
+from serve.engine.device_copy import columns_to_device
+from serve.engine.penalties import Penalties
 from serve.engine.sampler import adjust, filter_parameters, is_plain, plain_parameters
 from serve.engine.triton_filters import filter_logits
 from serve.engine.triton_sampling import sample_plain
 
 
 def sample_on_gpu(
-    logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
+    logits: Tensor,
+    rows: Sequence[SampleRow],
+    input_ids: Tensor,
+    penalties: Penalties,
+    tokens: Tensor,
 ) -> None:
     """One id for each row of ``logits`` (``[num_rows, vocab_size]``), into ``tokens`` (int64).
 
-    ``input_ids``: see ``serve.engine.penalties.penalise``.
+    ``input_ids``: see ``Penalties.apply``.
     """
     temperatures, streams = plain_parameters(rows)
     columns = [
         torch.tensor(streams, dtype=torch.int64),
         torch.tensor(temperatures, dtype=torch.float32),
     ]
-    noise, heat = _move(columns, logits.device)
+    noise, heat = columns_to_device(columns, logits.device)
     sample_plain(logits, heat, noise, tokens)
-    sample_special(logits, rows, input_ids, tokens)
+    sample_special(logits, rows, input_ids, penalties, tokens)
 
 
 def sample_special(
-    logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
+    logits: Tensor,
+    rows: Sequence[SampleRow],
+    input_ids: Tensor,
+    penalties: Penalties,
+    tokens: Tensor,
 ) -> None:
     """Sample anew, into ``tokens``, the rows that are not plain. ``logits`` stays as it is."""
     special = [index for index, row in enumerate(rows) if not is_plain(row)]
@@ -54,22 +64,12 @@ def sample_special(
         torch.where(heat > 0, heat, 1.0),
         (heat > 0).float(),
     ]
-    index, noise, mass, rank, floor, divisor, heat = _move(columns, logits.device)
+    index, noise, mass, rank, floor, divisor, heat = columns_to_device(columns, logits.device)
     part = logits[index].float()  # [num_special, vocab_size]
-    adjust(part, chosen, input_ids[index])
+    adjust(part, chosen, input_ids[index], penalties)
     part.div_(divisor[:, None])
     filter_logits(part, floor, rank, mass)
     ids = torch.empty_like(index)
     # What is divided already is divided by 1 once more, which changes nothing; 0 is greedy.
     sample_plain(part, heat, noise, ids)
     tokens[index] = ids
-
-
-def _move(columns: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """``columns``, the widest types first, on ``device``: by one copy, which nothing waits for."""
-    host = torch.cat([column.view(torch.uint8) for column in columns])
-    if device.type == "cuda":
-        host = host.pin_memory()
-    moved = host.to(device, non_blocking=True)
-    parts = torch.split(moved, [column.nbytes for column in columns])
-    return [part.view(column.dtype) for part, column in zip(parts, columns, strict=True)]

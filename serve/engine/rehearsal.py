@@ -46,12 +46,12 @@ def _step(setup: RankSetup, sequences: list[tuple[int, int]]) -> Step:
             StepSequence(start, (0,) * count, (0,) * layout.num_blocks_for(start + count), True)
             for start, count in sequences
         ),
-        (_row(),) * len(sequences),
+        tuple(_row(number) for number in range(len(sequences))),
     )
 
 
-def _row() -> SampleRow:
+def _row(number: int) -> SampleRow:
     """One that goes through every filter."""
     sampling = SamplingParams(max_tokens=1, top_p=0.9, top_k=50, repetition_penalty=1.1)
-    request = Request(id="rehearsal", prompt_ids=(0,), sampling=sampling)
-    return SampleRow(request, 0, output_ids=(0,), prompt_ids=(0,))
+    request = Request(id=f"rehearsal {number}", prompt_ids=(0,), sampling=sampling)
+    return SampleRow(request, 0, token_ids=(0,))

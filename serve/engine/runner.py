@@ -12,6 +12,7 @@ from serve.comm.messages import SampleRow, Step
 from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.forward_batch import build_forward_batch
 from serve.engine.kv_cache import KVCache
+from serve.engine.penalties import Penalties
 from serve.engine.sampler import sample
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Runner:
         self._model, self._kv_cache, self._tp = model, kv_cache, tp
         self._device = kv_cache.blocks.device
         self._graphs: DecodeGraphs | None = None
+        self._penalties = Penalties(max_num_seqs)
         self.sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
@@ -73,13 +75,13 @@ class Runner:
         if logits.is_cuda:
             from serve.engine.gpu_sampler import sample_on_gpu
 
-            sample_on_gpu(logits, rows, input_ids, tokens)
+            sample_on_gpu(logits, rows, input_ids, self._penalties, tokens)
         else:
-            tokens.copy_(sample(logits.float(), rows, input_ids))
+            tokens.copy_(sample(logits.float(), rows, input_ids, self._penalties))
 
     def _sample_special(
         self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
     ) -> None:
         from serve.engine.gpu_sampler import sample_special
 
-        sample_special(logits, rows, input_ids, tokens)
+        sample_special(logits, rows, input_ids, self._penalties, tokens)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from serve.comm.messages import SampleRow
 from serve.engine.device_copy import to_device
-from serve.engine.penalties import penalise
+from serve.engine.penalties import Penalties
 from serve.request import SamplingParams
 
 _GREEDY_BELOW = 1e-5  # a lower temperature only overflows
@@ -66,22 +66,26 @@ def filter_parameters(
     return min_p, top_k, top_p
 
 
-def adjust(logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor) -> None:
+def adjust(
+    logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, penalties: Penalties
+) -> None:
     """Penalties, bias and bans of each row, on ``[num_rows, vocab]`` float32, in place.
 
-    ``input_ids``: see ``penalise``.
+    ``input_ids``: see ``Penalties.apply``.
     """
-    penalise(logits, rows, input_ids)
+    penalties.apply(logits, rows, input_ids)
     _bias(logits, rows)
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor) -> Tensor:
+def sample(
+    logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, penalties: Penalties
+) -> Tensor:
     """One token id for each row: ``[num_rows]``, int64, on the device of ``logits``.
 
     ``logits`` is ``[num_rows, vocab]``, float32, may hold -inf, and is overwritten. ``input_ids``:
-    see ``penalise``.
+    see ``Penalties.apply``.
     """
-    adjust(logits, rows, input_ids)
+    adjust(logits, rows, input_ids, penalties)
     tokens = logits.argmax(dim=-1)
     noisy = [i for i, row in enumerate(rows) if not _is_greedy(row.request.sampling)]
     chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])

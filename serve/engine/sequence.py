@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
 
 from serve.request import Request, Timeline
@@ -36,8 +35,6 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_left_blocks: int = 0
     stamps: Timeline = field(default_factory=Timeline)
-    _prompt_set: array[int] = field(default_factory=lambda: array("i"))
-    _outputs: array[int] = field(default_factory=lambda: array("i"))
 
     @property
     def id(self) -> str:
@@ -68,17 +65,6 @@ class Sequence:
     def output_ids(self) -> tuple[int, ...]:
         """The known tokens generated so far."""
         return tuple(self.token_ids[self.num_prompt_tokens :])
-
-    def prompt_set(self) -> array[int]:
-        """Each token id of the prompt once; not to be changed."""
-        if not self._prompt_set:
-            self._prompt_set.extend(set(self.request.prompt_ids))
-        return self._prompt_set
-
-    def copy_outputs(self) -> array[int]:
-        """``output_ids``, at the cost of what is new since the last call and a copy of bytes."""
-        self._outputs.extend(self.token_ids[self.num_prompt_tokens + len(self._outputs) :])
-        return self._outputs[:]
 
     @property
     def num_remaining(self) -> int:

@@ -25,10 +25,7 @@ def _build_sequence(chunk: Chunk) -> StepSequence:
 
 
 def _build_row(chunk: Chunk, eos_token_ids: tuple[int, ...]) -> SampleRow:
-    sequence, is_pending = chunk.sequence, chunk.source is not None
-    sampling = sequence.request.sampling
+    sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
     index = sequence.next_output_index - 1  # the token of this step is pending by now
     banned = (*eos_token_ids, *sampling.stop_token_ids) if index < sampling.min_tokens else ()
-    output_ids = sequence.copy_outputs() if sampling.has_penalties else ()
-    prompt_ids = sequence.prompt_set() if sampling.repetition_penalty != 1.0 else ()
-    return SampleRow(sequence.request, index, banned, output_ids, prompt_ids, is_pending)
+    return SampleRow(sequence.request, index, banned, sequence.token_ids)

@@ -1,0 +1,83 @@
+"""Requests with penalties that are sampled now and then, and what plain counting makes of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serve.comm.messages import SampleRow
+from serve.engine.penalties import Penalties
+from serve.request import Request, SamplingParams
+
+
+@dataclass
+class Case:
+    """A request and all the tokens that it has had."""
+
+    request: Request
+    token_ids: list[int]
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[len(self.request.prompt_ids) :]
+
+    def row(self, rng: random.Random) -> SampleRow:
+        """How the next token is sampled; the newest may be unknown to the host."""
+        known = self.token_ids[: rng.choice([-1, None])] if self.output_ids else self.token_ids
+        return SampleRow(self.request, len(self.output_ids), token_ids=list(known))
+
+    def penalised(self, logits: Tensor) -> Tensor:
+        """By its whole history: ``[vocab_size]``, float64."""
+        values, sampling = logits.double(), self.request.sampling
+        for token in set(self.token_ids):
+            factor = sampling.repetition_penalty
+            values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
+        for token in set(self.output_ids):
+            count = self.output_ids.count(token)
+            values[token] -= count * sampling.frequency_penalty + sampling.presence_penalty
+        return values
+
+
+def random_case(rng: random.Random, number: int, vocab_size: int) -> Case:
+    """A new request, or one that comes with output from another replica."""
+    prompt = tuple(rng.choices(range(vocab_size), k=rng.randrange(1, 60)))
+    sampling = SamplingParams(
+        max_tokens=1000,
+        presence_penalty=rng.choice([0.0, 0.7]),
+        frequency_penalty=rng.choice([0.0, -0.4]),
+        repetition_penalty=rng.choice([1.0, 1.3, 0.8]),
+    )
+    request = Request(id=str(number), prompt_ids=prompt, sampling=sampling)
+    return Case(request, [*prompt, *rng.choices(prompt, k=rng.choice([0, 0, 1, 5]))])
+
+
+def steps(
+    rng: random.Random,
+    penalties: Penalties,
+    max_num_rows: int,
+    vocab_size: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits that ``penalties`` have changed, ``[num_rows, vocab_size]``, and what they should be.
+
+    Requests come and go, wait for some steps, and are more than there are places.
+    """
+    numbers = iter(range(10**6))
+    cases = [random_case(rng, next(numbers), vocab_size) for _ in range(2 * max_num_rows)]
+    for _ in range(60):
+        some = rng.sample(cases, rng.randrange(1, max_num_rows + 1))
+        logits = torch.randn(len(some), vocab_size) * 3
+        newest = torch.tensor([case.token_ids[-1] for case in some])
+        changed = logits.to(device, copy=True)
+        rows = [case.row(rng) for case in some]
+        penalties.apply(changed, rows, newest.to(device))
+        expected = [case.penalised(row) for case, row in zip(some, logits, strict=True)]
+        yield changed.cpu(), torch.stack(expected)
+        for case in some:
+            case.token_ids.append(rng.choice([rng.randrange(vocab_size), case.token_ids[0]]))
+        if rng.random() < 0.3:
+            cases[rng.randrange(len(cases))] = random_case(rng, next(numbers), vocab_size)
