@@ -330,7 +330,7 @@ def test_plain_rows_are_sampled_as_the_reference_does(
     kernels.sample_plain(
         logits,
         torch.tensor(heats, device=GPU),
-        torch.tensor(streams, device=GPU),
+        torch.from_numpy(streams).to(GPU),
         tokens,
     )
     assert tokens.tolist() == sample(logits.clone(), rows, tokens, Penalties(len(rows))).tolist()

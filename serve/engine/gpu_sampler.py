@@ -32,7 +32,7 @@ def sample_on_gpu(
     """
     temperatures, streams = plain_parameters(rows)
     columns = [
-        torch.tensor(streams, dtype=torch.int64),
+        torch.from_numpy(streams),
         torch.tensor(temperatures, dtype=torch.float32),
     ]
     noise, heat = columns_to_device(columns, logits.device)
@@ -57,7 +57,7 @@ def sample_special(
     heat = torch.tensor(temperatures, dtype=torch.float32)
     columns = [
         torch.tensor(special, dtype=torch.int64),
-        torch.tensor(streams, dtype=torch.int64),
+        torch.from_numpy(streams),
         torch.tensor(top_p, dtype=torch.float64),
         torch.tensor(top_k, dtype=torch.int32),
         torch.tensor(min_p, dtype=torch.float32).log(),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,15 +42,10 @@ def _is_filtered(sampling: SamplingParams) -> bool:
     return filters and not _is_greedy(sampling)
 
 
-def plain_parameters(rows: Sequence[SampleRow]) -> tuple[list[float], list[int]]:
-    """Temperature (0: greedy) and noise stream of each row, for ``sample_plain``."""
-    temperatures, streams = [], []
-    for row in rows:
-        sampling = row.request.sampling
-        greedy = _is_greedy(sampling)
-        temperatures.append(0.0 if greedy else sampling.temperature)
-        streams.append(0 if greedy else noise_stream(sampling.seed, row.output_index))
-    return temperatures, streams
+def plain_parameters(rows: Sequence[SampleRow]) -> tuple[list[float], np.ndarray]:
+    """Temperature (0: greedy) and noise stream (int64) of each row, for ``sample_plain``."""
+    params = [row.request.sampling for row in rows]
+    return [0.0 if _is_greedy(p) else p.temperature for p in params], _streams(rows)
 
 
 def filter_parameters(
@@ -143,8 +139,8 @@ def _sample_noisy(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     logits.div_(temperature[:, None])
     _apply_min_p(logits, params)
     _apply_top_k_top_p(logits, params)
-    streams = [noise_stream(row.request.sampling.seed, row.output_index) for row in rows]
-    scores = gumbel_noise(to_device(streams, torch.int64, logits.device), logits.shape[1])
+    streams = to_device(_streams(rows), torch.int64, logits.device)
+    scores = gumbel_noise(streams, logits.shape[1])
     return scores.add_(logits).argmax(dim=-1)
 
 
@@ -185,19 +181,24 @@ def _apply_top_k_top_p(logits: Tensor, params: Sequence[SamplingParams]) -> None
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64: an odd step and a finaliser that mixes all bits
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)
-_MASK = (1 << 64) - 1
 
 
-def noise_stream(seed: int, output_index: int) -> int:
-    """Where the noise of one output position begins: an int64 for ``gumbel_noise``."""
-    state = _mix((_mix((seed + _GOLDEN) & _MASK) + output_index * _GOLDEN) & _MASK)
-    return _signed(state)
+def noise_streams(seeds: Sequence[int], output_indices: Sequence[int]) -> np.ndarray:
+    """Where the noise of each output position begins: int64, for ``gumbel_noise``."""
+    state = _mix(np.array(seeds, np.int64).view(np.uint64) + np.uint64(_GOLDEN))
+    state += np.array(output_indices, np.uint64) * np.uint64(_GOLDEN)
+    return _mix(state).view(np.int64)
+
+
+def _streams(rows: Sequence[SampleRow]) -> np.ndarray:
+    seeds = [row.request.sampling.seed for row in rows]
+    return noise_streams(seeds, [row.output_index for row in rows])
 
 
 def uniform_noise(streams: Tensor, num_ids: int) -> Tensor:
     """Uniform in the open interval (0, 1): ``[num_streams, num_ids]``, float64.
 
-    ``streams``: ``[num_streams]``, int64, from ``noise_stream``. Bit for bit the same on every
+    ``streams``: ``[num_streams]``, int64, from ``noise_streams``. Bit for bit the same on every
     device: integer arithmetic that wraps, and a conversion that is exact.
     """
     steps = torch.arange(1, num_ids + 1, device=streams.device).mul_(_signed(_GOLDEN))
@@ -219,11 +220,12 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
     return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
-def _mix(value: int) -> int:
-    """The finaliser on one number in ``[0, 2**64)``."""
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser on uint64, which wraps."""
     for shift, factor in zip(_SHIFTS[:2], _FACTORS, strict=True):
-        value = ((value ^ (value >> shift)) * factor) & _MASK
-    return value ^ (value >> _SHIFTS[2])
+        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
+    mixed: np.ndarray = values ^ (values >> np.uint64(_SHIFTS[2]))
+    return mixed
 
 
 def _signed(value: int) -> int:

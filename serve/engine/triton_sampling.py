@@ -103,7 +103,7 @@ def sample_plain(logits: Tensor, temperature: Tensor, streams: Tensor, out: Tens
 
     ``logits``: ``[num_rows, vocab_size]``, contiguous, of any float type; ``temperature``:
     ``[num_rows]``, float32, 0 for greedy rows; ``streams``: ``[num_rows]``, int64, of
-    ``serve.engine.sampler.noise_stream``.
+    ``serve.engine.sampler.noise_streams``.
     """
     num_rows, vocab_size = logits.shape
     num_parts = triton.cdiv(vocab_size, _BLOCK)
