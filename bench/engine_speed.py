@@ -3,10 +3,12 @@
     python -m bench.engine_speed MODEL_DIRECTORY [--decode 64x1024 ...] [--prefill 1x8192 ...]
 
 Prints one JSON object a line: the time of a decode step (as served: a CUDA graph, from embedding to
-token id) or of a prefill step, beside its floor measured in the same process. A decode step's floor
-is all matrix products in a CUDA graph plus the bytes of its KV cache over the bandwidth of a copy;
-a prefill step's is the matrix products plus attention over contiguous memory. Under torchrun the
-ranks share the model by tensor parallelism, and the floor is that of one of them.
+token id) or of a prefill step (as served: while the one before it runs the host prepares it;
+``from_idle_ms`` is that of one that the GPU has to wait for). Beside it stands its floor, measured
+in turn with it, so that both see the same clocks. A decode step's floor is all matrix products in a
+CUDA graph plus the bytes of its KV cache over the bandwidth of a copy; a prefill step's is the
+matrix products plus attention over contiguous memory. Under torchrun the ranks share the model by
+tensor parallelism, and the floor is that of one of them.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ DTYPE = torch.bfloat16
 BLOCK_SIZE = preferred_block_size(DEVICE)
 DECODES = ["1x1024", "64x1024", "64x4096", "8x32768", "256x1024", "1x131072"]
 PREFILLS = ["1x8192", "16x512"]
-NUM_ROUNDS = 20
+NUM_ROUNDS = 10
 
 
 class Engine:
@@ -130,15 +132,17 @@ def _decode(engine: Engine, batch: int, context: int, profile: bool) -> dict[str
     step = engine.step(batch, context - 1, 1)
     run = partial(engine.graphs.run, step)
     run()
-    step_ms = _median_ms(lambda: engine.graphs.replay(batch))
-    products_ms = _median_ms(_products(engine.model, batch, batch))
+    replay = partial(engine.graphs.replay, batch)
+    step_ms, products_ms, with_fill_ms = _in_turn(
+        replay, _products(engine.model, batch, batch), run
+    )
     kv_bytes = batch * context * engine.layout.block_bytes // BLOCK_SIZE
     kv_ms = kv_bytes / (_copy_tb_s() * 1e9)
     floor_ms = products_ms + kv_ms
     found = {
         "decode": f"{batch}x{context}",
         "step_ms": step_ms,
-        "with_fill_ms": _median_ms(run),
+        "with_fill_ms": with_fill_ms,
         "products_ms": products_ms,
         "kv_ms": kv_ms,
         "over_floor": step_ms / floor_ms,
@@ -149,14 +153,20 @@ def _decode(engine: Engine, batch: int, context: int, profile: bool) -> dict[str
 def _prefill(engine: Engine, batch: int, length: int, profile: bool) -> dict[str, Any]:
     step = engine.step(batch, 0, length)
     run = partial(engine.eager.run, step)
-    run()
-    step_ms = _median_ms(run, 5)
-    products_ms = _median_ms(_products(engine.model, batch * length, batch), 5)
-    attention_ms = _median_ms(_contiguous_attention(engine, batch, length), 5)
-    attention_ms *= engine.config.num_layers
+    attention = _contiguous_attention(engine, batch, length)
+
+    def attend() -> None:
+        for _ in range(engine.config.num_layers):
+            attention()
+
+    twice_ms, from_idle_ms, products_ms, attention_ms = _in_turn(
+        lambda: (run(), run()), run, _products(engine.model, batch * length, batch), attend
+    )
+    step_ms = twice_ms - from_idle_ms
     found = {
         "prefill": f"{batch}x{length}",
         "step_ms": step_ms,
+        "from_idle_ms": from_idle_ms,
         "products_ms": products_ms,
         "attention_ms": attention_ms,
         "over_floor": step_ms / (products_ms + attention_ms),
@@ -205,21 +215,24 @@ def _copy_tb_s() -> float:
     """Bytes read and written by a device-to-device copy, per picosecond."""
     source = torch.empty(1 << 32, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * len(source) / _median_ms(lambda: target.copy_(source), 5) / 1e9
+    (copy_ms,) = _in_turn(lambda: target.copy_(source))
+    return 2 * len(source) / copy_ms / 1e9
 
 
-def _median_ms(run: Callable[[], object], rounds: int = NUM_ROUNDS) -> float:
-    run()
-    times: list[float] = []
-    for _ in range(rounds):
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def _in_turn(*runs: Callable[[], object]) -> list[float]:
+    """The median time of each, in milliseconds, one after another in every round."""
+    times: list[list[float]] = [[] for _ in runs]
+    for number in range(NUM_ROUNDS + 1):
+        for run, found in zip(runs, times, strict=True):
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            if number > 0:  # the first one warms up
+                found.append(start.elapsed_time(end))
+    return [statistics.median(found) for found in times]
 
 
 def _kernels(run: Callable[[], object]) -> list[tuple[str, int, float]]:
