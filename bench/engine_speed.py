@@ -68,6 +68,7 @@ class Engine:
         self.cache = KVCache(self.layout, max_tokens // BLOCK_SIZE, DTYPE, DEVICE)
         self.cache.blocks.normal_()
         self.eager = Runner(self.model, self.cache, tp, max_num_seqs)
+        torch.set_num_threads(1)  # as loading leaves it
         # Triton asks for the device when it is imported, and pick_device has to be first.
         from serve.engine.decode_graphs import DecodeGraphs
 

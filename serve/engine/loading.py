@@ -108,6 +108,9 @@ def _load_rank(setup: RankSetup, progress: Progress) -> Loaded:
         runner.use_graphs(graphs)
     if setup.device.type == "cuda":
         reserve_memory(setup, runner, cache)
+        # What is left to the CPU is each step's index arithmetic: shared out among all cores, it
+        # would wait for the busiest of them.
+        torch.set_num_threads(1)
     return Loaded(Equipment(runner, sender, receiver), num_blocks)
 
 
