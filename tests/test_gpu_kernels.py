@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,9 +151,12 @@ def test_scoring(name: str, dim: int, block_size: int, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("count", [2, 3, 16])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_split_decode(dim: int, count: int) -> None:
+@pytest.mark.parametrize(("dim", "block_size"), [(64, 64), (128, 64), (128, 128), (256, 128)])
+def test_split_decode(
+    dim: int, block_size: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Slices without blocks (short sequences, many splits) count for nothing."""
+    monkeypatch.setitem(globals(), "BLOCK_SIZE", block_size)
     flash = pytest.importorskip("serve.model.flash_attention")
     dtype = torch.bfloat16
     attention, _ = flash.choose_attention(GPU, dtype, dim, BLOCK_SIZE)
@@ -166,9 +170,31 @@ def test_split_decode(dim: int, count: int) -> None:
     )
     numbers = torch.arange(4 * count + 1, device=GPU, dtype=torch.int32)
     splits = DecodeSplits(count, numbers, lengths, tables)
-    values = {name: getattr(metadata, name) for name in metadata.__slots__} | {"splits": splits}
-    split = attention(q.repeat(count, 1, 1), k, v, AttentionMetadata(**values))
+    split = attention(q.repeat(count, 1, 1), k, v, replace(metadata, splits=splits))
     assert_near(split, exact_attention(q, k, v, metadata), dtype)
+
+
+@pytest.mark.parametrize("before", [-(2**31), -1, 0, 2**31 - 1])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rows_that_fill_up_a_batch(dim: int, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row without a position the kernel asks for the block before its first: for the first row
+    that is in the table's memory too, and does no harm, whatever it says.
+    """
+    monkeypatch.setitem(globals(), "BLOCK_SIZE", 128)
+    flash = pytest.importorskip("serve.model.flash_attention")
+    kernels = pytest.importorskip("serve.model.triton_decode")
+    dtype = torch.bfloat16
+    attention, _ = flash.choose_attention(GPU, dtype, dim, BLOCK_SIZE)
+    q, k, v, metadata = make_case([(1, 1), (1, 700), (1, 1)], 8, 2, dim, dtype)
+    width = metadata.block_tables.shape[1]
+    offsets = torch.arange(3, device=GPU, dtype=torch.int32) * width
+    lengths = metadata.seqlens_k * torch.tensor([0, 1, 0], device=GPU, dtype=torch.int32)
+    flat = metadata.block_tables.flatten()
+    tables, lengths = kernels.slice_tables(flat, offsets, lengths, 1, width, BLOCK_SIZE)
+    torch.as_strided(tables, (1,), (1,), tables.storage_offset() - 1).fill_(before)
+    tables[0] = before
+    filled = replace(metadata, seqlens_k=lengths, block_tables=tables)
+    assert_near(attention(q, k, v, filled)[1:2], exact_attention(q, k, v, metadata)[1:2], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -71,6 +71,11 @@ def combine_splits(parts: Tensor, lse: Tensor, num_splits: int) -> Tensor:
     return out
 
 
+# Of a row without a position flash-attn 4 asks for the block before its first. Whatever it is told,
+# it counts nothing; but without this the first row's would lie before the table's memory.
+_BEFORE = 128  # entries: as many as keep the table aligned
+
+
 @triton.jit(
     do_not_specialize=["num_rows", "width"],
     do_not_specialize_on_alignment=["blocks_ptr", "offset_ptr", "length_ptr"],
@@ -101,11 +106,14 @@ def slice_tables(
     ``blocks``: int32, the tables of all sequences one after another, that of row ``i`` from
     ``offsets[i]`` on for ``lengths[i]`` tokens (both ``[num_rows]``, int32). Returns tables
     ``[num_splits * num_rows, ceil(width / num_splits)]`` and lengths in tokens, slice after slice.
-    Beyond its length a row holds anything.
+    Beyond its length a row holds anything; before the first row there is memory, too.
     """
     num_rows = len(lengths)
     columns = triton.cdiv(width, num_splits)
-    tables = torch.empty((num_splits * num_rows, columns), dtype=torch.int32, device=blocks.device)
+    memory = torch.empty(
+        _BEFORE + num_splits * num_rows * columns, dtype=torch.int32, device=blocks.device
+    )
+    tables = memory[_BEFORE:].view(num_splits * num_rows, columns)
     slice_lengths = torch.empty(num_splits * num_rows, dtype=torch.int32, device=blocks.device)
     block = min(1024, triton.next_power_of_2(columns))
     _slice_tables_kernel[(num_rows, num_splits, triton.cdiv(columns, block))](
