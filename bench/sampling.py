@@ -23,13 +23,13 @@ from torch import Tensor
 
 from serve.comm.messages import SampleRow
 from serve.comm.topology import read_place
-from serve.engine.penalties import Penalties
-from serve.engine.sampler import sample
 from serve.engine.scheduler import Batch, Chunk
 from serve.engine.sequence import Sequence as TokenSequence
 from serve.engine.step import build_step
 from serve.node import pick_device
 from serve.request import Request, SamplingParams
+from serve.sampling.penalties import Penalties
+from serve.sampling.sampler import sample
 
 NUM_ROUNDS = 20
 INPUT_ID = 7
@@ -95,7 +95,7 @@ def _sampling(logits: Tensor, rows: Callable[[], Sequence[SampleRow]]) -> Callab
     penalties = Penalties(len(logits))
     if not logits.is_cuda:
         return lambda: sample(logits.clone(), rows(), input_ids, penalties)
-    from serve.engine.gpu_sampler import sample_on_gpu
+    from serve.sampling.gpu_sampler import sample_on_gpu
 
     tokens = torch.empty_like(input_ids)
     return lambda: sample_on_gpu(logits, rows(), input_ids, penalties, tokens)

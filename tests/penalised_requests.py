@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.engine.penalties import Penalties
 from serve.request import Request, SamplingParams
+from serve.sampling.penalties import Penalties
 
 
 @dataclass
@@ -64,7 +64,8 @@ def steps(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits that ``penalties`` have changed, ``[num_rows, vocab_size]``, and what they should be.
 
-    Requests come and go, wait for some steps, and are more than there are places.
+    Requests come and go, wait for some steps, and are more than there are places; some go on from
+    another output token than the one that was expected.
     """
     numbers = iter(range(10**6))
     cases = [random_case(rng, next(numbers), vocab_size) for _ in range(2 * max_num_rows)]
@@ -78,6 +79,7 @@ def steps(
         expected = [case.penalised(row) for case, row in zip(some, logits, strict=True)]
         yield changed.cpu(), torch.stack(expected)
         for case in some:
-            case.token_ids.append(rng.choice([rng.randrange(vocab_size), case.token_ids[0]]))
+            for _ in range(rng.choice([0, 1, 1, 1, 1, 2])):
+                case.token_ids.append(rng.choice([rng.randrange(vocab_size), case.token_ids[0]]))
         if rng.random() < 0.3:
             cases[rng.randrange(len(cases))] = random_case(rng, next(numbers), vocab_size)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.engine import sampler
-from serve.engine.penalties import Penalties
-from serve.engine.sampler import filter_parameters, is_plain, sample
 from serve.request import Request, SamplingParams
+from serve.sampling import sampler
+from serve.sampling.penalties import Penalties
+from serve.sampling.sampler import filter_parameters, is_plain, sample
 from tests.penalised_requests import steps
 
 pytestmark = [
@@ -51,7 +51,7 @@ def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
 
 def filtered(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     """What the kernel makes of ``logits`` (on the CPU), whose temperature is 1."""
-    kernels = pytest.importorskip("serve.engine.triton_filters")
+    kernels = pytest.importorskip("serve.sampling.triton_filters")
     min_p, top_k, top_p = filter_parameters(rows, logits.shape[1])
     out = logits.to(GPU, copy=True)
     kernels.filter_logits(
@@ -108,7 +108,7 @@ def test_what_is_left(kind: str, vocab_size: int, rng: random.Random) -> None:
 def test_what_is_left_of_rows_of_many_blocks(
     kind: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = pytest.importorskip("serve.engine.triton_filters")
+    kernels = pytest.importorskip("serve.sampling.triton_filters")
     monkeypatch.setattr(kernels, "_BLOCK", SMALL_BLOCK)
     vocab_size = 8 * SMALL_BLOCK + rng.randrange(SMALL_BLOCK)
     rows = [random_row(rng, vocab_size) for _ in range(32)]
@@ -165,7 +165,7 @@ def test_logits_that_are_no_numbers_harm_only_their_row(bad: float, rng: random.
 
 def sampled_here(logits: Tensor, rows: list[SampleRow], input_ids: Tensor) -> list[int]:
     """The tokens of the rows that are not plain; 0 for the others."""
-    special = pytest.importorskip("serve.engine.gpu_sampler")
+    special = pytest.importorskip("serve.sampling.gpu_sampler")
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=GPU)
     kept = Penalties(len(rows))
     special.sample_special(logits.to(GPU), rows, input_ids.to(GPU), kept, tokens)

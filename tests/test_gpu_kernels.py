@@ -12,12 +12,12 @@ from torch import Tensor
 
 from serve.comm.messages import SampleRow, Step, StepSequence
 from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, build_forward_batch, fill_in
-from serve.engine.penalties import Penalties
-from serve.engine.sampler import plain_parameters, sample
 from serve.model import ops
 from serve.model.attention import PLAIN, Scoring
 from serve.model.head_norms import HeadNorms
 from serve.request import Request, SamplingParams
+from serve.sampling.penalties import Penalties
+from serve.sampling.sampler import plain_parameters, sample
 
 pytestmark = [
     pytest.mark.gpu,
@@ -334,7 +334,7 @@ def test_plain_rows_are_sampled_as_the_reference_does(
     vocab_size: int, seeded: random.Random
 ) -> None:
     """Token for token: the noise is the same function, and equal scores go to the smaller id."""
-    kernels = pytest.importorskip("serve.engine.triton_sampling")
+    kernels = pytest.importorskip("serve.sampling.triton_sampling")
     temperatures = [0.0, 0.0, 0.3, 1.0, 1.0, 1.7, 2.0]
     rows = [
         SampleRow(

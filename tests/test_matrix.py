@@ -145,6 +145,8 @@ def test_whole_prompts(world: World, gqa: Path) -> None:
 @pytest.mark.parametrize("split", ["1P+1D", "tp 1 to 2", "colocated"])
 def test_preemption_changes_nothing(world: World, gqa: Path, split: str) -> None:
     jobs = [greedy(range(i, i + 20), 40) for i in range(6)]
+    for job in jobs[::2]:
+        job.sampling = msgspec.structs.replace(job.sampling, repetition_penalty=1.3)
     options = ["--num-blocks", "24", "--block-size", "4", "--max-model-len", "64"]
     result = run_case(world, gqa, split, jobs, *options)
     assert result.num_preemptions > 0

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from serve.engine import penalties
-from serve.engine.penalties import Penalties
+from serve.sampling import penalties
+from serve.sampling.penalties import Penalties
 from tests.penalised_requests import random_case, steps
 
 VOCAB = 50

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.engine import sampler
-from serve.engine.penalties import Penalties
 from serve.request import Request, SamplingParams
+from serve.sampling import sampler
+from serve.sampling.penalties import Penalties
 
 VOCAB = 50
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 1234567)

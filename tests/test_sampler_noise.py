@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from serve.engine.sampler import gumbel_noise, noise_streams, uniform_noise
+from serve.sampling.noise import gumbel_noise, noise_streams, uniform_noise
 
 MASK = 2**64 - 1
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 1234567)

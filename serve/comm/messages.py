@@ -185,9 +185,9 @@ def sampled_by(row: int) -> int:
 class SampleRow(Struct, frozen=True, array_like=True):
     """How to sample one row. Stays on the leader: followers compute logits, the leader samples.
 
-    ``banned_ids`` may not be chosen (end tokens before ``min_tokens``). ``token_ids`` is the prompt
-    and all output before ``output_index``, but for the newest token of that: it is the row's input,
-    and may be unknown yet. The list is the sequence's own and grows: more may stand there.
+    ``banned_ids`` may not be chosen (end tokens before ``min_tokens``). ``token_ids`` is at least
+    the prompt and the first ``output_index - 1`` output tokens; the one after these is the row's
+    input and may be unknown yet. It is the sequence's own list, which grows meanwhile.
     """
 
     request: Request

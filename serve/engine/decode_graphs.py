@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from serve.comm.messages import Step
 from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch
 from serve.engine.kv_cache import KVCache
-from serve.engine.sampler import plain_parameters
-from serve.engine.triton_sampling import sample_plain
 from serve.model.triton_decode import slice_tables, take_up
+from serve.sampling.sampler import plain_parameters
+from serve.sampling.triton_sampling import sample_plain
 
 NOWHERE = -1  # the slot of a row whose keys and values are not kept
 _WARM_UPS = 2

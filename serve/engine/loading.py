@@ -109,7 +109,7 @@ def _load_rank(setup: RankSetup, progress: Progress) -> Loaded:
     if setup.device.type == "cuda":
         reserve_memory(setup, runner, cache)
         # What is left to the CPU is each step's index arithmetic: shared out among all cores, it
-        # would wait for the busiest of them.
+        # would wait for the busiest of them. This holds for threads that start later, too.
         torch.set_num_threads(1)
     return Loaded(Equipment(runner, sender, receiver), num_blocks)
 

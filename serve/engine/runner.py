@@ -12,8 +12,8 @@ from serve.comm.messages import SampleRow, Step
 from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.forward_batch import build_forward_batch
 from serve.engine.kv_cache import KVCache
-from serve.engine.penalties import Penalties
-from serve.engine.sampler import sample
+from serve.sampling.penalties import Penalties
+from serve.sampling.sampler import sample
 
 if TYPE_CHECKING:
     from serve.engine.decode_graphs import DecodeGraphs  # needs Triton, as GPUs do
@@ -73,7 +73,7 @@ class Runner:
         self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
     ) -> None:
         if logits.is_cuda:
-            from serve.engine.gpu_sampler import sample_on_gpu
+            from serve.sampling.gpu_sampler import sample_on_gpu
 
             sample_on_gpu(logits, rows, input_ids, self._penalties, tokens)
         else:
@@ -82,6 +82,6 @@ class Runner:
     def _sample_special(
         self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
     ) -> None:
-        from serve.engine.gpu_sampler import sample_special
+        from serve.sampling.gpu_sampler import sample_special
 
         sample_special(logits, rows, input_ids, self._penalties, tokens)

@@ -25,17 +25,17 @@ _MAX_IDS = 1 << 20  # of one copy to the device: 8 MiB, for which warm_up has pi
 
 @dataclass(slots=True)
 class _Place:
-    """Where a request is counted, and which output token can be sampled by that."""
+    """Where a request is counted, and the only output index that the counts are good for."""
 
     index: int
-    next_output_index: int | None = None
+    output_index: int | None = None
 
 
 class Penalties:
     """The counts of the requests that were sampled last, as many as a step may have rows.
 
     Nobody need say when a request ends: it loses its place to another, and would be counted anew if
-    it were sampled again.
+    it were sampled again. No two requests may ever have the same id.
     """
 
     def __init__(self, max_num_rows: int) -> None:
@@ -48,7 +48,7 @@ class Penalties:
 
         The repetition penalty is over prompt and output, the others over output. ``input_ids``
         (``[num_rows]``, int64): the newest token that each row has had. No two rows are of one
-        request.
+        request. ``KeyError`` for more rows with penalties than there are places.
         """
         some = [i for i, row in enumerate(rows) if row.request.sampling.has_penalties]
         if not some:
@@ -68,7 +68,7 @@ class Penalties:
         ]
         moved = columns_to_device(columns, logits.device)
         if logits.is_cuda:
-            from serve.engine.triton_penalties import penalise  # needs Triton, as GPUs do
+            from serve.sampling.triton_penalties import penalise  # needs Triton, as GPUs do
 
             penalise(logits, self._counts, input_ids, *moved)
         else:
@@ -77,12 +77,13 @@ class Penalties:
     def _find(self, rows: Sequence[SampleRow], counts: Tensor) -> list[int]:
         """Where in ``counts`` each of ``rows`` is, complete but for its newest output token."""
         unknown: dict[int, SampleRow] = {}
-        # Those that have a place first: none of them may lose it to another of this step.
+        # Those that have a place first: to lose it to another row of the same step would be to be
+        # counted anew.
         for row in sorted(rows, key=lambda row: row.request.id not in self._places):
             place = self._places.pop(row.request.id, None) or _Place(self._vacate())
-            if place.next_output_index != row.output_index:
+            if place.output_index != row.output_index:
                 unknown[place.index] = row
-            place.next_output_index = row.output_index + 1
+            place.output_index = row.output_index + 1
             self._places[row.request.id] = place
         for part in _parts(unknown):
             _count(part, counts)
@@ -116,7 +117,8 @@ def _count(rows: dict[int, SampleRow], counts: Tensor) -> None:
     for index, row in rows.items():
         begin = len(row.request.prompt_ids)
         known = row.token_ids[begin : begin + max(0, row.output_index - 1)]
-        prompts.append(np.array(row.request.prompt_ids, np.int64) + index * vocab_size)
+        prompt = row.request.prompt_ids if row.request.sampling.repetition_penalty != 1.0 else ()
+        prompts.append(np.array(prompt, np.int64) + index * vocab_size)
         outputs.append(np.array(known, np.int64) + index * vocab_size)
     counts.index_fill_(0, to_device(list(rows), torch.int64, device), 0)
     flat = counts.view(-1)
@@ -137,7 +139,7 @@ def _penalise(
     frequency: Tensor,
     presence: Tensor,
 ) -> None:
-    """``serve.engine.triton_penalties.penalise``, one row after another."""
+    """``serve.sampling.triton_penalties.penalise``, one row after another."""
     counts.view(-1).index_add_(0, places * counts.shape[1] + input_ids[rows], added)
     for entry, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
         count, logit = counts[place], logits[row]

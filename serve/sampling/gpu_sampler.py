@@ -13,10 +13,10 @@ from torch import Tensor
 
 from serve.comm.messages import SampleRow
 from serve.engine.device_copy import columns_to_device
-from serve.engine.penalties import Penalties
-from serve.engine.sampler import adjust, filter_parameters, is_plain, plain_parameters
-from serve.engine.triton_filters import filter_logits
-from serve.engine.triton_sampling import sample_plain
+from serve.sampling.penalties import Penalties
+from serve.sampling.sampler import adjust, filter_parameters, is_plain, plain_parameters
+from serve.sampling.triton_filters import filter_logits
+from serve.sampling.triton_sampling import sample_plain
 
 
 def sample_on_gpu(

@@ -1,6 +1,6 @@
 """The common ways to sample, greedy or with a temperature, as two kernels over the logits.
 
-The same function of (logits, temperature, seed, output index) as ``serve.engine.sampler``, whose
+The same function of (logits, temperature, seed, output index) as ``serve.sampling.sampler``, whose
 noise and whose order of equal scores it repeats bit for bit; nothing waits for the host, so a CUDA
 graph can hold it.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 2048
-# splitmix64, as in serve.engine.sampler
+# splitmix64, as in serve.sampling.noise
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _FACTOR_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _FACTOR_2 = tl.constexpr(0x94D049BB133111EB)
@@ -103,7 +103,7 @@ def sample_plain(logits: Tensor, temperature: Tensor, streams: Tensor, out: Tens
 
     ``logits``: ``[num_rows, vocab_size]``, contiguous, of any float type; ``temperature``:
     ``[num_rows]``, float32, 0 for greedy rows; ``streams``: ``[num_rows]``, int64, of
-    ``serve.engine.sampler.noise_streams``.
+    ``serve.sampling.noise.noise_streams``.
     """
     num_rows, vocab_size = logits.shape
     num_parts = triton.cdiv(vocab_size, _BLOCK)
