@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from serve.model import ops
 from serve.model.attention import PLAIN, Scoring, torch_attention
 from tests import test_gpu_kernels
 from tests.test_gpu_kernels import BLOCK_SIZE, SCORINGS, assert_near, exact_attention, make_case
@@ -29,3 +30,20 @@ def test_against_float64(name: str, group: int, monkeypatch: pytest.MonkeyPatch)
             for cache in (k, v):
                 cache[metadata.block_tables[index, :unseen].long()] = math.nan
     assert_near(torch_attention(q, k, v, metadata, scoring), exact, torch.float32)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_no_number_is_not_kept(dtype: torch.dtype, value: float) -> None:
+    """0 is; whoever reads the cache may count on numbers in all of it."""
+    qkv = torch.randn(5, 6 * 16, dtype=dtype)
+    qkv[1, ::3] = value
+    angles = torch.randn(5, 8)
+    cache = torch.zeros(2, 2, 4, 1, 16, dtype=dtype)
+    slots = torch.tensor([6, 1, 0, 3, 7])
+    keys, values = cache[:, 0], cache[:, 1]
+    ops.rope_write(qkv, angles.cos(), angles.sin(), keys, values, slots)
+    assert bool(cache.isfinite().all())
+    written = values[0, 1, 0]
+    assert torch.equal(written, torch.where(qkv[1, -16:].isfinite(), qkv[1, -16:], 0.0))
+    assert torch.equal(values[1, 2, 0], qkv[0, -16:])

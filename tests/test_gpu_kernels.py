@@ -276,6 +276,9 @@ def test_rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, cop
     exact[blocks, 1, 1, offsets] = wide[:, heads + kv_heads :]
     assert_near(q, expected[:, :heads].repeat(copies, 1, 1), dtype)
     assert_near(cache, exact, dtype)
+    for value in (math.nan, math.inf, -math.inf):
+        ops.rope_write(torch.full_like(qkv, value), angles.cos(), angles.sin(), *caches, slots)
+        assert_near(cache, torch.zeros_like(exact), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -317,6 +320,9 @@ def test_part_of_a_head_is_rotated_and_all_of_it_normed(
     q_cpu = ops.rope_write(*args, expected[:, 1, 0], expected[:, 1, 1], slots.cpu(), 1, on_cpu)
     torch.testing.assert_close(q.cpu(), q_cpu, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cache.cpu(), expected, rtol=1e-5, atol=1e-5)
+    qkv[:, ::7] = math.nan
+    ops.rope_write(qkv, angles.cos(), angles.sin(), *caches, slots, 1, norms)
+    assert bool(cache.isfinite().all())
 
 
 def test_combining_ignores_parts_without_positions() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
+from safetensors.torch import load_file, save_file
 
 from serve.request import FinishReason, SamplingParams
 from tests.cases import CaseResult, Job, at_rest
@@ -151,6 +153,30 @@ def test_preemption_changes_nothing(world: World, gqa: Path, split: str) -> None
     result = run_case(world, gqa, split, jobs, *options)
     assert result.num_preemptions > 0
     check_parity(gqa, jobs, result)
+
+
+@pytest.mark.parametrize("split", ["1P+1D", "colocated"])
+def test_a_request_that_overflows_spoils_no_other(world: World, tmp_path: Path, split: str) -> None:
+    """Neither those beside it nor those that get its blocks."""
+    model = write_llama_checkpoint(tmp_path, seed=5)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.embed_tokens.weight"][3] = math.nan
+    weights["lm_head.weight"][3] = 0.0  # so that nobody says it
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    jobs = random_jobs(43, 24)
+    for job in jobs:
+        job.prompt_ids = tuple(token if token != 3 else 4 for token in job.prompt_ids)
+    ill = range(0, len(jobs), 4)
+    for number in ill:
+        jobs[number].prompt_ids += (3, 5, 6)
+    options = ["--num-blocks", "24", "--block-size", "8", "--max-num-seqs", "3"]
+    result = run_case(world, model, split, jobs, *options, "--max-num-batched-tokens", "32")
+    reference = load_reference(model)
+    for number, (job, answer) in enumerate(zip(jobs, result.answers, strict=True)):
+        assert len(answer.token_ids) == job.sampling.max_tokens
+        if number not in ill:
+            expected = reference_greedy(reference, job.prompt_ids, job.sampling.max_tokens)
+            assert answer.token_ids == list(expected)
 
 
 def test_seeded_sampling_is_the_same_alone_and_in_a_crowd(world: World, gqa: Path) -> None:

@@ -29,9 +29,9 @@ def largest_steps(setup: RankSetup, longest: int) -> tuple[Step, Step]:
     return _step(setup, chunks), _step(setup, [(longest - 1, 1)] * limits.max_num_seqs)
 
 
-def short_prompts(setup: RankSetup) -> Step:
-    """Two prompts of three tokens each."""
-    return _step(setup, [(0, 3)] * 2)
+def short_prompts(setup: RankSetup, count: int) -> Step:
+    """As many prompts, of two tokens each."""
+    return _step(setup, [(0, 2)] * count)
 
 
 def one_decode(setup: RankSetup) -> Step:

@@ -30,6 +30,7 @@ _MAX_PINNED_POWER = 23  # of two: bytes; the largest step's integers take less
 _SMALL_PINNED_POWER = 14
 # Products of a weight, and which of their arguments has a row for each token.
 _ROWS_AT: dict[Callable[..., Any], int] = {functional.linear: 0, torch.mm: 0, torch.addmm: 1}
+_FEW_PROMPTS = 256  # flash-attn 4 has another kernel for more
 _EVERY_COUNT_UP_TO = 512
 _DENSE_UP_TO = 8192
 _DENSE, _SPARSE = 256, 16  # the next count is further by this part of it
@@ -46,7 +47,9 @@ def load_kernels(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> None
     runner = Runner(model, cache, tp, max(2, limits.max_num_seqs))
     runner.run(one_decode(setup))
     with Products() as products:
-        runner.run(short_prompts(setup))
+        runner.run(short_prompts(setup, 2))
+    if min(limits.max_num_seqs, limits.max_num_batched_tokens // 2) > _FEW_PROMPTS:
+        runner.run(short_prompts(setup, _FEW_PROMPTS + 1))
     begun_s = time.monotonic()
     num_runs = products.run(limits.max_num_batched_tokens, limits.max_num_seqs)
     torch.cuda.synchronize(setup.device)

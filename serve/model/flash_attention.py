@@ -17,20 +17,24 @@ from serve.engine.forward_batch import AttentionMetadata
 from serve.model import ops
 from serve.model.attention import PLAIN, Attention, Scoring, torch_attention
 
-HEAD_DIMS = range(8, 257, 8)
+# Above 128 the tiles of version 4 hold the rows of a paged cache only where 64 divides the heads,
+# and heads of an odd multiple of 8 only where a tile is a block.
+HEAD_DIMS = {4: (*range(16, 129, 16), 192, 256), 2: range(8, 257, 8)}
 BLOCK_SIZES = {4: 64, 2: 256}  # whole multiples of these
 _MIN_SEQLEN_Q = 256  # above the rows of one tile
+# The public function of version 4 cannot be told its tile. The one that it chooses on Hopper, made
+# for prefill, pads a decode row's few query heads to 128 and leaves room for one row at a time on a
+# multiprocessor: it takes 1.2 times as long as this one at 256 rows of 1024 positions.
+_HOPPER_TILE = (64, 128)
 
 
 class FlashAttention:
     """Version 4 (``flash_attn.cute``)."""
 
-    def __init__(self, head_dim: int) -> None:
-        # The public function cannot be told its tile. The one that it chooses, made for prefill,
-        # pads a decode row's few query heads to 128 and leaves room for one row at a time on a
-        # multiprocessor: it takes 1.2 times as long as this one at 256 rows of 1024 positions.
+    def __init__(self, decode_tile: tuple[int, int] | None) -> None:
+        """``decode_tile``: query rows and positions; None: as the library chooses."""
         self._run: Any = importlib.import_module("flash_attn.cute.interface")._flash_attn_fwd
-        self._decode_tile = (64, 128) if head_dim <= 128 else None
+        self._decode_tile = decode_tile
 
     def __call__(
         self,
@@ -196,10 +200,13 @@ def choose_attention(
         return torch_attention, "torch"
     if dtype not in (torch.float16, torch.bfloat16):
         return torch_attention, f"torch (flash-attn has no {dtype})"
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"flash-attn has no heads of {head_dim} dimensions")
     major = torch.cuda.get_device_capability(device)[0]
     version = 4 if major >= 9 else 2
+    if head_dim not in HEAD_DIMS[version]:
+        raise ValueError(
+            f"flash-attn {version} has no paged heads of {head_dim} dimensions; --dtype float32 "
+            "does without it"
+        )
     unit = BLOCK_SIZES[version]
     if block_size % unit:
         raise ValueError(f"flash-attn {version} reads blocks of a multiple of {unit} tokens")
@@ -210,6 +217,6 @@ def choose_attention(
         raise ValueError(
             f"attention on this GPU needs the package of the extra {extra!r}: {error}"
         ) from error
-    return (
-        FlashAttention(head_dim) if version == 4 else FlashAttention2()
-    ), f"flash-attn {version}"
+    if version == 2:
+        return FlashAttention2(), "flash-attn 2"
+    return FlashAttention(_HOPPER_TILE if major == 9 and head_dim <= 128 else None), "flash-attn 4"

@@ -90,6 +90,9 @@ def rope_write(
 ) -> Tensor:
     """Turn queries and keys; keys and values go to their slots, the queries are returned.
 
+    Where a key or a value is no number, 0 is kept: attention multiplies what a row may not see by
+    0, and a block that goes to another sequence would spoil that one, too.
+
     ``qkv``: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``; ``cos`` and ``sin``:
     ``[num_tokens, rotary_dim / 2]``, float32: what of a head is beyond stays as it is; the caches
     ``[num_blocks, block_size, num_kv_heads, head_dim]``, strided; ``slot_mapping``:
@@ -109,9 +112,13 @@ def rope_write(
         q = rms_norm(q, norms.query, norms.eps, around_one=norms.around_one)
         k = rms_norm(k, norms.key, norms.eps, around_one=norms.around_one)
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    k_cache[blocks, offsets] = rotate(k, cos, sin)
-    v_cache[blocks, offsets] = v
+    k_cache[blocks, offsets] = _finite(rotate(k, cos, sin))
+    v_cache[blocks, offsets] = _finite(v)
     return rotate(q, cos, sin).repeat(num_copies, 1, 1)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

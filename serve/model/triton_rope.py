@@ -64,21 +64,29 @@ def _rope_write_kernel(
         tl.store(query + half + at, out_second, is_query & (at < half))
         if ROTARY < DIM:
             tl.store(query + tail, rest, is_query & (tail < DIM))
+    kept_first, kept_second = _finite(out_first), _finite(out_second)
+    if ROTARY < DIM:
+        rest = _finite(rest)
     # Rows that fill up a batch have nowhere to go.
     slot = tl.load(slot_ptr + token)
     place = (slot // block_size) * block_stride + (slot % block_size) * token_stride
     is_key = (head >= NUM_Q) & turned & (slot >= 0)
     key = k_ptr + place + (head - NUM_Q) * DIM
-    tl.store(key + at, out_first, is_key & (at < half))
-    tl.store(key + half + at, out_second, is_key & (at < half))
+    tl.store(key + at, kept_first, is_key & (at < half))
+    tl.store(key + half + at, kept_second, is_key & (at < half))
     if ROTARY < DIM:
         tl.store(key + tail, rest, is_key & (tail < DIM))
     is_value = (head >= NUM_Q + NUM_KV) & exists & (slot >= 0)
     value = v_ptr + place + (head - NUM_Q - NUM_KV) * DIM
-    tl.store(value + at, out_first, is_value & (at < half))
-    tl.store(value + half + at, out_second, is_value & (at < half))
+    tl.store(value + at, kept_first, is_value & (at < half))
+    tl.store(value + half + at, kept_second, is_value & (at < half))
     if ROTARY < DIM:
         tl.store(value + tail, rest, is_value & (tail < DIM))
+
+
+@triton.jit
+def _finite(x):
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
 
 
 @triton.jit
