@@ -31,20 +31,25 @@ def exit_now(code: int) -> NoReturn:
 
 
 class StopSignals:
-    """SIGTERM once: drain and stop. Twice: stop. Ctrl-C counts where no torchrun passes it on."""
+    """SIGTERM or Ctrl-C: drain and stop. The same once more: stop.
+
+    torchrun passes Ctrl-C on, as SIGINT or SIGTERM by its version, and where ranks share its
+    session the terminal does, too. So under torchrun any number of SIGINTs ask for the first stop.
+    """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self._num_terms = 0
 
     def install(self, on_orphaned: Callable[[], None]) -> None:
         """Take over the signals of this process; ``on_orphaned`` is called when torchrun dies."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop)
+        loop.add_signal_handler(signal.SIGTERM, self._on_term)
         loop.add_signal_handler(signal.SIGHUP, on_orphaned)
-        # On Ctrl-C the terminal signals the ranks too, and torchrun then sends SIGTERM.
-        interrupted = (lambda: None) if "TORCHELASTIC_RUN_ID" in os.environ else self._stop
+        interrupted = self.first.set if "TORCHELASTIC_RUN_ID" in os.environ else self._on_term
         loop.add_signal_handler(signal.SIGINT, interrupted)
 
-    def _stop(self) -> None:
-        (self.second if self.first.is_set() else self.first).set()
+    def _on_term(self) -> None:
+        self._num_terms += 1
+        (self.first if self._num_terms == 1 else self.second).set()

@@ -204,8 +204,8 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     add("--api-key", type=_token, metavar="KEY",
         help="Clients must send 'Authorization: Bearer KEY'. Default: open to all.")  # fmt: skip
     add("--served-model-name", type=_word, nargs="+", action="extend", metavar="NAME",
-        help="Name of the model in the API; the first one given is the name in answers, the "
-        "others are aliases. Default: the hub id, or the last part of the path.")  # fmt: skip
+        help="Name of the model in the API; of several, an answer has the one that its request "
+        "named, or the first. Default: the hub id, or the last part of the path.")  # fmt: skip
     add("--max-waiting", type=_COUNT, default=4096, metavar="REQUESTS",
         help="Requests without a first token that may wait; more get status 429. "
         "Default: %(default)s.")  # fmt: skip

@@ -71,17 +71,21 @@ async def error_event(response: aiohttp.ClientResponse) -> str:
 # --- asked to stop ------------------------------------------------------------------------------
 
 
-async def test_sigterm_lets_open_streams_finish(
-    model: Path, session: aiohttp.ClientSession
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_open_streams_finish(
+    model: Path, session: aiohttp.ClientSession, number: signal.Signals
 ) -> None:
+    """Ctrl-C as torchrun passes it on, and more than once."""
     with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
         client = Client(session, server.url)
         response = await client.open_stream([1, 2, 3], 2500)
         waiting = asyncio.create_task(client.ask([4, 5, 6], 1500))
         while await client.metric("vllm:prompt_tokens_total") < 6:
             pass
-        server.signal_ranks(signal.SIGTERM)
+        server.signal_ranks(number)
         await asyncio.to_thread(server.wait_log, "stopping; 2 requests are still open")
+        if number == signal.SIGINT:
+            server.signal_ranks(number)
         body = greedy_body([1], 1)
         async with session.post(f"{server.url}/v1/completions", json=body) as refused:
             assert refused.status == 503
