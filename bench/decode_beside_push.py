@@ -39,7 +39,6 @@ from serve.comm.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
 from serve.comm.process_groups import init_world, new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.topology import read_place
 from serve.comm.wires import P2PWire, SymmetricWire, Wait, Wire
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
@@ -51,6 +50,7 @@ from serve.model.weights import load_weights
 from serve.node import SWITCH_INTERVAL_S, pick_device
 from serve.options import KV_PUSH_BYTES
 from serve.request import Request, SamplingParams
+from serve.topology import read_place
 
 SENDER, DECODER = PAIR = (0, 1)
 WARM_UPS = 10  # steps before those that are measured

@@ -27,13 +27,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from serve.api.service import Stream
 from serve.comm.messages import AnyMessage, Report
-from serve.comm.topology import read_place
 from serve.config import ServerConfig, parse_args
 from serve.front import FrontEnd, fit_max_model_len, make_front
 from serve.lifetime import exit_now
 from serve.metrics import Metrics
 from serve.node import Node, join_job
 from serve.request import FinishReason, Request, SamplingParams
+from serve.topology import read_place
 
 BUDGET = 8192  # tokens of a step while the prompts are read
 WARM_UPS = 20  # steps before the first window

@@ -32,7 +32,6 @@ from torch.nn import functional
 from bench.one_replica import join_ranks
 from serve.comm.messages import SampleRow, Step, StepSequence
 from serve.comm.symmetric import SymmetricReduction
-from serve.comm.topology import read_place
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.lifetime import exit_now
@@ -42,6 +41,7 @@ from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.node import pick_device
 from serve.request import Request, SamplingParams
+from serve.topology import read_place
 
 PLACE = read_place(os.environ)
 DEVICE = pick_device(PLACE)

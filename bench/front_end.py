@@ -27,10 +27,9 @@ from serve.api.app import create_app, run_app_on
 from serve.api.service import Service
 from serve.api.settings import ApiSettings
 from serve.comm.messages import AnyMessage, Delta, Prefill, ReplicaLoad, Report, decode, encode
-from serve.comm.topology import build_topology
-from serve.config import ReplicaSpec
 from serve.dispatch.dispatcher import Dispatcher
 from serve.metrics import Metrics
+from serve.topology import ReplicaSpec, build_topology
 
 MAX_MODEL_LEN = 1 << 20
 _TICK_S = 0.005

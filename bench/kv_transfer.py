@@ -27,7 +27,6 @@ from serve.comm.kv_transfer import Pair, packed_bytes
 from serve.comm.messages import NUM_STAGING_SLOTS
 from serve.comm.process_groups import new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
-from serve.comm.topology import Place, read_place
 from serve.comm.wires import P2PWire, SymmetricWire, Wire
 from serve.config import ServerConfig, parse_args
 from serve.engine.kv_cache import KVCache
@@ -38,6 +37,7 @@ from serve.model.flash_attention import preferred_block_size
 from serve.node import Node, join_job
 from serve.request import Request, SamplingParams, Timeline
 from serve.serving import follow
+from serve.topology import Place, read_place
 
 NUM_ROUNDS = 10
 NUM_IN_A_ROW = 16

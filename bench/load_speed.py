@@ -26,7 +26,6 @@ from torch import Tensor
 
 from bench.one_replica import join_ranks
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.topology import read_place
 from serve.lifetime import exit_now
 from serve.model.config import ModelConfig
 from serve.model.config_file import load_model_config
@@ -34,6 +33,7 @@ from serve.model.layers import parameter_shards
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.node import pick_device
+from serve.topology import read_place
 
 FILE_BYTES = 4 << 30
 _SAMPLE_S = 0.01

@@ -6,8 +6,7 @@ import torch
 
 from serve.comm.process_groups import init_world, new_tp_groups
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.topology import Place, build_topology
-from serve.config import ReplicaSpec
+from serve.topology import Place, ReplicaSpec, build_topology
 
 
 def join_ranks(place: Place, device: torch.device) -> TensorParallel:

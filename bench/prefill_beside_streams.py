@@ -30,13 +30,13 @@ import uvloop
 
 from bench.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
 from serve.api.service import Service
-from serve.comm.topology import read_place
 from serve.config import ServerConfig, parse_args
 from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now
 from serve.metrics import Metrics
 from serve.node import Node, join_job
 from serve.request import Request, SamplingParams
+from serve.topology import read_place
 
 WARM_UPS = 2  # prefills
 SETTLING_REPORTS = 20  # before the streams count as flowing

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.comm.topology import read_place
 from serve.engine.scheduler import Batch, Chunk
 from serve.engine.sequence import Sequence as TokenSequence
 from serve.engine.step import build_step
@@ -30,6 +29,7 @@ from serve.node import pick_device
 from serve.request import Request, SamplingParams
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import sample
+from serve.topology import read_place
 
 NUM_ROUNDS = 20
 INPUT_ID = 7

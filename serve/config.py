@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
@@ -25,26 +24,11 @@ from serve.model_source import (
 from serve.options import KV_PUSH_BYTES, option_name
 from serve.options import build_parser as build_parser
 from serve.sampling_defaults import SamplingDefaults, read_sampling_defaults
+from serve.topology import ReplicaSpec
 
 
 class ConfigError(Exception):
     """The command asks for something that cannot be; the text is one line for its user."""
-
-
-class Role(StrEnum):
-    """Which phases a replica runs."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    MIXED = "mixed"
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSpec:
-    """One replica: ``tp * pp`` consecutive ranks with one copy of the model."""
-
-    tp: int
-    pp: int = 1
 
 
 @dataclass(frozen=True, slots=True)

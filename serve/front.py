@@ -9,10 +9,10 @@ from collections.abc import Callable
 from serve.api.service import Service
 from serve.comm.clock import best_offset
 from serve.comm.messages import AnyMessage, Ping, Pong, ReplicaReady, Report
-from serve.comm.topology import Topology
 from serve.config import ServerConfig
 from serve.dispatch.dispatcher import Dispatcher
 from serve.metrics import Metrics
+from serve.topology import Topology
 
 NUM_PINGS = 20
 

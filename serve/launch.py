@@ -10,9 +10,9 @@ import os
 import socket
 import sys
 
-from serve.comm.topology import Place, read_place
 from serve.config import ConfigError, ServerConfig, parse_args
 from serve.lifetime import die_with_parent, exit_now
+from serve.topology import Place, read_place
 
 log = logging.getLogger("serve")
 

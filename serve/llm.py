@@ -27,7 +27,6 @@ import uvloop
 from tqdm import tqdm
 
 from serve.api.service import Service, Stream
-from serve.comm.topology import read_place
 from serve.config import ConfigError, parse_args
 from serve.front import fit_max_model_len, make_front
 from serve.launch import start_logging
@@ -37,6 +36,7 @@ from serve.node import Node, join_job
 from serve.request import FinishReason, Request, SamplingParams
 from serve.serving import follow, run_to_end
 from serve.tokenizer import Tokenizer
+from serve.topology import read_place
 
 T = TypeVar("T")
 

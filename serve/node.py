@@ -25,7 +25,6 @@ import torch.distributed as dist
 
 from serve.comm.control import ControlChannel
 from serve.comm.messages import (
-    FRONT_END_RANK,
     AnyMessage,
     Failed,
     Goodbye,
@@ -36,14 +35,14 @@ from serve.comm.messages import (
     Report,
 )
 from serve.comm.process_groups import init_world, new_control_group
-from serve.comm.topology import Place, Topology, build_topology
-from serve.config import Role, ServerConfig
+from serve.config import ServerConfig
 from serve.engine.loading import Loaded, Progress, load_rank
 from serve.engine.rank_setup import RankSetup
 from serve.engine.replica import Replica, ReplicaSettings
 from serve.engine.scheduler import SchedulerLimits
 from serve.engine.worker import Worker
 from serve.tokenizer import Tokenizer, load_tokenizer
+from serve.topology import FRONT_END_RANK, Place, Role, Topology, build_topology
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from serve.api.app import create_app, run_app_on
 from serve.api.service import Service
 from serve.api.settings import ApiSettings
-from serve.comm.topology import Place
 from serve.config import ServerConfig
 from serve.front import FrontEnd, describe, fit_max_model_len, make_front
 from serve.lifetime import StopSignals
 from serve.metrics import Metrics
 from serve.node import JobFailed, Node, RankFailed, join_job
 from serve.tokenizer import Tokenizer
+from serve.topology import Place
 
 log = logging.getLogger("serve")
 

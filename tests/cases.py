@@ -16,7 +16,6 @@ import torch.distributed as dist
 from serve.api.service import Service, Stream
 from serve.comm.messages import AnyMessage, Report
 from serve.comm.process_groups import new_control_group, new_pair_groups, new_tp_groups
-from serve.comm.topology import Place, Topology, build_topology
 from serve.config import ServerConfig, parse_args
 from serve.engine.loading import find_routes
 from serve.engine.rank_setup import RankSetup
@@ -25,6 +24,7 @@ from serve.metrics import Metrics
 from serve.node import Node, pick_device
 from serve.request import FinishReason, Request, SamplingParams
 from serve.serving import follow
+from serve.topology import Place, Topology, build_topology
 
 
 class Job(msgspec.Struct):

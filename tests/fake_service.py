@@ -20,13 +20,12 @@ from serve.api.app import create_app, run_app_on
 from serve.api.service import Service
 from serve.api.settings import ApiSettings
 from serve.comm.messages import Abort, AnyMessage, Delta, Prefill, ReplicaLoad, Report
-from serve.comm.topology import build_topology
-from serve.config import ReplicaSpec
 from serve.dispatch.dispatcher import Dispatcher
 from serve.metrics import Metrics
 from serve.model_source import default_model
 from serve.request import FinishReason, Request, Timeline
 from serve.tokenizer import Tokenizer, load_tokenizer
+from serve.topology import ReplicaSpec, build_topology
 
 MODEL = "org/model"
 ALIAS = "alias"

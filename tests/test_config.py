@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.config import ConfigError, ReplicaSpec, parse_args
+from serve.config import ConfigError, parse_args
 from serve.limits import PhaseLimits
 from serve.options import build_parser
+from serve.topology import ReplicaSpec
 from tests.config_cases import model, parse, refusal
 
 TOP = Path(__file__).resolve().parent.parent

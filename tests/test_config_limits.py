@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.config import ReplicaSpec
 from serve.limits import PhaseLimits
+from serve.topology import ReplicaSpec
 from tests.config_cases import model, parse, refusal
 
 __all__ = ["model"]

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from serve.comm.process_groups import new_pair_groups, new_tp_groups
-from serve.comm.topology import build_topology
-from serve.config import ReplicaSpec
+from serve.topology import ReplicaSpec, build_topology
 from tests.world import World
 
 MODULE = "tests.test_control_groups"
@@ -142,7 +141,7 @@ def test_pairs_that_make_no_sense_are_refused(world: World, pairs: list[tuple[in
 
 def test_one_rank_needs_no_torchrun() -> None:
     code = (
-        "from serve.comm.process_groups import *; from serve.comm.topology import *;"
+        "from serve.comm.process_groups import *; from serve.topology import *;"
         "init_world(read_place({}), 'cpu'); group = new_control_group();"
         "assert dist.get_world_size(group) == 1"
     )

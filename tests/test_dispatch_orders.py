@@ -11,12 +11,11 @@ from functools import partial
 import pytest
 
 from serve.comm.messages import Abort, Delta, Prefill, ReplicaLoad, Report
-from serve.comm.topology import ReplicaInfo
-from serve.config import Role
 from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
 from serve.dispatch.output import Output
 from serve.dispatch.policies import POLICIES
 from serve.request import FinishReason, Request, SamplingParams, Timeline
+from serve.topology import ReplicaInfo, Role
 
 ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "M": Role.MIXED}
 NUM_REQUESTS = 40

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from serve.comm.topology import ReplicaInfo
-from serve.config import Role
 from serve.dispatch.policies import POLICIES, Choice, PolicyInput
 from serve.dispatch.replica_state import ReplicaState
 from serve.request import Request, SamplingParams
+from serve.topology import ReplicaInfo, Role
 
 ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "M": Role.MIXED}
 SHAPES = ("PD", "PPD", "PDD", "PPDDD", "PPPPDDDD", "M", "MMM")

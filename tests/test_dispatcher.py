@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from serve.comm.messages import Abort, Delta, Prefill, ReplicaLoad, Report
-from serve.comm.topology import ReplicaInfo
-from serve.config import Role
 from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
 from serve.request import FinishReason, Request, SamplingParams, Timeline
+from serve.topology import ReplicaInfo, Role
 
 # Leaders are ranks 0 and 2.
 DISAGGREGATED = (

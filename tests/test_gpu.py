@@ -63,7 +63,7 @@ import ctypes
 import os
 
 import serve.launch
-from serve.comm.topology import read_place
+from serve.topology import read_place
 from serve.node import pick_device
 
 print(pick_device(read_place(os.environ)))

@@ -94,7 +94,6 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
         BOTH: (
             "serve.comm.control",
             "serve.comm.frames",
-            "serve.comm.topology",
             "serve.comm.transfer_plan",
         ),
         GPU: (
@@ -113,6 +112,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.options",
             "serve.model_source",
             "serve.request",
+            "serve.topology",
             "serve.sampling_defaults",
             "serve.comm.messages",
             "serve.comm.clock",
@@ -139,7 +139,7 @@ BOTTOM_EXTRAS = {
 
 TORCH = {"torch", "triton", "flash_attn", "torchvision", "torchaudio"}
 # Beside the HTTP column and the bottom line, these do without torch.
-TORCH_FREE = ("serve.comm.topology", "serve.comm.transfer_plan")
+TORCH_FREE = ("serve.comm.transfer_plan",)
 # Other packages that import torch as soon as they are imported.
 BRINGS_TORCH = {"accelerate"}
 

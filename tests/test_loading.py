@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from serve.comm.topology import Place, build_topology
 from serve.config import parse_args
 from serve.engine import loading
 from serve.engine.rank_setup import RankSetup
+from serve.topology import Place, build_topology
 
 
 def test_a_device_that_is_too_small_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,7 @@ def _live(connection: Connection[Any, Any], stacks: str, environ: dict[str, str]
 
 def _join() -> None:
     from serve.comm.process_groups import init_world
-    from serve.comm.topology import read_place
+    from serve.topology import read_place
 
     init_world(read_place(os.environ), "cpu")
 

@@ -117,7 +117,6 @@ class Withdraw(Message, frozen=True):
 
 
 NUM_STAGING_SLOTS = 4  # pushes from one replica to another that go out unacknowledged
-FRONT_END_RANK = 0  # where HTTP and dispatch live
 
 # --- replicas -> rank 0 -------------------------------------------------------------------------
 

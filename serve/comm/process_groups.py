@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from serve.comm.topology import Place, Topology
+from serve.topology import Place, Topology
 
 Backend = Literal["gloo", "nccl"]
 

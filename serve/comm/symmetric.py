@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from serve.comm.topology import Place
+from serve.topology import Place
 
 MAX_REDUCTION_BYTES = 8 << 20  # above, NCCL is as fast
 _ONE_SHOT_BYTES = 128 << 10

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve.comm.messages import ReplicaLoad
-from serve.comm.topology import ReplicaInfo
-from serve.config import Role
+from serve.topology import ReplicaInfo, Role
 
 
 @dataclass(slots=True)

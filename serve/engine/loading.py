@@ -18,11 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from serve.comm.kv_transfer import KVReceiver, KVSender, Pair
-from serve.comm.messages import FRONT_END_RANK, NUM_STAGING_SLOTS
+from serve.comm.messages import NUM_STAGING_SLOTS
 from serve.comm.process_groups import Backend, new_pair_groups, new_tp_groups
 from serve.comm.symmetric import SymmetricArena, SymmetricReduction, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.topology import ReplicaInfo
 from serve.comm.transfer_plan import Slice, plan_transfer
 from serve.comm.wires import P2PWire, SymmetricWire, Wire
 from serve.engine.executor import Equipment
@@ -38,6 +37,7 @@ from serve.engine.warm_up import load_kernels, reserve_memory
 from serve.model.flash_attention import choose_attention
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
+from serve.topology import FRONT_END_RANK, ReplicaInfo
 
 if TYPE_CHECKING:
     from serve.engine.decode_graphs import DecodeGraphs  # needs Triton, as GPUs do

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from serve.comm.tensor_parallel import TensorParallel
-from serve.config import Role
 from serve.engine.kv_cache import KVCache
 from serve.engine.rank_setup import RankSetup
 from serve.engine.rehearsal import largest_steps, longest_context
 from serve.engine.runner import Runner
+from serve.topology import Role
 
 if TYPE_CHECKING:
     from serve.engine.decode_graphs import DecodeGraphs  # needs Triton, as GPUs do

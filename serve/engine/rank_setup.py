@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from serve.comm.topology import Place, ReplicaInfo, Topology
-from serve.config import Role, ServerConfig
+from serve.config import ServerConfig
 from serve.engine.kv_layout import KVLayout
 from serve.limits import PhaseLimits
 from serve.model.flash_attention import preferred_block_size
+from serve.topology import Place, ReplicaInfo, Role, Topology
 
 
 @dataclass(frozen=True, slots=True)

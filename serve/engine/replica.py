@@ -22,7 +22,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from serve.comm.messages import (
-    FRONT_END_RANK,
     Abort,
     AnyMessage,
     Delta,
@@ -51,6 +50,7 @@ from serve.engine.step import build_step
 from serve.output_text import OutputText
 from serve.request import Request
 from serve.tokenizer import Tokenizer
+from serve.topology import FRONT_END_RANK
 
 # While one runs, the next one is prepared and waits for its turn on the GPU.
 MAX_STEPS_IN_FLIGHT = 2

@@ -12,18 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from serve.comm.messages import (
-    FRONT_END_RANK,
-    AnyMessage,
-    Entry,
-    Heartbeat,
-    Received,
-    Step,
-    Stop,
-)
-from serve.comm.topology import ReplicaInfo
+from serve.comm.messages import AnyMessage, Entry, Heartbeat, Received, Step, Stop
 from serve.engine.executor import Callbacks, Executor
 from serve.engine.replica import Actions, Replica
+from serve.topology import FRONT_END_RANK, ReplicaInfo
 
 HEARTBEAT_S = 1.0  # the period of a heartbeat, not a wait for something
 

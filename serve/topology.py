@@ -14,9 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
-from serve.comm.messages import FRONT_END_RANK
-from serve.config import ReplicaSpec, Role
+FRONT_END_RANK = 0  # where HTTP and dispatch live
+
+
+class Role(StrEnum):
+    """Which phases a replica runs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """One replica: ``tp * pp`` consecutive ranks with one copy of the model."""
+
+    tp: int
+    pp: int = 1
 
 
 @dataclass(frozen=True, slots=True)
