@@ -40,6 +40,7 @@ from serve.comm.process_groups import init_world, new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
 from serve.comm.wires import P2PWire, SymmetricWire, Wait, Wire
+from serve.device import pick_device
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.lifetime import exit_now
@@ -47,7 +48,7 @@ from serve.model.config_file import load_model_config
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
-from serve.node import SWITCH_INTERVAL_S, pick_device
+from serve.node import SWITCH_INTERVAL_S
 from serve.options import KV_PUSH_BYTES
 from serve.request import Request, SamplingParams
 from serve.topology import read_place
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if place.world_size != 2:
         parser.error("two ranks are wanted: one that pushes and one that decodes")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    device = pick_device(place)
+    device = pick_device(place.local_rank)
     if args.kv_transport == "symm" and not can_share_memory(place, PAIR):
         parser.error("symm needs two GPUs of one host that can read each other's memory")
     init_world(place, "cuda" if device.type == "cuda" else "cpu")

@@ -32,6 +32,7 @@ from torch.nn import functional
 from bench.one_replica import join_ranks
 from serve.comm.messages import SampleRow, Step, StepSequence
 from serve.comm.symmetric import SymmetricReduction
+from serve.device import pick_device
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.lifetime import exit_now
@@ -39,12 +40,11 @@ from serve.model.config_file import load_model_config
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
-from serve.node import pick_device
 from serve.request import Request, SamplingParams
 from serve.topology import read_place
 
 PLACE = read_place(os.environ)
-DEVICE = pick_device(PLACE)
+DEVICE = pick_device(PLACE.local_rank)
 DTYPE = torch.bfloat16
 BLOCK_SIZE = preferred_block_size(DEVICE)
 DECODES = ["1x1024", "64x1024", "64x4096", "8x32768", "256x1024", "1x131072"]

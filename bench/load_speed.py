@@ -26,13 +26,13 @@ from torch import Tensor
 
 from bench.one_replica import join_ranks
 from serve.comm.tensor_parallel import TensorParallel
+from serve.device import pick_device
 from serve.lifetime import exit_now
 from serve.model.config import ModelConfig
 from serve.model.config_file import load_model_config
 from serve.model.layers import parameter_shards
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
-from serve.node import pick_device
 from serve.topology import read_place
 
 FILE_BYTES = 4 << 30
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     place = read_place(os.environ)
-    device = pick_device(place)
+    device = pick_device(place.local_rank)
     config = load_model_config(str(args.model))
     tp = join_ranks(place, device)
     if tp.is_leader and not (args.folder / "config.json").exists():

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
+from serve.device import pick_device
 from serve.engine.scheduler import Batch, Chunk
 from serve.engine.sequence import Sequence as TokenSequence
 from serve.engine.step import build_step
-from serve.node import pick_device
 from serve.request import Request, SamplingParams
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import sample
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=8000, help="of each row")
     parser.add_argument("--output-tokens", type=int, default=500, help="of each row, so far")
     args = parser.parse_args(argv)
-    device = pick_device(read_place(os.environ))
+    device = pick_device(read_place(os.environ).local_rank)
     rng = random.Random(0)
     for num_rows in args.rows:
         tokens = [

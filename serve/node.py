@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -36,6 +35,7 @@ from serve.comm.messages import (
 )
 from serve.comm.process_groups import init_world, new_control_group
 from serve.config import ServerConfig
+from serve.device import pick_device
 from serve.engine.loading import Loaded, Progress, load_rank
 from serve.engine.rank_setup import RankSetup
 from serve.engine.replica import Replica, ReplicaSettings
@@ -59,22 +59,6 @@ class JobFailed(Exception):
 
 class RankFailed(JobFailed):
     """Another rank says that it cannot go on; all connections are whole."""
-
-
-def pick_device(place: Place) -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    # Read when the driver is first asked for anything, as whether there is a GPU. Transfers wait
-    # for each other on streams of their own, so streams must not share a queue; kernels are loaded
-    # before any waits.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", place.local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 class Node:
@@ -267,7 +251,7 @@ class Node:
 def join_job(config: ServerConfig, place: Place) -> Node:
     """Meet the other ranks of the job and become one of its nodes, on the running event loop."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    device = pick_device(place)
+    device = pick_device(place.local_rank)
     init_world(place, "cuda" if device.type == "cuda" else "cpu")
     topology = build_topology(config.replica_specs, config.partition_id, mixed=config.colocated)
     return Node(config, place, topology, device, new_control_group())

@@ -17,11 +17,12 @@ from serve.api.service import Service, Stream
 from serve.comm.messages import AnyMessage, Report
 from serve.comm.process_groups import new_control_group, new_pair_groups, new_tp_groups
 from serve.config import ServerConfig, parse_args
+from serve.device import pick_device
 from serve.engine.loading import find_routes
 from serve.engine.rank_setup import RankSetup
 from serve.front import fit_max_model_len, make_front
 from serve.metrics import Metrics
-from serve.node import Node, pick_device
+from serve.node import Node
 from serve.request import FinishReason, Request, SamplingParams
 from serve.serving import follow
 from serve.topology import Place, Topology, build_topology
@@ -60,7 +61,7 @@ def serve_case(argv: list[str], num_ranks: int, jobs: bytes) -> bytes | None:
     control_group = new_control_group()
     place = Place(rank, num_ranks, rank, num_ranks)
     if rank >= num_ranks:
-        _stand_by(RankSetup(config, topology, place, pick_device(place)))
+        _stand_by(RankSetup(config, topology, place, pick_device(place.local_rank)))
         return None
     decoded = msgspec.msgpack.decode(jobs, type=list[Job])
     try:
@@ -83,7 +84,7 @@ async def _run(
     control_group: dist.ProcessGroup,
     jobs: list[Job],
 ) -> bytes | None:
-    node = Node(config, place, topology, pick_device(place), control_group)
+    node = Node(config, place, topology, pick_device(place.local_rank), control_group)
     results: list[CaseResult] = []
     await node.run(_lead(node, jobs, results) if place.rank == 0 else follow(node))
     return msgspec.msgpack.encode(results[0]) if results else None

@@ -64,9 +64,9 @@ import os
 
 import serve.launch
 from serve.topology import read_place
-from serve.node import pick_device
+from serve.device import pick_device
 
-print(pick_device(read_place(os.environ)))
+print(pick_device(read_place(os.environ).local_rank))
 mode = ctypes.c_int()
 assert ctypes.CDLL("libcuda.so.1").cuModuleGetLoadingMode(ctypes.byref(mode)) == 0
 assert mode.value == 1  # CU_MODULE_EAGER_LOADING

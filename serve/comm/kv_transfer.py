@@ -25,7 +25,7 @@ from torch import Tensor
 
 from serve.comm.messages import NUM_STAGING_SLOTS
 from serve.comm.wires import Wait, Wire
-from serve.engine.device_copy import to_device
+from serve.device import to_device
 
 _MAX_WARM_BLOCKS = 1 << 14  # block ids of a push
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.engine.device_copy import columns_to_device
+from serve.device import columns_to_device
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import adjust, filter_parameters, is_plain, plain_parameters
 from serve.sampling.triton_filters import filter_logits

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.engine.device_copy import columns_to_device, to_device
+from serve.device import columns_to_device, to_device
 
 # A count: how often the output has a token in the upper bits, whether the prompt has it in the
 # lowest.

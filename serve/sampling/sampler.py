@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from serve.comm.messages import SampleRow
-from serve.engine.device_copy import to_device
+from serve.device import to_device
 from serve.request import SamplingParams
 from serve.sampling.noise import gumbel_noise, noise_streams
 from serve.sampling.penalties import Penalties
