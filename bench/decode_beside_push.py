@@ -44,10 +44,10 @@ from serve.device import pick_device
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.lifetime import exit_now
-from serve.model.config_file import load_model_config
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
+from serve.model_config.file import load_model_config
 from serve.node import SWITCH_INTERVAL_S
 from serve.options import KV_PUSH_BYTES
 from serve.request import Request, SamplingParams

@@ -28,11 +28,11 @@ from bench.one_replica import join_ranks
 from serve.comm.tensor_parallel import TensorParallel
 from serve.device import pick_device
 from serve.lifetime import exit_now
-from serve.model.config import ModelConfig
-from serve.model.config_file import load_model_config
 from serve.model.layers import parameter_shards
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
+from serve.model_config.config import ModelConfig
+from serve.model_config.file import load_model_config
 from serve.topology import read_place
 
 FILE_BYTES = 4 << 30

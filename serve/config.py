@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from serve.limits import PhaseLimits, checked_max_model_len, phase_limits
-from serve.model.config import ModelConfig
-from serve.model.config_file import load_model_config
+from serve.model_config.config import ModelConfig
+from serve.model_config.file import load_model_config
 from serve.model_source import (
     DEFAULT_NAME,
     LoadFormat,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve import options
-from serve.model.config import ModelConfig
+from serve.model_config.config import ModelConfig
 from serve.options import option_name
 
 

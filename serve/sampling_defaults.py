@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.model.config_file import read_generation_config
+from serve.model_config.file import read_generation_config
 from serve.request import SamplingParams
 
 # Lowest and highest value, also of a request's own.

@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from serve.model.config_families import FAMILIES
-from serve.model.config_file import load_model_config
+from serve.model_config.families import FAMILIES
+from serve.model_config.file import load_model_config
 from tests.checkpoints import load_reference, reference_greedy, write_llama_checkpoint
 from tests.families import VARIANTS, write_internlm2, write_variant
 from tests.test_matrix import greedy, run_case

@@ -118,10 +118,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.dispatch.output",
             "serve.engine.sequence",
             "serve.engine.block_pool",
-            "serve.engine.kv_layout",
-            "serve.model.config",
-            "serve.model.config_*",
-            "serve.model.gguf_header",
+            "serve.model_config.*",
         ),
         GPU: ("serve.device",),
     },
@@ -134,7 +131,7 @@ _NAMED = {name for columns in LINES for patterns in columns.values() for name in
 BOTTOM_PACKAGES = {"msgspec"}
 BOTTOM_EXTRAS = {
     "serve.model_source": {"huggingface_hub"},
-    "serve.model.gguf_header": {"gguf", "numpy"},
+    "serve.model_config.gguf_header": {"gguf", "numpy"},
 }
 
 TORCH = {"torch", "triton", "flash_attn", "torchvision", "torchaudio"}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import MistralConfig
 
-from serve.model.config_file import load_model_config
-from serve.model.config_rope import RopeConfig
+from serve.model_config.file import load_model_config
+from serve.model_config.rope import RopeConfig
 from tests.checkpoints import smollm2_gguf
 
 LLAMA: dict[str, Any] = {
@@ -148,7 +148,7 @@ def test_an_unreadable_gguf_file(tmp_path: Path, content: bytes | None) -> None:
 
 def test_the_configuration_needs_no_torch() -> None:
     code = (
-        "import sys; from serve.model.config_file import load_model_config as load; "
+        "import sys; from serve.model_config.file import load_model_config as load; "
         f"config = load({str(smollm2_gguf())!r}); "
         "assert 'torch' not in sys.modules; "
         "assert (config.vocab_size, config.num_layers, config.head_dim) == (49152, 30, 64)"

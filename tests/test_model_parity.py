@@ -15,10 +15,10 @@ from serve.comm.messages import Step, StepSequence
 from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.forward_batch import build_forward_batch
 from serve.engine.kv_cache import KVCache
-from serve.model.config import ModelConfig
-from serve.model.config_file import load_model_config
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
+from serve.model_config.config import ModelConfig
+from serve.model_config.file import load_model_config
 from tests.checkpoints import (
     ROPES,
     load_reference,

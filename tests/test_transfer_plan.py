@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.comm.transfer_plan import plan_transfer
-from serve.engine.kv_layout import KVLayout, shard_kv_heads
+from serve.model_config.kv_layout import KVLayout, shard_kv_heads
 
 
 def layouts(num_heads: int, num_kv_heads: int, tp: int) -> list[KVLayout]:

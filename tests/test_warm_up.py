@@ -16,9 +16,9 @@ from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.engine.warm_up import Products, row_counts
-from serve.model.config_file import load_model_config
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
+from serve.model_config.file import load_model_config
 from serve.request import Request, SamplingParams
 from tests.families import VARIANTS, write_variant
 

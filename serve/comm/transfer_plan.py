@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serve.engine.kv_layout import KVLayout
+from serve.model_config.kv_layout import KVLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.engine.kv_layout import KVLayout
+from serve.model_config.kv_layout import KVLayout
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
 from serve.engine.kv_cache import KVCache
-from serve.engine.kv_layout import shard_kv_heads
 from serve.model import ops
 from serve.model.attention import Attention, Scoring
-from serve.model.config import ModelConfig
 from serve.model.head_norms import HeadNorms
 from serve.model.layers import (
     ColumnParallelLinear,
@@ -32,6 +30,8 @@ from serve.model.layers import (
     VocabParallelEmbedding,
 )
 from serve.model.rope import RotaryEmbedding
+from serve.model_config.config import ModelConfig
+from serve.model_config.kv_layout import shard_kv_heads
 
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, each [num_tokens, rotary_dim / 2]
 Projection = Callable[[Tensor], Tensor]

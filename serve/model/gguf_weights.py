@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.model.gguf_header import gguf_config, open_gguf
 from serve.model.layers import Shard
+from serve.model_config.gguf_header import gguf_config, open_gguf
 
 _NAMES = {
     "token_embd": "model.embed_tokens",

@@ -9,7 +9,6 @@ from torch import nn
 
 from serve.comm.tensor_parallel import TensorParallel
 from serve.model.attention import Attention, torch_attention
-from serve.model.config import ModelConfig
 from serve.model.decoder import Build
 from serve.model.gemma import GemmaForCausalLM
 from serve.model.gpt2 import GPT2LMHeadModel
@@ -18,6 +17,7 @@ from serve.model.layers import Placement
 from serve.model.llama import LlamaForCausalLM
 from serve.model.opt import OPTForCausalLM
 from serve.model.phi3 import Phi3ForCausalLM
+from serve.model_config.config import ModelConfig
 
 MODELS: dict[str, Callable[[Build], nn.Module]] = {
     "gemma": GemmaForCausalLM,

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from serve.model.config_rope import RopeConfig
+from serve.model_config.rope import RopeConfig
 
 
 class RotaryEmbedding:

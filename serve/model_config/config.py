@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from serve.engine.kv_layout import KVLayout, shard_kv_heads
-from serve.model.config_rope import RopeConfig
+from serve.model_config.kv_layout import KVLayout, shard_kv_heads
+from serve.model_config.rope import RopeConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from serve.model.config import ModelConfig
-from serve.model.config_families import parse_config
-from serve.model.gguf_header import read_gguf_config
+from serve.model_config.config import ModelConfig
+from serve.model_config.families import parse_config
+from serve.model_config.gguf_header import read_gguf_config
 
 
 def load_model_config(path: str) -> ModelConfig:

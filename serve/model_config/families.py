@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from serve.model.config import ModelConfig
-from serve.model.config_decoder import (
+from serve.model_config.config import ModelConfig
+from serve.model_config.decoder import (
     describe_decoder,
     layers_of,
     read_head_dim,
     read_window,
     windows_by_type,
 )
-from serve.model.config_fields import Fields
-from serve.model.config_rope import read_rope
+from serve.model_config.fields import Fields
+from serve.model_config.rope import read_rope
 
 _GELU_TANH = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _MLP_ACTIVATIONS = _GELU_TANH | {"gelu": "gelu", "relu": "relu"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve.model.config import ModelConfig
-from serve.model.config_fields import Fields
-from serve.model.config_rope import read_rope
+from serve.model_config.config import ModelConfig
+from serve.model_config.fields import Fields
+from serve.model_config.rope import read_rope
 
 _SILU = {"silu": "silu", "swish": "silu"}
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
