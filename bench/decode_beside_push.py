@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 
 from serve.comm.kv_transfer import Pair, packed_bytes
-from serve.comm.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
 from serve.comm.process_groups import init_world, new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
@@ -50,6 +49,7 @@ from serve.model.weights import load_weights
 from serve.model_config.file import load_model_config
 from serve.node import SWITCH_INTERVAL_S
 from serve.options import KV_PUSH_BYTES
+from serve.protocol.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 from serve.topology import read_place
 

@@ -26,12 +26,12 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from serve.api.service import Stream
-from serve.comm.messages import AnyMessage, Report
 from serve.config import ServerConfig, parse_args
 from serve.front import FrontEnd, fit_max_model_len, make_front
 from serve.lifetime import exit_now
 from serve.metrics import Metrics
 from serve.node import Node, join_job
+from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams
 from serve.topology import read_place
 

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.one_replica import join_ranks
-from serve.comm.messages import SampleRow, Step, StepSequence
 from serve.comm.symmetric import SymmetricReduction
 from serve.device import pick_device
 from serve.engine.kv_cache import KVCache
@@ -40,6 +39,7 @@ from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.model_config.file import load_model_config
+from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 from serve.topology import read_place
 

@@ -26,9 +26,9 @@ from aiohttp import web
 from serve.api.app import create_app, run_app_on
 from serve.api.service import Service
 from serve.api.settings import ApiSettings
-from serve.comm.messages import AnyMessage, Delta, Prefill, ReplicaLoad, Report, decode, encode
 from serve.dispatch.dispatcher import Dispatcher
 from serve.metrics import Metrics
+from serve.protocol.messages import AnyMessage, Delta, Prefill, ReplicaLoad, Report, decode, encode
 from serve.topology import ReplicaSpec, build_topology
 
 MAX_MODEL_LEN = 1 << 20

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from serve.comm.kv_transfer import Pair, packed_bytes
-from serve.comm.messages import NUM_STAGING_SLOTS
 from serve.comm.process_groups import new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.wires import P2PWire, SymmetricWire, Wire
@@ -35,6 +34,7 @@ from serve.lifetime import exit_now
 from serve.metrics import Metrics
 from serve.model.flash_attention import preferred_block_size
 from serve.node import Node, join_job
+from serve.protocol.messages import NUM_STAGING_SLOTS
 from serve.request import Request, SamplingParams, Timeline
 from serve.serving import follow
 from serve.topology import Place, read_place

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.comm.messages import SampleRow
 from serve.device import pick_device
 from serve.engine.scheduler import Batch, Chunk
 from serve.engine.sequence import Sequence as TokenSequence
 from serve.engine.step import build_step
+from serve.protocol.messages import SampleRow
 from serve.request import Request, SamplingParams
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import sample

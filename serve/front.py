@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 from serve.api.service import Service
-from serve.comm.clock import best_offset
-from serve.comm.messages import AnyMessage, Ping, Pong, ReplicaReady, Report
 from serve.config import ServerConfig
 from serve.dispatch.dispatcher import Dispatcher
 from serve.metrics import Metrics
+from serve.protocol.clock import best_offset
+from serve.protocol.messages import AnyMessage, Ping, Pong, ReplicaReady, Report
 from serve.topology import Topology
 
 NUM_PINGS = 20

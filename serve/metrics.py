@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from serve.comm.messages import ReplicaLoad, Report
 from serve.dispatch.output import Output
+from serve.protocol.messages import ReplicaLoad, Report
 from serve.request import FinishReason, Request, Timeline
 
 Family = TypeVar("Family", Counter, Gauge, Histogram)

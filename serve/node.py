@@ -23,7 +23,15 @@ import torch
 import torch.distributed as dist
 
 from serve.comm.control import ControlChannel
-from serve.comm.messages import (
+from serve.comm.process_groups import init_world, new_control_group
+from serve.config import ServerConfig
+from serve.device import pick_device
+from serve.engine.loading import Loaded, Progress, load_rank
+from serve.engine.rank_setup import RankSetup
+from serve.engine.replica import Replica, ReplicaSettings
+from serve.engine.scheduler import SchedulerLimits
+from serve.engine.worker import Worker
+from serve.protocol.messages import (
     AnyMessage,
     Failed,
     Goodbye,
@@ -33,14 +41,6 @@ from serve.comm.messages import (
     ReplicaReady,
     Report,
 )
-from serve.comm.process_groups import init_world, new_control_group
-from serve.config import ServerConfig
-from serve.device import pick_device
-from serve.engine.loading import Loaded, Progress, load_rank
-from serve.engine.rank_setup import RankSetup
-from serve.engine.replica import Replica, ReplicaSettings
-from serve.engine.scheduler import SchedulerLimits
-from serve.engine.worker import Worker
 from serve.tokenizer import Tokenizer, load_tokenizer
 from serve.topology import FRONT_END_RANK, Place, Role, Topology, build_topology
 

@@ -11,7 +11,7 @@ from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from serve.comm.messages import TextState
+from serve.protocol.messages import TextState
 from serve.request import SamplingParams
 from serve.tokenizer import UNKNOWN, Tokenizer
 

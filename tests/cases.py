@@ -14,7 +14,6 @@ import msgspec
 import torch.distributed as dist
 
 from serve.api.service import Service, Stream
-from serve.comm.messages import AnyMessage, Report
 from serve.comm.process_groups import new_control_group, new_pair_groups, new_tp_groups
 from serve.config import ServerConfig, parse_args
 from serve.device import pick_device
@@ -23,6 +22,7 @@ from serve.engine.rank_setup import RankSetup
 from serve.front import fit_max_model_len, make_front
 from serve.metrics import Metrics
 from serve.node import Node
+from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams
 from serve.serving import follow
 from serve.topology import Place, Topology, build_topology

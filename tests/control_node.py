@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from serve.comm.control import ControlChannel
-from serve.comm.messages import (
+from serve.comm.process_groups import new_control_group
+from serve.protocol.messages import (
     AnyMessage,
     Entry,
     Ping,
     Pong,
 )
-from serve.comm.process_groups import new_control_group
 
 
 class Node:

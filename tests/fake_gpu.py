@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from serve.comm.messages import (
+from serve.engine.replica import Replica
+from serve.engine.sequence import LEFT_BLOCK
+from serve.protocol.messages import (
     NUM_STAGING_SLOTS,
     Entry,
     PostReceive,
@@ -21,8 +23,6 @@ from serve.comm.messages import (
     StepSequence,
     Unpack,
 )
-from serve.engine.replica import Replica
-from serve.engine.sequence import LEFT_BLOCK
 from serve.request import Request
 
 VOCAB_SIZE = 1009

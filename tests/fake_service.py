@@ -19,10 +19,10 @@ from aiohttp import web
 from serve.api.app import create_app, run_app_on
 from serve.api.service import Service
 from serve.api.settings import ApiSettings
-from serve.comm.messages import Abort, AnyMessage, Delta, Prefill, ReplicaLoad, Report
 from serve.dispatch.dispatcher import Dispatcher
 from serve.metrics import Metrics
 from serve.model_source import default_model
+from serve.protocol.messages import Abort, AnyMessage, Delta, Prefill, ReplicaLoad, Report
 from serve.request import FinishReason, Request, Timeline
 from serve.tokenizer import Tokenizer, load_tokenizer
 from serve.topology import ReplicaSpec, build_topology

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serve.comm.messages import SampleRow
+from serve.protocol.messages import SampleRow
 from serve.request import Request, SamplingParams
 from serve.sampling.penalties import Penalties
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from serve.comm.messages import AnyMessage, Offer, Prefill, Push, Ready, Report
+from serve.protocol.messages import AnyMessage, Offer, Prefill, Push, Ready, Report
 from serve.request import FinishReason, Request, SamplingParams
 from tests.simulation import Cluster, random_request
 

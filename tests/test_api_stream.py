@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from serve.api import generate
-from serve.comm.messages import Delta
+from serve.protocol.messages import Delta
 from serve.request import FinishReason
 from tests.fake_service import FIRST_ID, MODEL, FakeCluster, texts
 

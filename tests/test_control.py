@@ -12,7 +12,7 @@ import torch.distributed as dist
 import uvloop
 
 from serve.comm.frames import FRAME_BYTES, make_frame
-from serve.comm.messages import (
+from serve.protocol.messages import (
     Abort,
     AnyMessage,
     Entry,

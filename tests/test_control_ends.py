@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from serve.comm.frames import FRAME_BYTES, as_tensor, make_frame
-from serve.comm.messages import (
+from serve.protocol.messages import (
     Abort,
     AnyMessage,
     Entry,

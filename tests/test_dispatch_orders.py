@@ -10,10 +10,10 @@ from functools import partial
 
 import pytest
 
-from serve.comm.messages import Abort, Delta, Prefill, ReplicaLoad, Report
 from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
 from serve.dispatch.output import Output
 from serve.dispatch.policies import POLICIES
+from serve.protocol.messages import Abort, Delta, Prefill, ReplicaLoad, Report
 from serve.request import FinishReason, Request, SamplingParams, Timeline
 from serve.topology import ReplicaInfo, Role
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from serve.comm.messages import Abort, Delta, Prefill, ReplicaLoad, Report
 from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
+from serve.protocol.messages import Abort, Delta, Prefill, ReplicaLoad, Report
 from serve.request import FinishReason, Request, SamplingParams, Timeline
 from serve.topology import ReplicaInfo, Role
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve.comm.messages import SampleRow
+from serve.protocol.messages import SampleRow
 from serve.request import Request, SamplingParams
 from serve.sampling import sampler
 from serve.sampling.penalties import Penalties

@@ -94,7 +94,6 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
         BOTH: (
             "serve.comm.control",
             "serve.comm.frames",
-            "serve.comm.transfer_plan",
         ),
         GPU: (
             "serve.engine.kv_cache",
@@ -112,9 +111,8 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.model_source",
             "serve.request",
             "serve.topology",
+            "serve.protocol.*",
             "serve.sampling_defaults",
-            "serve.comm.messages",
-            "serve.comm.clock",
             "serve.dispatch.output",
             "serve.engine.sequence",
             "serve.engine.block_pool",
@@ -136,7 +134,7 @@ BOTTOM_EXTRAS = {
 
 TORCH = {"torch", "triton", "flash_attn", "torchvision", "torchaudio"}
 # Beside the HTTP column and the bottom line, these do without torch.
-TORCH_FREE = ("serve.comm.transfer_plan",)
+TORCH_FREE = ("serve.protocol.transfer_plan",)
 # Other packages that import torch as soon as they are imported.
 BRINGS_TORCH = {"accelerate"}
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from serve.comm.messages import Step, StepSequence
 from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.forward_batch import build_forward_batch
 from serve.engine.kv_cache import KVCache
@@ -19,6 +18,7 @@ from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.model_config.config import ModelConfig
 from serve.model_config.file import load_model_config
+from serve.protocol.messages import Step, StepSequence
 from tests.checkpoints import (
     ROPES,
     load_reference,

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from serve.comm.messages import Step, StepSequence
 from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.forward_batch import build_forward_batch
 from serve.engine.kv_cache import KVCache
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.model_config.file import load_model_config
+from serve.protocol.messages import Step, StepSequence
 from tests.checkpoints import write_llama_checkpoint
 
 BLOCK_SIZE = 4

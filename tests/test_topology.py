@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.comm.clock import best_offset
+from serve.protocol.clock import best_offset
 from serve.topology import Place, ReplicaSpec, Role, Topology, build_topology, read_place
 
 ENVIRON = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -108,7 +108,7 @@ def test_half_a_place_is_refused(change: dict[str, str | None]) -> None:
 
 
 def test_topology_needs_no_torch() -> None:
-    code = "import sys, serve.topology, serve.comm.clock; sys.exit('torch' in sys.modules)"
+    code = "import sys, serve.topology, serve.protocol.clock; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.comm.transfer_plan import plan_transfer
 from serve.model_config.kv_layout import KVLayout, shard_kv_heads
+from serve.protocol.transfer_plan import plan_transfer
 
 
 def layouts(num_heads: int, num_kv_heads: int, tp: int) -> list[KVLayout]:

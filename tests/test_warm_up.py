@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from serve.comm.messages import SampleRow, Step, StepSequence
 from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
@@ -19,6 +18,7 @@ from serve.engine.warm_up import Products, row_counts
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.model_config.file import load_model_config
+from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 from tests.families import VARIANTS, write_variant
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from serve.comm.messages import AnyMessage, Report
 from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
 from serve.dispatch.output import Output
 from serve.metrics import Metrics
+from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request
 
 __all__ = ["Output", "Overloaded", "Service", "Stream", "Unavailable", "read_all"]

@@ -24,7 +24,7 @@ from queue import SimpleQueue
 import torch.distributed as dist
 
 from serve.comm.frames import Outbox, await_end, receive_bodies, split_body, write_queue
-from serve.comm.messages import AnyMessage, Entry, Goodbye, decode, encode
+from serve.protocol.messages import AnyMessage, Entry, Goodbye, decode, encode
 
 
 class ControlChannel:

@@ -23,9 +23,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from serve.comm.messages import NUM_STAGING_SLOTS
 from serve.comm.wires import Wait, Wire
 from serve.device import to_device
+from serve.protocol.messages import NUM_STAGING_SLOTS
 
 _MAX_WARM_BLOCKS = 1 << 14  # block ids of a push
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from serve.comm.messages import NUM_STAGING_SLOTS
 from serve.comm.symmetric import SymmetricArena
+from serve.protocol.messages import NUM_STAGING_SLOTS
 
 Wait = Callable[[], object]  # blocks the calling thread until a transfer is done
 

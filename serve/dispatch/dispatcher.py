@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from serve.comm.messages import Abort, AnyMessage, Delta, Prefill, Report
 from serve.dispatch.output import Output
 from serve.dispatch.policies import POLICIES, Choice, PolicyInput
 from serve.dispatch.replica_state import ReplicaState
+from serve.protocol.messages import Abort, AnyMessage, Delta, Prefill, Report
 from serve.request import FinishReason, Request, Timeline
 from serve.topology import ReplicaInfo
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.comm.messages import ReplicaLoad
+from serve.protocol.messages import ReplicaLoad
 from serve.topology import ReplicaInfo, Role
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serve.comm.messages import Step
 from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch
 from serve.engine.kv_cache import KVCache
 from serve.model.triton_decode import slice_tables, take_up
+from serve.protocol.messages import Step
 from serve.sampling.sampler import plain_parameters
 from serve.sampling.triton_sampling import sample_plain
 

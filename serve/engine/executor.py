@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from serve.comm.kv_transfer import KVReceiver, KVSender
-from serve.comm.messages import (
+from serve.comm.wires import Wait
+from serve.engine.runner import Runner
+from serve.protocol.messages import (
     NUM_STAGING_SLOTS,
     Entry,
     PostReceive,
@@ -27,8 +29,6 @@ from serve.comm.messages import (
     Stop,
     Unpack,
 )
-from serve.comm.wires import Wait
-from serve.engine.runner import Runner
 
 T = TypeVar("T")
 

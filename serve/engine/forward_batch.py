@@ -9,7 +9,7 @@ from itertools import chain, takewhile
 import torch
 from torch import Tensor
 
-from serve.comm.messages import Step, StepSequence
+from serve.protocol.messages import Step, StepSequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from serve.comm.messages import (
+from serve.engine.block_pool import BlockPool
+from serve.engine.scheduler import SchedulerLimits
+from serve.engine.sequence import LEFT_BLOCK, Sequence
+from serve.protocol.messages import (
     Handover,
     Offer,
     PostReceive,
@@ -30,9 +33,6 @@ from serve.comm.messages import (
     Unpack,
     Withdraw,
 )
-from serve.engine.block_pool import BlockPool
-from serve.engine.scheduler import SchedulerLimits
-from serve.engine.sequence import LEFT_BLOCK, Sequence
 from serve.request import Request, Timeline
 
 

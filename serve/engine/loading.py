@@ -18,11 +18,9 @@ from torch import nn
 from tqdm import tqdm
 
 from serve.comm.kv_transfer import KVReceiver, KVSender, Pair
-from serve.comm.messages import NUM_STAGING_SLOTS
 from serve.comm.process_groups import Backend, new_pair_groups, new_tp_groups
 from serve.comm.symmetric import SymmetricArena, SymmetricReduction, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.transfer_plan import Slice, plan_transfer
 from serve.comm.wires import P2PWire, SymmetricWire, Wire
 from serve.engine.executor import Equipment
 from serve.engine.kv_cache import KVCache
@@ -37,6 +35,8 @@ from serve.engine.warm_up import load_kernels, reserve_memory
 from serve.model.flash_attention import choose_attention
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
+from serve.protocol.messages import NUM_STAGING_SLOTS
+from serve.protocol.transfer_plan import Slice, plan_transfer
 from serve.topology import FRONT_END_RANK, ReplicaInfo
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ Their block tables repeat block 0, so that a cache of one block is enough; the l
 
 from __future__ import annotations
 
-from serve.comm.messages import SampleRow, Step, StepSequence
 from serve.engine.rank_setup import RankSetup
+from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 
 _NUM_OUTPUTS = 32  # of a row so far: torch counts up to 16 with another kernel

@@ -21,7 +21,18 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from serve.comm.messages import (
+from serve.engine.block_pool import BlockPool
+from serve.engine.ending import find_ending
+from serve.engine.incoming import Arrival, IncomingTransfers
+from serve.engine.live import Live
+from serve.engine.load import measure_load
+from serve.engine.outgoing import OutgoingTransfers
+from serve.engine.scheduler import Batch, Scheduler, SchedulerLimits
+from serve.engine.sequence import Sequence
+from serve.engine.stamps import stamp_first_token, stamp_start
+from serve.engine.step import build_step
+from serve.output_text import OutputText
+from serve.protocol.messages import (
     Abort,
     AnyMessage,
     Delta,
@@ -37,17 +48,6 @@ from serve.comm.messages import (
     Step,
     Withdraw,
 )
-from serve.engine.block_pool import BlockPool
-from serve.engine.ending import find_ending
-from serve.engine.incoming import Arrival, IncomingTransfers
-from serve.engine.live import Live
-from serve.engine.load import measure_load
-from serve.engine.outgoing import OutgoingTransfers
-from serve.engine.scheduler import Batch, Scheduler, SchedulerLimits
-from serve.engine.sequence import Sequence
-from serve.engine.stamps import stamp_first_token, stamp_start
-from serve.engine.step import build_step
-from serve.output_text import OutputText
 from serve.request import Request
 from serve.tokenizer import Tokenizer
 from serve.topology import FRONT_END_RANK

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from serve.comm.messages import SampleRow, Step
 from serve.comm.tensor_parallel import TensorParallel
 from serve.engine.forward_batch import build_forward_batch
 from serve.engine.kv_cache import KVCache
+from serve.protocol.messages import SampleRow, Step
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import sample
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serve.comm.messages import SampleRow, Step, StepSequence, sampled_by
 from serve.engine.scheduler import Batch, Chunk
+from serve.protocol.messages import SampleRow, Step, StepSequence, sampled_by
 
 
 def build_step(number: int, batch: Batch, eos_token_ids: tuple[int, ...]) -> Step:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from serve.comm.messages import AnyMessage, Entry, Heartbeat, Received, Step, Stop
 from serve.engine.executor import Callbacks, Executor
 from serve.engine.replica import Actions, Replica
+from serve.protocol.messages import AnyMessage, Entry, Heartbeat, Received, Step, Stop
 from serve.topology import FRONT_END_RANK, ReplicaInfo
 
 HEARTBEAT_S = 1.0  # the period of a heartbeat, not a wait for something

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from serve.comm.messages import SampleRow
 from serve.device import columns_to_device
+from serve.protocol.messages import SampleRow
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import adjust, filter_parameters, is_plain, plain_parameters
 from serve.sampling.triton_filters import filter_logits

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.comm.messages import SampleRow
 from serve.device import columns_to_device, to_device
+from serve.protocol.messages import SampleRow
 
 # A count: how often the output has a token in the upper bits, whether the prompt has it in the
 # lowest.

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.comm.messages import SampleRow
 from serve.device import to_device
+from serve.protocol.messages import SampleRow
 from serve.request import SamplingParams
 from serve.sampling.noise import gumbel_noise, noise_streams
 from serve.sampling.penalties import Penalties
