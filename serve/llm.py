@@ -35,7 +35,7 @@ from serve.metrics import Metrics
 from serve.node import Node, join_job
 from serve.request import FinishReason, Request, SamplingParams
 from serve.serving import follow, run_to_end
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import read_place
 
 T = TypeVar("T")

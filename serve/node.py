@@ -41,7 +41,7 @@ from serve.protocol.messages import (
     ReplicaReady,
     Report,
 )
-from serve.tokenizer import Tokenizer, load_tokenizer
+from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from serve.topology import FRONT_END_RANK, Place, Role, Topology, build_topology
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from serve.front import FrontEnd, describe, fit_max_model_len, make_front
 from serve.lifetime import StopSignals
 from serve.metrics import Metrics
 from serve.node import JobFailed, Node, RankFailed, join_job
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import Place
 
 log = logging.getLogger("serve")

@@ -12,9 +12,9 @@ from serve.api.app import create_app, run_app_on
 from serve.api.service import Output, Overloaded, Service, Stream, Unavailable
 from serve.api.settings import ApiSettings
 from serve.metrics import Metrics
-from serve.output_text import OutputText
 from serve.request import FinishReason, Request, Timeline
-from serve.tokenizer import UNKNOWN, Tokenizer
+from serve.tokenizer.detokenizer import OutputText
+from serve.tokenizer.tokenizer import UNKNOWN, Tokenizer
 
 VOCAB_SIZE = 300
 NUM_BYTES = 256  # ids from here on have no token

@@ -24,7 +24,7 @@ from serve.metrics import Metrics
 from serve.model_source import default_model
 from serve.protocol.messages import Abort, AnyMessage, Delta, Prefill, ReplicaLoad, Report
 from serve.request import FinishReason, Request, Timeline
-from serve.tokenizer import Tokenizer, load_tokenizer
+from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from serve.topology import ReplicaSpec, build_topology
 
 MODEL = "org/model"

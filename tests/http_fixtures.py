@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.tokenizer import Tokenizer
 from tests.fake_service import FakeCluster, load_test_tokenizer, serving
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from serve.tokenizer import Tokenizer, load_tokenizer
+from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
     "",

@@ -9,7 +9,7 @@ import aiohttp
 import openai
 import pytest
 
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.tokenizer import Tokenizer
 from tests.fake_service import (
     ALIAS,
     FIRST_ID,

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.tokenizer import Tokenizer
 from tests.fake_service import MODEL, FakeCluster, load_test_tokenizer, serving
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -10,7 +10,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.tokenizer import Tokenizer
 from tests.fake_service import MAX_MODEL_LEN, VOCAB_SIZE, FakeCluster, serving
 
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from serve.tokenizer import Tokenizer, load_tokenizer
+from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.sentencepiece_models import model
 from tests.test_tokenizer import smollm2
 

@@ -47,11 +47,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
     },
     {
         HTTP: (
-            "serve.tokenizer",
-            "serve.tokenizer_config",
-            "serve.tokenizer_files",
-            "serve.sentencepiece_tokenizer",
-            "serve.output_text",
+            "serve.tokenizer.*",
             "serve.metrics",
         ),
         GPU: (),
@@ -134,7 +130,7 @@ BOTTOM_EXTRAS = {
 
 TORCH = {"torch", "triton", "flash_attn", "torchvision", "torchaudio"}
 # Beside the HTTP column and the bottom line, these do without torch.
-TORCH_FREE = ("serve.protocol.transfer_plan",)
+TORCH_FREE: tuple[str, ...] = ()
 # Other packages that import torch as soon as they are imported.
 BRINGS_TORCH = {"accelerate"}
 
@@ -343,12 +339,16 @@ def _tree_of(**sources: str) -> dict[str, Module]:
         ("serve__engine__scheduler", "def f():\n from serve.engine import replica", "upwards"),
         ("serve__dispatch__policies", "from serve.engine.replica import R", "sideways"),
         ("serve__api__app", "from serve.model.llama import L", "from the http column"),
-        ("serve__engine__runner", "import serve.tokenizer", "from the gpu column"),
+        ("serve__engine__runner", "import serve.tokenizer.tokenizer", "from the gpu column"),
         ("serve__engine__runner", "from serve.engine import nothing", "no module of ours"),
     ],
 )
 def test_offences_are_found(name: str, source: str, reason: str) -> None:
-    others = {"serve__engine__replica": "", "serve__model__llama": "", "serve__tokenizer": ""}
+    others = {
+        "serve__engine__replica": "",
+        "serve__model__llama": "",
+        "serve__tokenizer__tokenizer": "",
+    }
     offences = find_offences(_tree_of(**{**others, name: source}))
     assert len(offences) == 1 and reason in offences[0]
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.output_text import OutputText, TextPiece
 from serve.protocol.messages import TextState
 from serve.request import SamplingParams
-from serve.tokenizer import Tokenizer, load_tokenizer
+from serve.tokenizer.detokenizer import OutputText, TextPiece
+from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.test_tokenizer import smollm2, train_sentencepiece
 
 VOCAB = 49152

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from serve.tokenizer import Tokenizer, load_tokenizer
+from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
     "Hello, world!",

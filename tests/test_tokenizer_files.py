@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import LlamaTokenizer
 
-from serve.tokenizer import load_tokenizer
+from serve.tokenizer.tokenizer import load_tokenizer
 from tests.sentencepiece_models import load, model, processor, train
 
 # --- what the configuration changes ---------------------------------------------------------------

@@ -12,9 +12,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import LlamaTokenizer
 
-from serve.output_text import OutputText
 from serve.request import SamplingParams
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.detokenizer import OutputText
+from serve.tokenizer.tokenizer import Tokenizer
 from tests.sentencepiece_models import MODELS, TEXTS, load, model, processor, random_texts
 
 

@@ -11,7 +11,7 @@ from serve.api.errors import answer_errors, check_key
 from serve.api.service import Service
 from serve.api.settings import API, Api, ApiSettings
 from serve.metrics import Metrics
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.tokenizer import Tokenizer
 
 SHUTDOWN_S = 2.0  # for handlers that still write when the server stops
 

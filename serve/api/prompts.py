@@ -11,7 +11,7 @@ from typing import Any
 from serve.api.body import Body
 from serve.api.errors import ApiError
 from serve.api.settings import Api
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.tokenizer import Tokenizer
 
 _SLICE = 4096  # ids that are looked at in one go: other threads have their turn in between
 

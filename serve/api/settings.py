@@ -10,7 +10,7 @@ from aiohttp import web
 from serve.api.service import Service
 from serve.metrics import Metrics
 from serve.sampling_defaults import SamplingDefaults
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serve.engine.sequence import Sequence
-from serve.output_text import OutputText
 from serve.request import Timeline
+from serve.tokenizer.detokenizer import OutputText
 
 
 @dataclass(eq=False, slots=True)

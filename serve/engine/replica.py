@@ -31,7 +31,6 @@ from serve.engine.scheduler import Batch, Scheduler, SchedulerLimits
 from serve.engine.sequence import Sequence
 from serve.engine.stamps import stamp_first_token, stamp_start
 from serve.engine.step import build_step
-from serve.output_text import OutputText
 from serve.protocol.messages import (
     Abort,
     AnyMessage,
@@ -49,7 +48,8 @@ from serve.protocol.messages import (
     Withdraw,
 )
 from serve.request import Request
-from serve.tokenizer import Tokenizer
+from serve.tokenizer.detokenizer import OutputText
+from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import FRONT_END_RANK
 
 # While one runs, the next one is prepared and waits for its turn on the GPU.

@@ -56,7 +56,7 @@ class Abort(Message, frozen=True):
 
 
 class TextState(Struct, frozen=True, array_like=True):
-    """What the detokeniser needs to go on elsewhere (see ``serve.output_text.OutputText``)."""
+    """State of ``serve.tokenizer.detokenizer`` from which another replica goes on."""
 
     partial: bytes = b""  # of a character whose other bytes are still to come
     held_text: str = ""  # may be the beginning of a stop string

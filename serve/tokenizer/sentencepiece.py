@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.tokenizer_config import AddedToken, TokenizerConfig
+from serve.tokenizer.config import AddedToken, TokenizerConfig
 
 if TYPE_CHECKING:
     import tokenizers

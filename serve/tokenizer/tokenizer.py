@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.tokenizer_files import load_fast
+from serve.tokenizer.files import load_fast
 
 if TYPE_CHECKING:
     import tokenizers

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from serve.protocol.messages import TextState
 from serve.request import SamplingParams
-from serve.tokenizer import UNKNOWN, Tokenizer
+from serve.tokenizer.tokenizer import UNKNOWN, Tokenizer
 
 
 class TextPiece(NamedTuple):

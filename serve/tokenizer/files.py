@@ -10,8 +10,8 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from serve.sentencepiece_tokenizer import CLASSES, load_sentencepiece
-from serve.tokenizer_config import find_remote_class, read_tokenizer_config
+from serve.tokenizer.config import find_remote_class, read_tokenizer_config
+from serve.tokenizer.sentencepiece import CLASSES, load_sentencepiece
 
 if TYPE_CHECKING:
     import tokenizers
