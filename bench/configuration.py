@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from bench.experiment import Command, Experiment, ExperimentError, Running, Splits, Workload
-from serve.options import build_parser
+from serve.config.options import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = "{port}"  # stands in a command until a port has been chosen

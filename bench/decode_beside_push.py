@@ -39,6 +39,7 @@ from serve.comm.process_groups import init_world, new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
 from serve.comm.wires import P2PWire, SymmetricWire, Wait, Wire
+from serve.config.options import KV_PUSH_BYTES
 from serve.device import pick_device
 from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
@@ -48,7 +49,6 @@ from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.model_config.file import load_model_config
 from serve.node import SWITCH_INTERVAL_S
-from serve.options import KV_PUSH_BYTES
 from serve.protocol.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 from serve.topology import read_place

@@ -26,7 +26,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from serve.api.service import Stream
-from serve.config import ServerConfig, parse_args
+from serve.config.server import ServerConfig, parse_args
 from serve.front import FrontEnd, fit_max_model_len, make_front
 from serve.lifetime import exit_now
 from serve.metrics import Metrics

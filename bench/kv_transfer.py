@@ -27,7 +27,7 @@ from serve.comm.kv_transfer import Pair, packed_bytes
 from serve.comm.process_groups import new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.wires import P2PWire, SymmetricWire, Wire
-from serve.config import ServerConfig, parse_args
+from serve.config.server import ServerConfig, parse_args
 from serve.engine.kv_cache import KVCache
 from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now

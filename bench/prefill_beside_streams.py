@@ -30,7 +30,7 @@ import uvloop
 
 from bench.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
 from serve.api.service import Service
-from serve.config import ServerConfig, parse_args
+from serve.config.server import ServerConfig, parse_args
 from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now
 from serve.metrics import Metrics

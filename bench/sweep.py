@@ -21,7 +21,7 @@ from bench.server_job import START_TIMEOUT_S, ServerFailed, ServerJob, commands
 from bench.summary import Measured, render_sweep, summarise_sweep
 from bench.sweep_folder import BadRunFile, SweepFolder, indented, read_run
 from bench.workload import make_plan
-from serve.model_source import default_model
+from serve.config.model_source import default_model
 
 INTERRUPTED = 130
 _LOAD_STOP_S = 10.0

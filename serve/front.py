@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from serve.api.service import Service
-from serve.config import ServerConfig
+from serve.config.server import ServerConfig
 from serve.dispatch.dispatcher import Dispatcher
 from serve.metrics import Metrics
 from serve.protocol.clock import best_offset

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 
-from serve.config import ConfigError, ServerConfig, parse_args
+from serve.config.server import ConfigError, ServerConfig, parse_args
 from serve.lifetime import die_with_parent, exit_now
 from serve.topology import Place, read_place
 

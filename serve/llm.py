@@ -27,7 +27,7 @@ import uvloop
 from tqdm import tqdm
 
 from serve.api.service import Service, Stream
-from serve.config import ConfigError, parse_args
+from serve.config.server import ConfigError, parse_args
 from serve.front import fit_max_model_len, make_front
 from serve.launch import start_logging
 from serve.lifetime import die_with_parent, exit_now

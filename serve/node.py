@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from serve.comm.control import ControlChannel
 from serve.comm.process_groups import init_world, new_control_group
-from serve.config import ServerConfig
+from serve.config.server import ServerConfig
 from serve.device import pick_device
 from serve.engine.loading import Loaded, Progress, load_rank
 from serve.engine.rank_setup import RankSetup

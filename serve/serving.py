@@ -16,7 +16,7 @@ from tqdm import tqdm
 from serve.api.app import create_app, run_app_on
 from serve.api.service import Service
 from serve.api.settings import ApiSettings
-from serve.config import ServerConfig
+from serve.config.server import ServerConfig
 from serve.front import FrontEnd, describe, fit_max_model_len, make_front
 from serve.lifetime import StopSignals
 from serve.metrics import Metrics

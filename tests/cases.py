@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from serve.api.service import Service, Stream
 from serve.comm.process_groups import new_control_group, new_pair_groups, new_tp_groups
-from serve.config import ServerConfig, parse_args
+from serve.config.server import ServerConfig, parse_args
 from serve.device import pick_device
 from serve.engine.loading import find_routes
 from serve.engine.rank_setup import RankSetup

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.config import ConfigError, ServerConfig, parse_args
+from serve.config.server import ConfigError, ServerConfig, parse_args
 
 
 @pytest.fixture

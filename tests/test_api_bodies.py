@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from serve.sampling_defaults import SamplingDefaults
+from serve.config.sampling_defaults import SamplingDefaults
 from tests.fake_front import FakeService, FakeTokenizer, serving, text
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]

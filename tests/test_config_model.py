@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from serve.config import ConfigError, parse_args
-from serve.sampling_defaults import SamplingDefaults
+from serve.config.sampling_defaults import SamplingDefaults
+from serve.config.server import ConfigError, parse_args
 from tests.config_cases import model, parse, refusal
 
 __all__ = ["model"]

@@ -101,14 +101,10 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
     },
     {
         BOTH: (
-            "serve.config",
-            "serve.limits",
-            "serve.options",
-            "serve.model_source",
+            "serve.config.*",
             "serve.request",
             "serve.topology",
             "serve.protocol.*",
-            "serve.sampling_defaults",
             "serve.dispatch.output",
             "serve.engine.sequence",
             "serve.engine.block_pool",
@@ -124,7 +120,7 @@ _NAMED = {name for columns in LINES for patterns in columns.values() for name in
 # modules that read checkpoints may use what reads them.
 BOTTOM_PACKAGES = {"msgspec"}
 BOTTOM_EXTRAS = {
-    "serve.model_source": {"huggingface_hub"},
+    "serve.config.model_source": {"huggingface_hub"},
     "serve.model_config.gguf_header": {"gguf", "numpy"},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from serve.config import parse_args
+from serve.config.server import parse_args
 from serve.engine import loading
 from serve.engine.rank_setup import RankSetup
 from serve.topology import Place, build_topology

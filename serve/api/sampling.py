@@ -8,8 +8,8 @@ from typing import Any
 from serve.api.body import Body, is_integer, is_number
 from serve.api.errors import ApiError
 from serve.api.settings import Api
+from serve.config.sampling_defaults import RANGES
 from serve.request import SamplingParams
-from serve.sampling_defaults import RANGES
 
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024  # of one stop string: each new token is held against all of them

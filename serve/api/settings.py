@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from serve.api.service import Service
+from serve.config.sampling_defaults import SamplingDefaults
 from serve.metrics import Metrics
-from serve.sampling_defaults import SamplingDefaults
 from serve.tokenizer.tokenizer import Tokenizer
 
 

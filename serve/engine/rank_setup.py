@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from serve.config import ServerConfig
-from serve.limits import PhaseLimits
+from serve.config.limits import PhaseLimits
+from serve.config.server import ServerConfig
 from serve.model.flash_attention import preferred_block_size
 from serve.model_config.kv_layout import KVLayout
 from serve.topology import Place, ReplicaInfo, Role, Topology

@@ -6,9 +6,9 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from serve import options
+from serve.config import options
+from serve.config.options import option_name
 from serve.model_config.config import ModelConfig
-from serve.options import option_name
 
 
 @dataclass(frozen=True, slots=True)

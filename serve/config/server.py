@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from serve.limits import PhaseLimits, checked_max_model_len, phase_limits
-from serve.model_config.config import ModelConfig
-from serve.model_config.file import load_model_config
-from serve.model_source import (
+from serve.config.limits import PhaseLimits, checked_max_model_len, phase_limits
+from serve.config.model_source import (
     DEFAULT_NAME,
     LoadFormat,
     ModelSource,
@@ -21,9 +19,11 @@ from serve.model_source import (
     read_chat_template,
     resolve_load_format,
 )
-from serve.options import KV_PUSH_BYTES, option_name
-from serve.options import build_parser as build_parser
-from serve.sampling_defaults import SamplingDefaults, read_sampling_defaults
+from serve.config.options import KV_PUSH_BYTES, option_name
+from serve.config.options import build_parser as build_parser
+from serve.config.sampling_defaults import SamplingDefaults, read_sampling_defaults
+from serve.model_config.config import ModelConfig
+from serve.model_config.file import load_model_config
 from serve.topology import ReplicaSpec
 
 
