@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from serve.device import pick_device
-from serve.engine.scheduler import Batch, Chunk
-from serve.engine.sequence import Sequence as TokenSequence
-from serve.engine.step import build_step
 from serve.protocol.messages import SampleRow
+from serve.replica.scheduler import Batch, Chunk
+from serve.replica.sequence import Sequence as TokenSequence
+from serve.replica.step import build_step
 from serve.request import Request, SamplingParams
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import sample

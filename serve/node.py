@@ -28,8 +28,6 @@ from serve.config.server import ServerConfig
 from serve.device import pick_device
 from serve.engine.loading import Loaded, Progress, load_rank
 from serve.engine.rank_setup import RankSetup
-from serve.engine.replica import Replica, ReplicaSettings
-from serve.engine.scheduler import SchedulerLimits
 from serve.engine.worker import Worker
 from serve.protocol.messages import (
     AnyMessage,
@@ -41,6 +39,8 @@ from serve.protocol.messages import (
     ReplicaReady,
     Report,
 )
+from serve.replica.replica import Replica, ReplicaSettings
+from serve.replica.scheduler import SchedulerLimits
 from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from serve.topology import FRONT_END_RANK, Place, Role, Topology, build_topology
 

@@ -11,8 +11,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from serve.engine.replica import Replica
-from serve.engine.sequence import LEFT_BLOCK
 from serve.protocol.messages import (
     NUM_STAGING_SLOTS,
     Entry,
@@ -23,6 +21,8 @@ from serve.protocol.messages import (
     StepSequence,
     Unpack,
 )
+from serve.replica.replica import Replica
+from serve.replica.sequence import LEFT_BLOCK
 from serve.request import Request
 
 VOCAB_SIZE = 1009

@@ -9,9 +9,9 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from serve.engine.replica import Actions, Replica, ReplicaSettings
-from serve.engine.scheduler import SchedulerLimits
 from serve.protocol.messages import NUM_STAGING_SLOTS, Abort, AnyMessage, Delta, Prefill, Report
+from serve.replica.replica import Actions, Replica, ReplicaSettings
+from serve.replica.scheduler import SchedulerLimits
 from serve.request import FinishReason, Request, SamplingParams
 from tests.fake_gpu import EOS, VOCAB_SIZE, FakeModel, Node, Wires
 

@@ -27,12 +27,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {
         HTTP: (
             "serve.dispatch.*",
-            "serve.engine.replica",
-            "serve.engine.ending",
-            "serve.engine.live",
-            "serve.engine.step",
-            "serve.engine.load",
-            "serve.engine.stamps",
+            "serve.replica.*",
         ),
         GPU: (
             "serve.engine.runner",
@@ -86,7 +81,6 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
         ),
     },
     {
-        HTTP: ("serve.engine.scheduler", "serve.engine.outgoing", "serve.engine.incoming"),
         BOTH: (
             "serve.comm.control",
             "serve.comm.frames",
@@ -106,8 +100,6 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.topology",
             "serve.protocol.*",
             "serve.dispatch.output",
-            "serve.engine.sequence",
-            "serve.engine.block_pool",
             "serve.model_config.*",
         ),
         GPU: ("serve.device",),
@@ -331,9 +323,9 @@ def _tree_of(**sources: str) -> dict[str, Module]:
 @pytest.mark.parametrize(
     ("name", "source", "reason"),
     [
-        ("serve__engine__scheduler", "import serve.engine.replica", "upwards"),
-        ("serve__engine__scheduler", "def f():\n from serve.engine import replica", "upwards"),
-        ("serve__dispatch__policies", "from serve.engine.replica import R", "sideways"),
+        ("serve__replica__scheduler", "import serve.replica.replica", "upwards"),
+        ("serve__replica__scheduler", "def f():\n from serve.engine import replica", "upwards"),
+        ("serve__dispatch__policies", "from serve.replica.replica import R", "sideways"),
         ("serve__api__app", "from serve.model.llama import L", "from the http column"),
         ("serve__engine__runner", "import serve.tokenizer.tokenizer", "from the gpu column"),
         ("serve__engine__runner", "from serve.engine import nothing", "no module of ours"),
@@ -341,7 +333,7 @@ def _tree_of(**sources: str) -> dict[str, Module]:
 )
 def test_offences_are_found(name: str, source: str, reason: str) -> None:
     others = {
-        "serve__engine__replica": "",
+        "serve__replica__replica": "",
         "serve__model__llama": "",
         "serve__tokenizer__tokenizer": "",
     }

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine.block_pool import BlockPool
-from serve.engine.scheduler import Batch, Scheduler, SchedulerLimits
-from serve.engine.sequence import Sequence
+from serve.replica.block_pool import BlockPool
+from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
+from serve.replica.sequence import Sequence
 from serve.request import Request, SamplingParams
 
 

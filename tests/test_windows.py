@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine.block_pool import BlockPool
-from serve.engine.scheduler import Batch, Chunk, Scheduler, SchedulerLimits
-from serve.engine.sequence import LEFT_BLOCK, Sequence
 from serve.protocol.messages import AnyMessage, Offer, Push
+from serve.replica.block_pool import BlockPool
+from serve.replica.scheduler import Batch, Chunk, Scheduler, SchedulerLimits
+from serve.replica.sequence import LEFT_BLOCK, Sequence
 from serve.request import Request, SamplingParams
 from tests.simulation import Cluster, storm
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from serve.engine.executor import Callbacks, Executor
-from serve.engine.replica import Actions, Replica
 from serve.protocol.messages import AnyMessage, Entry, Heartbeat, Received, Step, Stop
+from serve.replica.replica import Actions, Replica
 from serve.topology import FRONT_END_RANK, ReplicaInfo
 
 HEARTBEAT_S = 1.0  # the period of a heartbeat, not a wait for something

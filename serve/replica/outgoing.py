@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from serve.engine.scheduler import SchedulerLimits
-from serve.engine.sequence import Sequence
 from serve.protocol.messages import NUM_STAGING_SLOTS, Handover, Offer, Push, Send, Withdraw
+from serve.replica.scheduler import SchedulerLimits
+from serve.replica.sequence import Sequence
 
 
 @dataclass(eq=False, slots=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from serve.engine.block_pool import BlockPool
-from serve.engine.incoming import IncomingTransfers
-from serve.engine.outgoing import OutgoingTransfers
-from serve.engine.scheduler import Scheduler
 from serve.protocol.messages import ReplicaLoad
+from serve.replica.block_pool import BlockPool
+from serve.replica.incoming import IncomingTransfers
+from serve.replica.outgoing import OutgoingTransfers
+from serve.replica.scheduler import Scheduler
 
 
 def measure_load(

@@ -24,8 +24,8 @@ import bisect
 from collections import deque
 from dataclasses import dataclass
 
-from serve.engine.block_pool import BlockPool
-from serve.engine.sequence import Sequence
+from serve.replica.block_pool import BlockPool
+from serve.replica.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

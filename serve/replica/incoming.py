@@ -21,9 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from serve.engine.block_pool import BlockPool
-from serve.engine.scheduler import SchedulerLimits
-from serve.engine.sequence import LEFT_BLOCK, Sequence
 from serve.protocol.messages import (
     Handover,
     Offer,
@@ -33,6 +30,9 @@ from serve.protocol.messages import (
     Unpack,
     Withdraw,
 )
+from serve.replica.block_pool import BlockPool
+from serve.replica.scheduler import SchedulerLimits
+from serve.replica.sequence import LEFT_BLOCK, Sequence
 from serve.request import Request, Timeline
 
 

@@ -21,16 +21,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from serve.engine.block_pool import BlockPool
-from serve.engine.ending import find_ending
-from serve.engine.incoming import Arrival, IncomingTransfers
-from serve.engine.live import Live
-from serve.engine.load import measure_load
-from serve.engine.outgoing import OutgoingTransfers
-from serve.engine.scheduler import Batch, Scheduler, SchedulerLimits
-from serve.engine.sequence import Sequence
-from serve.engine.stamps import stamp_first_token, stamp_start
-from serve.engine.step import build_step
 from serve.protocol.messages import (
     Abort,
     AnyMessage,
@@ -47,6 +37,16 @@ from serve.protocol.messages import (
     Step,
     Withdraw,
 )
+from serve.replica.active_request import Live
+from serve.replica.block_pool import BlockPool
+from serve.replica.incoming import Arrival, IncomingTransfers
+from serve.replica.load import measure_load
+from serve.replica.outgoing import OutgoingTransfers
+from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
+from serve.replica.sequence import Sequence
+from serve.replica.step import build_step
+from serve.replica.stop_check import find_ending
+from serve.replica.timeline import stamp_first_token, stamp_start
 from serve.request import Request
 from serve.tokenizer.detokenizer import OutputText
 from serve.tokenizer.tokenizer import Tokenizer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serve.engine.scheduler import Batch, Chunk
 from serve.protocol.messages import SampleRow, Step, StepSequence, sampled_by
+from serve.replica.scheduler import Batch, Chunk
 
 
 def build_step(number: int, batch: Batch, eos_token_ids: tuple[int, ...]) -> Step:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serve.engine.scheduler import Batch
-from serve.engine.sequence import Sequence
+from serve.replica.scheduler import Batch
+from serve.replica.sequence import Sequence
 
 
 def stamp_start(batch: Batch, now_s: float) -> None:

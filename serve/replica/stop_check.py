@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serve.engine.sequence import Sequence
+from serve.replica.sequence import Sequence
 from serve.request import FinishReason
 from serve.tokenizer.detokenizer import OutputText
 
