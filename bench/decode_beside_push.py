@@ -41,8 +41,8 @@ from serve.comm.tensor_parallel import TensorParallel
 from serve.comm.wires import P2PWire, SymmetricWire, Wait, Wire
 from serve.config.options import KV_PUSH_BYTES
 from serve.device import pick_device
-from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
+from serve.kv.cache import KVCache
 from serve.lifetime import exit_now
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model

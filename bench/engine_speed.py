@@ -32,8 +32,8 @@ from torch.nn import functional
 from bench.one_replica import join_ranks
 from serve.comm.symmetric import SymmetricReduction
 from serve.device import pick_device
-from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
+from serve.kv.cache import KVCache
 from serve.lifetime import exit_now
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model

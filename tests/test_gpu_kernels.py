@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, build_forward_batch, fill_in
 from serve.model import ops
 from serve.model.attention import PLAIN, Scoring
+from serve.model.forward_batch import AttentionMetadata, DecodeSplits, build_forward_batch, fill_in
 from serve.model.head_norms import HeadNorms
 from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams

@@ -86,8 +86,8 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.comm.frames",
         ),
         GPU: (
-            "serve.engine.kv_cache",
-            "serve.engine.forward_batch",
+            "serve.kv.cache",
+            "serve.model.forward_batch",
             "serve.comm.tensor_parallel",
             "serve.comm.symmetric",
             "serve.comm.process_groups",

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from serve.comm.tensor_parallel import TensorParallel
-from serve.engine.forward_batch import build_forward_batch
-from serve.engine.kv_cache import KVCache
+from serve.kv.cache import KVCache
+from serve.model.forward_batch import build_forward_batch
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.model_config.config import ModelConfig

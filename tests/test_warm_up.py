@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.comm.tensor_parallel import TensorParallel
-from serve.engine.kv_cache import KVCache
 from serve.engine.runner import Runner
 from serve.engine.warm_up import Products, row_counts
+from serve.kv.cache import KVCache
 from serve.model.registry import build_model
 from serve.model.weights import load_weights
 from serve.model_config.file import load_model_config

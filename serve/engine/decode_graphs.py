@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serve.engine.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch
-from serve.engine.kv_cache import KVCache
+from serve.kv.cache import KVCache
+from serve.model.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch
 from serve.model.triton_decode import slice_tables, take_up
 from serve.protocol.messages import Step
 from serve.sampling.sampler import plain_parameters

@@ -23,7 +23,6 @@ from serve.comm.symmetric import SymmetricArena, SymmetricReduction, can_share_m
 from serve.comm.tensor_parallel import TensorParallel
 from serve.comm.wires import P2PWire, SymmetricWire, Wire
 from serve.engine.executor import Equipment
-from serve.engine.kv_cache import KVCache
 from serve.engine.memory import (
     make_graphs,
     measure_num_blocks,
@@ -32,6 +31,7 @@ from serve.engine.memory import (
 from serve.engine.rank_setup import RankSetup
 from serve.engine.runner import Runner
 from serve.engine.warm_up import load_kernels, reserve_memory
+from serve.kv.cache import KVCache
 from serve.model.flash_attention import choose_attention
 from serve.model.registry import build_model
 from serve.model.weights import load_weights

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from serve.comm.tensor_parallel import TensorParallel
-from serve.engine.kv_cache import KVCache
 from serve.engine.rank_setup import RankSetup
 from serve.engine.rehearsal import largest_steps, longest_context
 from serve.engine.runner import Runner
+from serve.kv.cache import KVCache
 from serve.topology import Role
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from serve.comm.tensor_parallel import TensorParallel
-from serve.engine.forward_batch import build_forward_batch
-from serve.engine.kv_cache import KVCache
+from serve.kv.cache import KVCache
+from serve.model.forward_batch import build_forward_batch
 from serve.protocol.messages import SampleRow, Step
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import sample

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.engine.forward_batch import AttentionMetadata
+from serve.model.forward_batch import AttentionMetadata
 
 # Positions gathered at a time for decode rows: 1 GiB for 8 KV heads of 128 in a 16-bit type.
 MAX_GATHERED_POSITIONS = 2**18

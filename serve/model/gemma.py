@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from serve.engine.forward_batch import AttentionMetadata
-from serve.engine.kv_cache import KVCache
+from serve.kv.cache import KVCache
 from serve.model.decoder import (
     Build,
     CausalLM,
@@ -15,6 +14,7 @@ from serve.model.decoder import (
     Rotation,
     SelfAttention,
 )
+from serve.model.forward_batch import AttentionMetadata
 from serve.model.layers import RMSNorm
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from serve.engine.forward_batch import ForwardBatch
-from serve.engine.kv_cache import KVCache
+from serve.kv.cache import KVCache
 from serve.model import ops
 from serve.model.decoder import AttentionLayer, Build, Layer, Parts, Projection, Stack, make_head
+from serve.model.forward_batch import ForwardBatch
 from serve.model.layers import (
     ColumnParallelLinear,
     FusedLinear,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from serve.engine.forward_batch import AttentionMetadata, ForwardBatch
-from serve.engine.kv_cache import KVCache
+from serve.kv.cache import KVCache
 from serve.model import ops
 from serve.model.decoder import (
     AttentionLayer,
@@ -17,6 +16,7 @@ from serve.model.decoder import (
     Stack,
     make_head,
 )
+from serve.model.forward_batch import AttentionMetadata, ForwardBatch
 from serve.model.layers import (
     ColumnParallelLinear,
     FusedLinear,

@@ -22,7 +22,7 @@ def _take_up_kernel(token_ptr, sampled_ptr, out_ptr, num_rows, BLOCK: tl.constex
 
 
 def take_up(token_ids: Tensor, sampled: Tensor, out: Tensor) -> Tensor:
-    """``serve.engine.forward_batch.fill_in`` as one kernel, into ``out``: ``[num_rows]``, int64."""
+    """``serve.model.forward_batch.fill_in`` as one kernel, into ``out``: ``[num_rows]``, int64."""
     _take_up_kernel[(triton.cdiv(len(out), 128),)](token_ids, sampled, out, len(out), BLOCK=128)
     return out
 
