@@ -46,7 +46,7 @@ from serve.kv.cache import KVCache
 from serve.lifetime import exit_now
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
-from serve.model.weights import load_weights
+from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
 from serve.node import SWITCH_INTERVAL_S
 from serve.protocol.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence

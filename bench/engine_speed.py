@@ -37,7 +37,7 @@ from serve.kv.cache import KVCache
 from serve.lifetime import exit_now
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
-from serve.model.weights import load_weights
+from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
 from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams

@@ -30,7 +30,7 @@ from serve.device import pick_device
 from serve.lifetime import exit_now
 from serve.model.layers import parameter_shards
 from serve.model.registry import build_model
-from serve.model.weights import load_weights
+from serve.model.weights.load import load_weights
 from serve.model_config.config import ModelConfig
 from serve.model_config.file import load_model_config
 from serve.topology import read_place

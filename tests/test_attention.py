@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from serve.model import ops
 from serve.model.attention import PLAIN, Scoring, torch_attention
+from serve.model.kernels import ops
 from tests import test_gpu_kernels
 from tests.test_gpu_kernels import BLOCK_SIZE, SCORINGS, assert_near, exact_attention, make_case
 

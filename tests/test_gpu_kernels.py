@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve.model import ops
 from serve.model.attention import PLAIN, Scoring
 from serve.model.forward_batch import AttentionMetadata, DecodeSplits, build_forward_batch, fill_in
-from serve.model.head_norms import HeadNorms
+from serve.model.kernels import ops
+from serve.model.kernels.head_norms import HeadNorms
 from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 from serve.sampling.penalties import Penalties
@@ -161,7 +161,7 @@ def test_split_decode(
     dtype = torch.bfloat16
     attention, _ = flash.choose_attention(GPU, dtype, dim, BLOCK_SIZE)
     q, k, v, metadata = make_case([(1, 1), (1, 130), (1, 5000), (1, 64)], 8, 2, dim, dtype)
-    kernels = pytest.importorskip("serve.model.triton_decode")
+    kernels = pytest.importorskip("serve.model.kernels.triton_decode")
     width = metadata.block_tables.shape[1]
     flat = metadata.block_tables.flatten()
     offsets = torch.arange(4, device=GPU, dtype=torch.int32) * width
@@ -182,7 +182,7 @@ def test_rows_that_fill_up_a_batch(dim: int, before: int, monkeypatch: pytest.Mo
     """
     monkeypatch.setitem(globals(), "BLOCK_SIZE", 128)
     flash = pytest.importorskip("serve.model.flash_attention")
-    kernels = pytest.importorskip("serve.model.triton_decode")
+    kernels = pytest.importorskip("serve.model.kernels.triton_decode")
     dtype = torch.bfloat16
     attention, _ = flash.choose_attention(GPU, dtype, dim, BLOCK_SIZE)
     q, k, v, metadata = make_case([(1, 1), (1, 700), (1, 1)], 8, 2, dim, dtype)
@@ -238,7 +238,7 @@ def test_linear(num_rows: int, out_features: int, size: int, dtype: torch.dtype)
 
 
 def test_tokens_of_the_step_before_are_taken_up() -> None:
-    kernels = pytest.importorskip("serve.model.triton_decode")
+    kernels = pytest.importorskip("serve.model.kernels.triton_decode")
     sampled = torch.randint(1000, (300,), device=GPU)
     token_ids = torch.randint(-300, 1000, (300,), device=GPU)
     out = torch.empty_like(token_ids)

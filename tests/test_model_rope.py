@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from serve.model.ops import rotate
+from serve.model.kernels.ops import rotate
 from serve.model.rope import RotaryEmbedding, rope_frequencies
 from serve.model_config.file import load_model_config
 from serve.model_config.rope import RopeConfig

@@ -15,7 +15,7 @@ from serve.comm.tensor_parallel import TensorParallel
 from serve.kv.cache import KVCache
 from serve.model.forward_batch import build_forward_batch
 from serve.model.registry import build_model
-from serve.model.weights import load_weights
+from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
 from serve.protocol.messages import Step, StepSequence
 from tests.checkpoints import write_llama_checkpoint

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from serve.comm.tensor_parallel import TensorParallel
-from serve.model.checkpoint import open_checkpoint, take
 from serve.model.layers import ParallelLMHead, Placement, Range, Shard, parameter_shards
 from serve.model.registry import build_model
 from serve.model.rope import rope_frequencies
-from serve.model.weights import load_weights
+from serve.model.weights.checkpoint import open_checkpoint, take
+from serve.model.weights.load import load_weights
 from serve.model_config.config import ModelConfig
 from serve.model_config.file import load_model_config
 from tests.checkpoints import load_reference, smollm2_gguf, write_llama_checkpoint

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve.model.staged_copies import NUM_SLOTS, StagedCopies
+from serve.model.weights.staged_copies import NUM_SLOTS, StagedCopies
 
 CPU = torch.device("cpu")
 SHAPES = [(), (0,), (1,), (5000,), (3, 4), (1000, 7), (2, 3000), (5, 0), (4, 3, 600)]

@@ -16,7 +16,7 @@ from serve.engine.runner import Runner
 from serve.engine.warm_up import Products, row_counts
 from serve.kv.cache import KVCache
 from serve.model.registry import build_model
-from serve.model.weights import load_weights
+from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
 from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from serve.kv.cache import KVCache
 from serve.model.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch
-from serve.model.triton_decode import slice_tables, take_up
+from serve.model.kernels.triton_decode import slice_tables, take_up
 from serve.protocol.messages import Step
 from serve.sampling.sampler import plain_parameters
 from serve.sampling.triton_sampling import sample_plain

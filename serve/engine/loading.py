@@ -34,7 +34,7 @@ from serve.engine.warm_up import load_kernels, reserve_memory
 from serve.kv.cache import KVCache
 from serve.model.flash_attention import choose_attention
 from serve.model.registry import build_model
-from serve.model.weights import load_weights
+from serve.model.weights.load import load_weights
 from serve.protocol.messages import NUM_STAGING_SLOTS
 from serve.protocol.transfer_plan import Slice, plan_transfer
 from serve.topology import FRONT_END_RANK, ReplicaInfo

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from serve.comm.tensor_parallel import TensorParallel
 from serve.kv.cache import KVCache
-from serve.model import ops
 from serve.model.attention import Attention, Scoring
 from serve.model.forward_batch import AttentionMetadata, ForwardBatch
-from serve.model.head_norms import HeadNorms
+from serve.model.kernels import ops
+from serve.model.kernels.head_norms import HeadNorms
 from serve.model.layers import (
     ColumnParallelLinear,
     FusedLinear,

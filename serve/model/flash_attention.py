@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.model import ops
 from serve.model.attention import PLAIN, Attention, Scoring, torch_attention
 from serve.model.forward_batch import AttentionMetadata
+from serve.model.kernels import ops
 
 # Above 128 the tiles of version 4 hold the rows of a paged cache only where 64 divides the heads,
 # and heads of an odd multiple of 8 only where a tile is a block.

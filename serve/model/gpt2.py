@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from serve.kv.cache import KVCache
-from serve.model import ops
 from serve.model.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from serve.model.decoder import AttentionLayer, Build, Layer, Parts, Projection, Stack, make_head
 from serve.model.forward_batch import ForwardBatch
+from serve.model.kernels import ops
 from serve.model.layers import (
     LayerNorm,
     PositionEmbedding,

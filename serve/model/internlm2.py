@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from serve.kv.cache import KVCache
-from serve.model import ops
 from serve.model.decoder import AttentionLayer, Build, Layer, Parts, Projection, Stack, make_head
 from serve.model.forward_batch import ForwardBatch
+from serve.model.kernels import ops
 from serve.model.layers import (
     ColumnParallelLinear,
     FusedLinear,

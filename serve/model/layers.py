@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from serve.comm.tensor_parallel import TensorParallel
-from serve.model import ops
+from serve.model.kernels import ops
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from serve.kv.cache import KVCache
-from serve.model import ops
 from serve.model.decoder import (
     AttentionLayer,
     Build,
@@ -17,6 +16,7 @@ from serve.model.decoder import (
     make_head,
 )
 from serve.model.forward_batch import AttentionMetadata, ForwardBatch
+from serve.model.kernels import ops
 from serve.model.layers import (
     ColumnParallelLinear,
     FusedLinear,

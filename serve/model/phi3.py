@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from serve.model import ops
 from serve.model.decoder import AttentionLayer, Build, CausalLM, DecoderLayer, Projection
+from serve.model.kernels import ops
 from serve.model.layers import ColumnParallelLinear, RowParallelLinear
 
 

@@ -37,7 +37,7 @@ class RotaryEmbedding:
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of ``positions`` (``[num_tokens]``): ``[num_tokens, rotary_dim / 2]``.
 
-        Float32; for ``serve.model.ops.rope_write``.
+        Float32; for ``serve.model.kernels.ops.rope_write``.
         """
         if self._rope is not None and self._rope.type == "dynamic":
             frequencies = self._dynamic_frequencies(self._rope, positions)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from serve.model.checkpoint import Checkpoint, open_checkpoint, take, with_prefix
 from serve.model.layers import Shard, parameter_shards
-from serve.model.staged_copies import StagedCopies
+from serve.model.weights.checkpoint import Checkpoint, open_checkpoint, take, with_prefix
+from serve.model.weights.staged_copies import StagedCopies
 
 # Tables and masks that old checkpoints carry; they follow from the configuration.
 _BUFFERS = re.compile(r".*\b(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias)")

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from serve.model.gguf_weights import GGUFCheckpoint
 from serve.model.layers import Shard
+from serve.model.weights.gguf import GGUFCheckpoint
 
 
 class Checkpoint(Protocol):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve.model.head_norms import HeadNorms
+from serve.model.kernels.head_norms import HeadNorms
 
 
 def linear(
@@ -17,7 +17,7 @@ def linear(
     Into ``out``, if given, which goes without a bias.
     """
     if x.is_cuda:
-        from serve.model import triton_ops
+        from serve.model.kernels import triton_ops
 
         if triton_ops.prefers_row_linear(x, weight):
             return triton_ops.row_linear(x, weight, bias, out)
@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, around_one: bool = False)
     ``around_one``: times ``1 + weight``, in float32, too (Gemma).
     """
     if x.is_cuda:
-        from serve.model import triton_ops
+        from serve.model.kernels import triton_ops
 
         return triton_ops.rms_norm(x, weight, eps, around_one=around_one)
     wide = x.float()
@@ -47,7 +47,7 @@ def add_rms_norm(
 ) -> Tensor:
     """The norm of ``residual + x``, which ``residual`` becomes."""
     if x.is_cuda:
-        from serve.model import triton_ops
+        from serve.model.kernels import triton_ops
 
         return triton_ops.add_rms_norm(x, residual, weight, eps, around_one=around_one)
     residual += x
@@ -57,7 +57,7 @@ def add_rms_norm(
 def gate(gate_up: Tensor, activation: str) -> Tensor:
     """``[num_tokens, 2 * size]``, the gates first, to ``activation(gate) * up``."""
     if gate_up.is_cuda:
-        from serve.model import triton_ops
+        from serve.model.kernels import triton_ops
 
         return triton_ops.gate(gate_up, activation)
     first, up = gate_up.chunk(2, dim=-1)
@@ -100,7 +100,7 @@ def rope_write(
     Returns ``[num_copies * num_tokens, num_heads, head_dim]``, copy after copy.
     """
     if qkv.is_cuda:
-        from serve.model import triton_rope
+        from serve.model.kernels import triton_rope
 
         caches = k_cache, v_cache
         return triton_rope.rope_write(qkv, cos, sin, *caches, slot_mapping, num_copies, norms)
@@ -136,7 +136,7 @@ def combine_splits(parts: Tensor, lse: Tensor, num_splits: int) -> Tensor:
     ``[num_heads, num_splits * num_rows]``, float32, -inf where a split has no position.
     """
     if parts.is_cuda:
-        from serve.model import triton_decode
+        from serve.model.kernels import triton_decode
 
         return triton_decode.combine_splits(parts, lse, num_splits)
     weights = lse.view(len(lse), num_splits, -1).softmax(dim=1)  # [num_heads, num_splits, num_rows]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve.model.triton_launch import LAUNCH, await_kernel_before
+from serve.model.kernels.triton_launch import LAUNCH, await_kernel_before
 
 
 @triton.jit(

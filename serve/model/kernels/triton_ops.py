@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve.model.triton_launch import IS_HOPPER, LAUNCH, await_kernel_before
+from serve.model.kernels.triton_launch import IS_HOPPER, LAUNCH, await_kernel_before
 
 _MAX_BLOCK = 8192  # elements one program holds in registers
 

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve.model.head_norms import HeadNorms
-from serve.model.triton_launch import LAUNCH, await_kernel_before
-from serve.model.triton_ops import weighted
+from serve.model.kernels.head_norms import HeadNorms
+from serve.model.kernels.triton_launch import LAUNCH, await_kernel_before
+from serve.model.kernels.triton_ops import weighted
 
 _HEADS = 8  # of one program
 
@@ -104,7 +104,7 @@ def rope_write(
     num_copies: int,
     norms: HeadNorms | None,
 ) -> Tensor:
-    """See ``serve.model.ops.rope_write``; a slot of -1 keeps a token's keys and values nowhere."""
+    """See ``serve.model.kernels.ops.rope_write``; a slot of -1 keeps a token's keys and values nowhere."""
     block_size, num_kv_heads, dim = k_cache.shape[1:]
     num_heads = qkv.shape[1] // dim - 2 * num_kv_heads
     rotary = 2 * cos.shape[1]
