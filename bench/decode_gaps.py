@@ -25,11 +25,11 @@ import uvloop
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from serve.api.service import Stream
 from serve.config.server import ServerConfig, parse_args
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Stream
 from serve.front import FrontEnd, fit_max_model_len, make_front
 from serve.lifetime import exit_now
-from serve.metrics import Metrics
 from serve.node import Node, join_job
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams

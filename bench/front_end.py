@@ -24,10 +24,10 @@ import uvloop
 from aiohttp import web
 
 from serve.api.app import create_app, run_app_on
-from serve.api.service import Service
 from serve.api.settings import ApiSettings
 from serve.dispatch.dispatcher import Dispatcher
-from serve.metrics import Metrics
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Service
 from serve.protocol.messages import AnyMessage, Delta, Prefill, ReplicaLoad, Report, decode, encode
 from serve.topology import ReplicaSpec, build_topology
 

@@ -28,10 +28,10 @@ from serve.comm.process_groups import new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.wires import P2PWire, SymmetricWire, Wire
 from serve.config.server import ServerConfig, parse_args
+from serve.dispatch.metrics import Metrics
 from serve.front import fit_max_model_len, make_front
 from serve.kv.cache import KVCache
 from serve.lifetime import exit_now
-from serve.metrics import Metrics
 from serve.model.flash_attention import preferred_block_size
 from serve.node import Node, join_job
 from serve.protocol.messages import NUM_STAGING_SLOTS

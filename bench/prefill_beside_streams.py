@@ -29,11 +29,11 @@ import numpy as np
 import uvloop
 
 from bench.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
-from serve.api.service import Service
 from serve.config.server import ServerConfig, parse_args
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Service
 from serve.front import fit_max_model_len, make_front
 from serve.lifetime import exit_now
-from serve.metrics import Metrics
 from serve.node import Node, join_job
 from serve.request import Request, SamplingParams
 from serve.topology import read_place

@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from serve.api.service import Service
 from serve.config.server import ServerConfig
 from serve.dispatch.dispatcher import Dispatcher
-from serve.metrics import Metrics
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Service
 from serve.protocol.clock import best_offset
 from serve.protocol.messages import AnyMessage, Ping, Pong, ReplicaReady, Report
 from serve.topology import Topology

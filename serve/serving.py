@@ -14,12 +14,12 @@ from typing import Any
 from tqdm import tqdm
 
 from serve.api.app import create_app, run_app_on
-from serve.api.service import Service
 from serve.api.settings import ApiSettings
 from serve.config.server import ServerConfig
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Service
 from serve.front import FrontEnd, describe, fit_max_model_len, make_front
 from serve.lifetime import StopSignals
-from serve.metrics import Metrics
 from serve.node import JobFailed, Node, RankFailed, join_job
 from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import Place

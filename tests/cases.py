@@ -13,14 +13,14 @@ from typing import Any, Literal
 import msgspec
 import torch.distributed as dist
 
-from serve.api.service import Service, Stream
 from serve.comm.process_groups import new_control_group, new_pair_groups, new_tp_groups
 from serve.config.server import ServerConfig, parse_args
 from serve.device import pick_device
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Service, Stream
 from serve.engine.loading import find_routes
 from serve.engine.rank_setup import RankSetup
 from serve.front import fit_max_model_len, make_front
-from serve.metrics import Metrics
 from serve.node import Node
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams

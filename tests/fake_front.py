@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
 from serve.api.app import create_app, run_app_on
-from serve.api.service import Output, Overloaded, Service, Stream, Unavailable
 from serve.api.settings import ApiSettings
-from serve.metrics import Metrics
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Output, Overloaded, Service, Stream, Unavailable
 from serve.request import FinishReason, Request, Timeline
 from serve.tokenizer.detokenizer import OutputText
 from serve.tokenizer.tokenizer import UNKNOWN, Tokenizer

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from serve.api.app import create_app, run_app_on
-from serve.api.service import Service
 from serve.api.settings import ApiSettings
 from serve.config.model_source import default_model
 from serve.dispatch.dispatcher import Dispatcher
-from serve.metrics import Metrics
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Service
 from serve.protocol.messages import Abort, AnyMessage, Delta, Prefill, ReplicaLoad, Report
 from serve.request import FinishReason, Request, Timeline
 from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer

@@ -43,7 +43,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {
         HTTP: (
             "serve.tokenizer.*",
-            "serve.metrics",
+            "serve.dispatch.metrics",
         ),
         GPU: (),
     },

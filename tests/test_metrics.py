@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve.dispatch.metrics import Metrics
 from serve.dispatch.output import Output
-from serve.metrics import Metrics
 from serve.protocol.messages import ReplicaLoad, Report
 from serve.request import FinishReason, Request, SamplingParams, Timeline
 

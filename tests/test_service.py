@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from serve.api.service import Output, Overloaded, Stream, Unavailable, read_all
+from serve.dispatch.service import Output, Overloaded, Stream, Unavailable, read_all
 from serve.protocol.messages import Delta
 from serve.request import FinishReason, Request, SamplingParams
 from tests.fake_service import FIRST_ID, FakeCluster, make_delta, texts

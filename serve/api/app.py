@@ -8,9 +8,9 @@ from aiohttp import web
 
 from serve.api import generate, system, tokens
 from serve.api.errors import answer_errors, check_key
-from serve.api.service import Service
 from serve.api.settings import API, Api, ApiSettings
-from serve.metrics import Metrics
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Service
 from serve.tokenizer.tokenizer import Tokenizer
 
 SHUTDOWN_S = 2.0  # for handlers that still write when the server stops

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from serve.api.service import Overloaded, Unavailable
 from serve.api.settings import API
+from serve.dispatch.service import Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 

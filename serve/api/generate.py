@@ -11,9 +11,9 @@ from serve.api.body import Body, read_body
 from serve.api.call import Call, check_model, make_call, max_prompts, read_options
 from serve.api.errors import ApiError, json_response
 from serve.api.prompts import read_messages_now, read_prompts_now
-from serve.api.service import Stream, read_all
 from serve.api.settings import API, Api
 from serve.api.streaming import stream_answer
+from serve.dispatch.service import Stream, read_all
 from serve.request import FinishReason
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from serve.api.service import Service
 from serve.config.sampling_defaults import SamplingDefaults
-from serve.metrics import Metrics
+from serve.dispatch.metrics import Metrics
+from serve.dispatch.service import Service
 from serve.tokenizer.tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from serve.api.answers import Format
 from serve.api.call import Call, usage_object
 from serve.api.errors import ID, STREAMING, error_object, from_exception
-from serve.api.service import Output, Stream, read_all
+from serve.dispatch.service import Output, Stream, read_all
 from serve.request import FinishReason
 
 DONE = b"data: [DONE]\n\n"

@@ -10,8 +10,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
+from serve.dispatch.metrics import Metrics
 from serve.dispatch.output import Output
-from serve.metrics import Metrics
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request
 
