@@ -38,7 +38,7 @@ from serve.comm.kv_transfer import Pair, packed_bytes
 from serve.comm.process_groups import init_world, new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.wires import P2PWire, SymmetricWire, Wait, Wire
+from serve.comm.transports import P2PWire, SymmetricWire, Wait, Wire
 from serve.config.options import KV_PUSH_BYTES
 from serve.device import pick_device
 from serve.engine.runner import Runner

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from serve.comm.kv_transfer import Pair, packed_bytes
 from serve.comm.process_groups import new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
-from serve.comm.wires import P2PWire, SymmetricWire, Wire
+from serve.comm.transports import P2PWire, SymmetricWire, Wire
 from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.metrics import Metrics
 from serve.front import fit_max_model_len, make_front

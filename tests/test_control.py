@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 import uvloop
 
-from serve.comm.frames import FRAME_BYTES, make_frame
+from serve.comm.framing import FRAME_BYTES, make_frame
 from serve.protocol.messages import (
     Abort,
     AnyMessage,

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from serve.comm.frames import FRAME_BYTES, as_tensor, make_frame
+from serve.comm.framing import FRAME_BYTES, as_tensor, make_frame
 from serve.protocol.messages import (
     Abort,
     AnyMessage,
@@ -77,7 +77,7 @@ async def lose_rank_1_in_a_body() -> list[tuple[int, str]]:
 
     node = Node(peers=[1] if dist.get_rank() == 0 else [])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serve.comm.frames.dist", SimpleNamespace(recv=recv, send=dist.send))
+        patch.setattr("serve.comm.framing.dist", SimpleNamespace(recv=recv, send=dist.send))
         node.channel.start()
         if node.rank == 1:
             tensor = as_tensor(make_frame([encode(Abort("x" * 256 * MEGABYTE))]))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.comm.control import describe
-from serve.comm.frames import COALESCED_BYTES, FRAME_BYTES, make_frame, split_body, take_queued
+from serve.comm.framing import COALESCED_BYTES, FRAME_BYTES, make_frame, split_body, take_queued
 
 HEAD_BYTES = 12
 

@@ -76,14 +76,14 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.model.weights.gguf",
             "serve.sampling.*",
             "serve.comm.kv_transfer",
-            "serve.comm.wires",
+            "serve.comm.transports",
             "serve.comm.triton_kv",
         ),
     },
     {
         BOTH: (
             "serve.comm.control",
-            "serve.comm.frames",
+            "serve.comm.framing",
         ),
         GPU: (
             "serve.kv.cache",

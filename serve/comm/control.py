@@ -1,7 +1,7 @@
 """ControlChannel: ordered messages between this rank and its peers, over gloo.
 
 Each peer has three threads. Its reader is blocked in a receive that names its source, its watcher
-in one that only fails (see ``serve.comm.frames``), its writer on a queue. They own no state: what
+in one that only fails (see ``serve.comm.framing``), its writer on a queue. They own no state: what
 they receive goes to the event loop (plan entries straight to the GPU queue), and so does what ends
 them. A send completes only when the peer's receive is posted, so with one writer for all a stopped
 peer would hold up what is meant for the others.
@@ -23,7 +23,7 @@ from queue import SimpleQueue
 
 import torch.distributed as dist
 
-from serve.comm.frames import Outbox, await_end, receive_bodies, split_body, write_queue
+from serve.comm.framing import Outbox, await_end, receive_bodies, split_body, write_queue
 from serve.protocol.messages import AnyMessage, Entry, Goodbye, decode, encode
 
 

@@ -23,7 +23,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from serve.comm.wires import Wait, Wire
+from serve.comm.transports import Wait, Wire
 from serve.device import to_device
 from serve.protocol.messages import NUM_STAGING_SLOTS
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from serve.comm.kv_transfer import KVReceiver, KVSender
-from serve.comm.wires import Wait
+from serve.comm.transports import Wait
 from serve.engine.runner import Runner
 from serve.protocol.messages import (
     NUM_STAGING_SLOTS,

@@ -21,7 +21,7 @@ from serve.comm.kv_transfer import KVReceiver, KVSender, Pair
 from serve.comm.process_groups import Backend, new_pair_groups, new_tp_groups
 from serve.comm.symmetric import SymmetricArena, SymmetricReduction, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.wires import P2PWire, SymmetricWire, Wire
+from serve.comm.transports import P2PWire, SymmetricWire, Wire
 from serve.engine.executor import Equipment
 from serve.engine.memory import (
     make_graphs,
