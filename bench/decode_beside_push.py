@@ -43,14 +43,14 @@ from serve.config.options import KV_PUSH_BYTES
 from serve.device import pick_device
 from serve.engine.runner import Runner
 from serve.kv.cache import KVCache
-from serve.lifetime import exit_now
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
-from serve.node import SWITCH_INTERVAL_S
 from serve.protocol.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
+from serve.runtime.rank import SWITCH_INTERVAL_S
+from serve.runtime.shutdown import exit_now
 from serve.topology import read_place
 
 SENDER, DECODER = PAIR = (0, 1)

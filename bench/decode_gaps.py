@@ -28,11 +28,11 @@ from torch.profiler import ProfilerActivity, profile
 from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Stream
-from serve.front import FrontEnd, fit_max_model_len, make_front
-from serve.lifetime import exit_now
-from serve.node import Node, join_job
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams
+from serve.runtime.rank import Node, join_job
+from serve.runtime.shutdown import exit_now
+from serve.runtime.startup import FrontEnd, fit_max_model_len, make_front
 from serve.topology import read_place
 
 BUDGET = 8192  # tokens of a step while the prompts are read

@@ -34,13 +34,13 @@ from serve.comm.symmetric import SymmetricReduction
 from serve.device import pick_device
 from serve.engine.runner import Runner
 from serve.kv.cache import KVCache
-from serve.lifetime import exit_now
 from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
 from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
+from serve.runtime.shutdown import exit_now
 from serve.topology import read_place
 
 PLACE = read_place(os.environ)

@@ -29,14 +29,14 @@ from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.transports import P2PWire, SymmetricWire, Wire
 from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.metrics import Metrics
-from serve.front import fit_max_model_len, make_front
 from serve.kv.cache import KVCache
-from serve.lifetime import exit_now
 from serve.model.flash_attention import preferred_block_size
-from serve.node import Node, join_job
 from serve.protocol.messages import NUM_STAGING_SLOTS
 from serve.request import Request, SamplingParams, Timeline
-from serve.serving import follow
+from serve.runtime.rank import Node, join_job
+from serve.runtime.server import follow
+from serve.runtime.shutdown import exit_now
+from serve.runtime.startup import fit_max_model_len, make_front
 from serve.topology import Place, read_place
 
 NUM_ROUNDS = 10

@@ -27,12 +27,12 @@ from torch import Tensor
 from bench.one_replica import join_ranks
 from serve.comm.tensor_parallel import TensorParallel
 from serve.device import pick_device
-from serve.lifetime import exit_now
 from serve.model.layers import parameter_shards
 from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.config import ModelConfig
 from serve.model_config.file import load_model_config
+from serve.runtime.shutdown import exit_now
 from serve.topology import read_place
 
 FILE_BYTES = 4 << 30

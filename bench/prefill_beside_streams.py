@@ -32,10 +32,10 @@ from bench.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
 from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service
-from serve.front import fit_max_model_len, make_front
-from serve.lifetime import exit_now
-from serve.node import Node, join_job
 from serve.request import Request, SamplingParams
+from serve.runtime.rank import Node, join_job
+from serve.runtime.shutdown import exit_now
+from serve.runtime.startup import fit_max_model_len, make_front
 from serve.topology import read_place
 
 WARM_UPS = 2  # prefills

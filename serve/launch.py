@@ -11,7 +11,7 @@ import socket
 import sys
 
 from serve.config.server import ConfigError, ServerConfig, parse_args
-from serve.lifetime import die_with_parent, exit_now
+from serve.runtime.shutdown import die_with_parent, exit_now
 from serve.topology import Place, read_place
 
 log = logging.getLogger("serve")
@@ -27,7 +27,7 @@ def main() -> None:
     start_logging(config, place)
     import uvloop
 
-    from serve.serving import serve_rank
+    from serve.runtime.server import serve_rank
 
     exit_now(uvloop.run(serve_rank(config, place, listener)))
 

@@ -29,12 +29,12 @@ from tqdm import tqdm
 from serve.config.server import ConfigError, parse_args
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service, Stream
-from serve.front import fit_max_model_len, make_front
 from serve.launch import start_logging
-from serve.lifetime import die_with_parent, exit_now
-from serve.node import Node, join_job
 from serve.request import FinishReason, Request, SamplingParams
-from serve.serving import follow, run_to_end
+from serve.runtime.rank import Node, join_job
+from serve.runtime.server import follow, run_to_end
+from serve.runtime.shutdown import die_with_parent, exit_now
+from serve.runtime.startup import fit_max_model_len, make_front
 from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import read_place
 

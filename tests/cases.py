@@ -20,11 +20,11 @@ from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service, Stream
 from serve.engine.loading import find_routes
 from serve.engine.rank_setup import RankSetup
-from serve.front import fit_max_model_len, make_front
-from serve.node import Node
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams
-from serve.serving import follow
+from serve.runtime.rank import Node
+from serve.runtime.server import follow
+from serve.runtime.startup import fit_max_model_len, make_front
 from serve.topology import Place, Topology, build_topology
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serve import node
 from serve.launch import main
+from serve.runtime import rank as node
 
 node.SILENCE_LIMIT_S = 3.0
 node.SILENCE_CHECK_S = 0.5

@@ -20,8 +20,14 @@ HTTP, GPU, BOTH = "http", "gpu", "both"
 # its imports and its importers leave it; a full name takes precedence over a pattern.
 LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {
-        BOTH: ("serve.launch", "serve.llm", "serve.node", "serve.serving", "serve.front"),
-        HTTP: ("serve.lifetime",),
+        BOTH: (
+            "serve.launch",
+            "serve.llm",
+            "serve.runtime.rank",
+            "serve.runtime.server",
+            "serve.runtime.startup",
+        ),
+        HTTP: ("serve.runtime.shutdown",),
     },
     {HTTP: ("serve.api.*",), BOTH: ("serve.engine.worker",)},
     {
@@ -35,7 +41,7 @@ LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
             "serve.engine.loading",
             "serve.engine.rank_setup",
             "serve.engine.memory",
-            "serve.engine.rehearsal",
+            "serve.engine.dummy_steps",
             "serve.engine.warm_up",
             "serve.engine.decode_graphs",
         ),

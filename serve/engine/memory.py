@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from serve.comm.tensor_parallel import TensorParallel
+from serve.engine.dummy_steps import largest_steps, longest_context
 from serve.engine.rank_setup import RankSetup
-from serve.engine.rehearsal import largest_steps, longest_context
 from serve.engine.runner import Runner
 from serve.kv.cache import KVCache
 from serve.topology import Role

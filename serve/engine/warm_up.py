@@ -19,8 +19,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from serve.comm.tensor_parallel import TensorParallel
+from serve.engine.dummy_steps import largest_steps, longest_context, one_decode, short_prompts
 from serve.engine.rank_setup import RankSetup
-from serve.engine.rehearsal import largest_steps, longest_context, one_decode, short_prompts
 from serve.engine.runner import Runner
 from serve.kv.cache import KVCache
 

@@ -18,9 +18,9 @@ from serve.api.settings import ApiSettings
 from serve.config.server import ServerConfig
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service
-from serve.front import FrontEnd, describe, fit_max_model_len, make_front
-from serve.lifetime import StopSignals
-from serve.node import JobFailed, Node, RankFailed, join_job
+from serve.runtime.rank import JobFailed, Node, RankFailed, join_job
+from serve.runtime.shutdown import StopSignals
+from serve.runtime.startup import FrontEnd, describe, fit_max_model_len, make_front
 from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import Place
 
