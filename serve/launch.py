@@ -5,16 +5,14 @@ torchrun --nproc-per-node 8 -m serve.launch --model M
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
 
 from serve.config.server import ConfigError, ServerConfig, parse_args
+from serve.runtime.logs import start_logging
 from serve.runtime.shutdown import die_with_parent, exit_now
 from serve.topology import Place, read_place
-
-log = logging.getLogger("serve")
 
 
 def main() -> None:
@@ -30,18 +28,6 @@ def main() -> None:
     from serve.runtime.server import serve_rank
 
     exit_now(uvloop.run(serve_rank(config, place, listener)))
-
-
-def start_logging(config: ServerConfig, place: Place) -> None:
-    """Log to stderr, every line with its rank; rank 0 says what was decided for the user."""
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s rank {place.rank} %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    if place.rank == 0:
-        for note in config.notes:
-            log.info("%s", note)
 
 
 def _prepare(place: Place) -> tuple[ServerConfig, socket.socket | None]:

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from serve.config.server import ConfigError, parse_args
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service, Stream
-from serve.launch import start_logging
 from serve.request import FinishReason, Request, SamplingParams
+from serve.runtime.logs import start_logging
 from serve.runtime.rank import Node, join_job
 from serve.runtime.server import follow, run_to_end
 from serve.runtime.shutdown import die_with_parent, exit_now

@@ -1,10 +1,10 @@
-"""Who may import whom: the layers of the design, checked against the import statements."""
+"""Who may import whom: one row for each folder of serve/, checked against the import statements."""
 
 from __future__ import annotations
 
 import ast
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,119 +12,51 @@ import pytest
 
 TOP = Path(__file__).resolve().parent.parent
 
-HTTP, GPU, BOTH = "http", "gpu", "both"
 
-# The lines of the house, top to bottom. A module imports from lines below its own; from its own
-# line only within its package. Modules of the HTTP column do not know those of the GPU column, nor
-# the other way round; BOTH may know and be known by either. A new module goes into the line that
-# its imports and its importers leave it; a full name takes precedence over a pattern.
-LINES: tuple[Mapping[str, tuple[str, ...]], ...] = (
-    {
-        BOTH: (
-            "serve.launch",
-            "serve.llm",
-            "serve.runtime.rank",
-            "serve.runtime.server",
-            "serve.runtime.startup",
-        ),
-        HTTP: ("serve.runtime.shutdown",),
-    },
-    {HTTP: ("serve.api.*",), BOTH: ("serve.engine.worker",)},
-    {
-        HTTP: (
-            "serve.dispatch.*",
-            "serve.replica.*",
-        ),
-        GPU: (
-            "serve.engine.runner",
-            "serve.engine.executor",
-            "serve.engine.loading",
-            "serve.engine.rank_setup",
-            "serve.engine.memory",
-            "serve.engine.dummy_steps",
-            "serve.engine.warm_up",
-            "serve.engine.decode_graphs",
-        ),
-    },
-    {
-        HTTP: (
-            "serve.tokenizer.*",
-            "serve.dispatch.metrics",
-        ),
-        GPU: (),
-    },
-    {
-        # Attention reads the batch's metadata, so it is one line above the forward batch.
-        GPU: (
-            "serve.model.layers",
-            "serve.model.conv1d",
-            "serve.model.rope",
-            "serve.model.attention",
-            "serve.model.flash_attention",
-            "serve.model.kernels.ops",
-            "serve.model.kernels.head_norms",
-            "serve.model.kernels.triton_launch",
-            "serve.model.kernels.triton_ops",
-            "serve.model.kernels.triton_rope",
-            "serve.model.kernels.triton_decode",
-            "serve.model.decoder",
-            "serve.model.llama",
-            "serve.model.gemma",
-            "serve.model.gpt2",
-            "serve.model.internlm2",
-            "serve.model.opt",
-            "serve.model.phi3",
-            "serve.model.registry",
-            "serve.model.weights.load",
-            "serve.model.weights.checkpoint",
-            "serve.model.weights.staged_copies",
-            "serve.model.gguf",
-            "serve.model.weights.gguf",
-            "serve.sampling.*",
-            "serve.comm.kv_transfer",
-            "serve.comm.transports",
-            "serve.comm.triton_kv",
-        ),
-    },
-    {
-        BOTH: (
-            "serve.comm.control",
-            "serve.comm.framing",
-        ),
-        GPU: (
-            "serve.kv.cache",
-            "serve.model.forward_batch",
-            "serve.comm.tensor_parallel",
-            "serve.comm.symmetric",
-            "serve.comm.process_groups",
-        ),
-    },
-    {
-        BOTH: (
-            "serve.config.*",
-            "serve.request",
-            "serve.topology",
-            "serve.protocol.*",
-            "serve.dispatch.output",
-            "serve.model_config.*",
-        ),
-        GPU: ("serve.device",),
-    },
-)
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One folder of ``serve/``, or one module at its top.
 
-_NAMED = {name for columns in LINES for patterns in columns.values() for name in patterns}
+    ``imports`` names the rows below that it may import. Without ``torch`` no import leads to torch,
+    at whatever distance. ``packages`` are the packages beside the standard library that it may use;
+    None means any.
+    """
 
-# The bottom line is plain data and may be used freely within; it rests on these alone. The two
-# modules that read checkpoints may use what reads them.
-BOTTOM_PACKAGES = {"msgspec"}
-BOTTOM_EXTRAS = {
-    "serve.config.model_source": {"huggingface_hub"},
-    "serve.model_config.gguf_header": {"gguf", "numpy"},
-}
+    name: str
+    imports: str
+    torch: bool = False
+    packages: frozenset[str] | None = None
+
+
+def _only(*packages: str) -> frozenset[str]:
+    return frozenset(packages)
+
+
+# Top to bottom. A row imports rows below it only, so no two rows know each other.
+ROWS = (
+    Row("launch", "runtime config topology", torch=True),
+    Row("llm", "runtime dispatch config tokenizer topology request", torch=True),
+    Row("runtime", "api engine config dispatch replica comm tokenizer protocol topology device",
+        torch=True),
+    Row("api", "config dispatch tokenizer request"),
+    Row("engine", "config replica sampling model kv comm model_config protocol topology request",
+        torch=True),
+    Row("config", "model_config topology request", packages=_only("msgspec", "huggingface_hub")),
+    Row("dispatch", "protocol topology request"),
+    Row("replica", "tokenizer protocol topology request"),
+    Row("tokenizer", "protocol request"),
+    Row("sampling", "protocol device request", torch=True),
+    Row("model", "kv comm model_config protocol", torch=True),
+    Row("kv", "model_config", torch=True),
+    Row("comm", "protocol topology device", torch=True),
+    Row("protocol", "model_config request", packages=_only("msgspec")),
+    Row("model_config", "", packages=_only("gguf", "numpy")),
+    Row("device", "", torch=True),
+    Row("topology", "", packages=_only()),
+    Row("request", "", packages=_only("msgspec")),
+)  # fmt: skip
 
 TORCH = {"torch", "triton", "flash_attn", "torchvision", "torchaudio"}
-# Beside the HTTP column and the bottom line, these do without torch.
-TORCH_FREE: tuple[str, ...] = ()
 # Other packages that import torch as soon as they are imported.
 BRINGS_TORCH = {"accelerate"}
 
@@ -186,51 +118,38 @@ def _imports(name: str, nodes: Iterable[ast.AST], known: set[str]) -> Iterator[s
             yield target if target.partition(".")[0] == package else target.partition(".")[0]
 
 
-def place_of(name: str) -> tuple[int, str]:
-    """The line of a module (0 is the top) and its column; ``KeyError`` if LINES lacks it."""
-    found = [
-        (line, column)
-        for line, columns in enumerate(LINES)
-        for column, patterns in columns.items()
-        for pattern in patterns
-        if fnmatch.fnmatchcase(name, pattern) and (pattern == name or name not in _NAMED)
-    ]
-    if len(found) != 1:
-        raise KeyError(f"{name} has {len(found)} places in LINES of tests/test_layering.py")
-    return found[0]
+def row_of(name: str, rows: Sequence[Row] = ROWS) -> Row:
+    """The row of a module. ``KeyError`` if ``rows`` lacks its folder."""
+    folder = name.split(".")[1]
+    for row in rows:
+        if row.name == folder:
+            return row
+    raise KeyError(f"serve/{folder} has no row in ROWS of tests/test_layering.py")
 
 
-def find_offences(tree: Mapping[str, Module]) -> list[str]:
-    """Every import that the layers forbid, as one line each."""
-    return [
-        f"{module.name} imports {target}: {reason}"
-        for module in tree.values()
-        for target in sorted(module.inner)
-        if (reason := _objection(module.name, target))
-    ]
+def find_offences(tree: Mapping[str, Module], rows: Sequence[Row] = ROWS) -> list[str]:
+    """Every import that the rows forbid, one line each."""
+    offences = []
+    for module in tree.values():
+        row = row_of(module.name, rows)
+        for target in sorted(module.inner):
+            if target not in tree:
+                offences.append(f"{module.name} imports {target}, which is not a module")
+            elif row_of(target, rows).name not in (row.name, *row.imports.split()):
+                offences.append(f"{module.name} imports {target}, which its row does not allow")
+        foreign = module.outer - set(sys.stdlib_module_names)
+        if row.packages is not None and foreign - row.packages:
+            offences.append(f"{module.name} imports {sorted(foreign - row.packages)}")
+    return offences
 
 
-def _objection(name: str, target: str) -> str | None:
-    line, column = place_of(name)
-    try:
-        target_line, target_column = place_of(target)
-    except KeyError:
-        return "it is no module of ours, or one without a place"
-    if target_line < line:
-        return "upwards"
-    same_package = name.rpartition(".")[0] == target.rpartition(".")[0]
-    if target_line == line != len(LINES) - 1 and not same_package:
-        return "sideways, into another package"
-    if {column, target_column} == {HTTP, GPU}:
-        return f"from the {column} column into the {target_column} column"
-    return None
-
-
-def reach(tree: Mapping[str, Module], start: str, *, eager: bool) -> dict[str, list[str]]:
-    """All that ``start`` imports, directly or through our modules, each with a way to it."""
+def find_torch(tree: Mapping[str, Module], start: str, *, eager: bool) -> list[str] | None:
+    """The imports by which ``start`` leads to torch, directly or through our modules, or None."""
     ways = {start: [start]}
     queue = [start]
     for name in queue:
+        if name in TORCH | BRINGS_TORCH:
+            return ways[name]
         if name not in tree:
             continue
         module = tree[name]
@@ -238,7 +157,7 @@ def reach(tree: Mapping[str, Module], start: str, *, eager: bool) -> dict[str, l
             if target not in ways:
                 ways[target] = [*ways[name], target]
                 queue.append(target)
-    return ways
+    return None
 
 
 def find_cycle(tree: Mapping[str, Module]) -> list[str] | None:
@@ -265,12 +184,27 @@ def tree() -> dict[str, Module]:
     return read_tree(TOP, "serve")
 
 
-def test_every_module_has_a_place(tree: dict[str, Module]) -> None:
-    for name in tree:
-        place_of(name)
+def test_every_folder_has_one_row_and_every_row_a_folder(tree: dict[str, Module]) -> None:
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
+    assert {row_of(name).name for name in tree} == set(names)
 
 
-def test_imports_point_down(tree: dict[str, Module]) -> None:
+def test_rows_allow_only_rows_below_them() -> None:
+    for index, row in enumerate(ROWS):
+        below = {other.name for other in ROWS[index + 1 :]}
+        assert set(row.imports.split()) <= below, row.name
+
+
+def test_rows_allow_nothing_unused(tree: dict[str, Module]) -> None:
+    used: dict[str, set[str]] = {row.name: set() for row in ROWS}
+    for module in tree.values():
+        row = row_of(module.name).name
+        used[row] |= {row_of(target).name for target in module.inner} - {row}
+    assert used == {row.name: set(row.imports.split()) for row in ROWS}
+
+
+def test_imports_are_allowed(tree: dict[str, Module]) -> None:
     offences = find_offences(tree)
     assert not offences, "\n".join(offences)
 
@@ -280,31 +214,15 @@ def test_no_cycles(tree: dict[str, Module]) -> None:
     assert not cycle, " -> ".join(cycle or ())
 
 
-def test_http_column_and_plain_data_import_no_torch(tree: dict[str, Module]) -> None:
-    bottom = len(LINES) - 1
+def test_torch_is_reached_only_where_a_row_allows_it(tree: dict[str, Module]) -> None:
     for name in tree:
-        line, column = place_of(name)
-        if column == HTTP or (line, column) == (bottom, BOTH) or name in TORCH_FREE:
-            ways = reach(tree, name, eager=False)
-            found = [" -> ".join(ways[target]) for target in ways if target in TORCH | BRINGS_TORCH]
-            assert not found, "\n".join(found)
+        way = None if row_of(name).torch else find_torch(tree, name, eager=False)
+        assert way is None, " -> ".join(way or ())
 
 
 def test_launch_checks_options_before_torch(tree: dict[str, Module]) -> None:
-    if "serve.launch" in tree:
-        ways = reach(tree, "serve.launch", eager=True)
-        found = [" -> ".join(ways[target]) for target in ways if target in TORCH | BRINGS_TORCH]
-        assert not found, "\n".join(found)
-
-
-def test_bottom_line_rests_on_the_standard_library(tree: dict[str, Module]) -> None:
-    import sys
-
-    for module in tree.values():
-        if place_of(module.name) == (len(LINES) - 1, BOTH):
-            allowed = BOTTOM_PACKAGES | BOTTOM_EXTRAS.get(module.name, set())
-            foreign = module.outer - set(sys.stdlib_module_names) - allowed
-            assert not foreign, f"{module.name} imports {sorted(foreign)}"
+    way = find_torch(tree, "serve.launch", eager=True)
+    assert way is None, " -> ".join(way or ())
 
 
 def test_package_files_import_nothing() -> None:
@@ -329,22 +247,24 @@ def _tree_of(**sources: str) -> dict[str, Module]:
 @pytest.mark.parametrize(
     ("name", "source", "reason"),
     [
-        ("serve__replica__scheduler", "import serve.replica.replica", "upwards"),
-        ("serve__replica__scheduler", "def f():\n from serve.engine import replica", "upwards"),
-        ("serve__dispatch__policies", "from serve.replica.replica import R", "sideways"),
-        ("serve__api__app", "from serve.model.llama import L", "from the http column"),
-        ("serve__engine__runner", "import serve.tokenizer.tokenizer", "from the gpu column"),
-        ("serve__engine__runner", "from serve.engine import nothing", "no module of ours"),
+        ("serve__replica__scheduler", "import serve.engine.runner", "row does not allow"),
+        ("serve__replica__scheduler", "def f():\n from serve.engine import runner", "row does not"),
+        ("serve__dispatch__policies", "from serve.model.llama import L", "row does not allow"),
+        ("serve__engine__worker", "from serve.engine import nothing", "not a module"),
+        ("serve__topology", "import msgspec", "msgspec"),
     ],
 )
 def test_offences_are_found(name: str, source: str, reason: str) -> None:
-    others = {
-        "serve__replica__replica": "",
-        "serve__model__llama": "",
-        "serve__tokenizer__tokenizer": "",
-    }
+    others = {"serve__engine__runner": "", "serve__model__llama": ""}
     offences = find_offences(_tree_of(**{**others, name: source}))
     assert len(offences) == 1 and reason in offences[0]
+
+
+def test_what_a_row_allows_is_no_offence() -> None:
+    tree = _tree_of(
+        serve__engine__worker="import serve.model.llama", serve__model__llama="import torch"
+    )
+    assert not find_offences(tree)
 
 
 def test_cycles_are_found() -> None:
@@ -355,10 +275,10 @@ def test_cycles_are_found() -> None:
 
 def test_torch_is_found_through_others() -> None:
     tree = _tree_of(serve__a="from serve import b", serve__b="def f():\n import torch.nn")
-    assert reach(tree, "serve.a", eager=False)["torch"] == ["serve.a", "serve.b", "torch"]
-    assert "torch" not in reach(tree, "serve.a", eager=True)
+    assert find_torch(tree, "serve.a", eager=False) == ["serve.a", "serve.b", "torch"]
+    assert find_torch(tree, "serve.a", eager=True) is None
 
 
-def test_a_module_without_a_place_is_named() -> None:
-    with pytest.raises(KeyError, match=r"serve\.new .*LINES of tests/test_layering\.py"):
-        place_of("serve.new")
+def test_a_folder_without_a_row_is_named() -> None:
+    with pytest.raises(KeyError, match=r"serve/new has no row in ROWS"):
+        row_of("serve.new.module")

@@ -104,7 +104,7 @@ def rope_write(
     num_copies: int,
     norms: HeadNorms | None,
 ) -> Tensor:
-    """See ``serve.model.kernels.ops.rope_write``; a slot of -1 keeps a token's keys and values nowhere."""
+    """As ``ops.rope_write`` does; a slot of -1 drops the keys and values of its token."""
     block_size, num_kv_heads, dim = k_cache.shape[1:]
     num_heads = qkv.shape[1] // dim - 2 * num_kv_heads
     rotary = 2 * cos.shape[1]
