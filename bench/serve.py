@@ -18,15 +18,15 @@ import msgspec
 import uvloop
 from tqdm import tqdm
 
-from bench.client import Client, RequestFailed, Target, find_model
-from bench.fleet import LoadFailed, run_fleet
-from bench.lengths import NAMED
-from bench.monitor import Monitor
-from bench.prompts import PromptMaker
-from bench.record import Record
-from bench.report import Objectives, run_file
-from bench.table import render
-from bench.workload import TRACES, PlannedRequest, WorkloadOptions, make_plan
+from bench.load.client import Client, RequestFailed, Target, find_model
+from bench.load.fleet import LoadFailed, run_fleet
+from bench.load.lengths import NAMED
+from bench.load.monitor import Monitor
+from bench.load.prompts import PromptMaker
+from bench.load.record import Record
+from bench.load.report import Objectives, run_file
+from bench.load.table import render
+from bench.load.workload import TRACES, PlannedRequest, WorkloadOptions, make_plan
 
 TOKENS_PER_PROCESS = 10_000  # per second, that one load process receives without falling behind
 ARRIVALS = ("poisson", "gamma", "uniform", "closed", "trace")
@@ -265,7 +265,7 @@ def _deliver(run: dict[str, Any], args: argparse.Namespace) -> None:
         print(render(run))
     if args.plots is not None:
         # Not needed otherwise, and an optional package.
-        from bench.plots import draw_run
+        from bench.load.plots import draw_run
 
         for path in draw_run(run, args.plots):
             print(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.agreement import main, read
+from bench.load.agreement import main, read
 
 
 def guidellm_request(sent_s: float, first_s: float, last_s: float, tokens: int) -> dict[str, Any]:

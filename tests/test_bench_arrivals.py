@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.arrivals import gaps, scaled, send_times
+from bench.load.arrivals import gaps, scaled, send_times
 
 NUM_DRAWN = 40_000
 

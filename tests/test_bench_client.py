@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from bench.client import Client, RequestFailed, Target, find_model
-from bench.record import Record
+from bench.load.client import Client, RequestFailed, Target, find_model
+from bench.load.record import Record
 
 Send = Callable[[web.StreamResponse], Any]
 

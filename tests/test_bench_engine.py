@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import sampling
-from bench.decode_beside_push import Times, summarise
-from bench.decode_gaps import EDGE, Span, measure_idle, read_spans
+from bench.micro import sampling_cost as sampling
+from bench.micro.decode_beside_push import Times, summarise
+from bench.micro.decode_gaps import EDGE, Span, measure_idle, read_spans
 from tests.checkpoints import write_llama_checkpoint
 
 TOP = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def measure(*command: str) -> dict[str, Any]:
 
 def test_decode_gaps(model: Path) -> None:
     options = ("--sequences", "3", "--context", "20", "--steps", "10")
-    found = measure("-m", "bench.decode_gaps", str(model), *options)
+    found = measure("-m", "bench.micro.decode_gaps", str(model), *options)
     assert (found["sequences"], found["context"]) == (3, 20)
     assert found["steps"] >= 10
     assert found["step_ms"] > 0
@@ -61,7 +61,7 @@ def test_decode_gaps(model: Path) -> None:
 
 def test_decode_beside_push(model: Path) -> None:
     options = ("--sequences", "3", "--context", "40", "--steps", "12", "--push-bytes", "65536")
-    found = measure(*TORCHRUN, "-m", "bench.decode_beside_push", str(model), *options)
+    found = measure(*TORCHRUN, "-m", "bench.micro.decode_beside_push", str(model), *options)
     assert (found["sequences"], found["context"], found["steps"]) == (3, 40, 12)
     assert found["push_bytes"] == 65536
     for name in PHASES:
@@ -87,7 +87,7 @@ def test_sampling(capsys: pytest.CaptureFixture[str]) -> None:
 def test_prefill_beside_streams(model: Path) -> None:
     options = ("--prompt-tokens", "64", "--tokens-per-s", "400", "--streams", "4")
     found = measure(
-        "-m", "bench.prefill_beside_streams", str(model), *options, "--requests", "3"
+        "-m", "bench.micro.prefill_beside_streams", str(model), *options, "--requests", "3"
     )  # fmt: skip
     assert (found["prompt_tokens"], found["streams"], found["requests"]) == (64, 4, 3)
     assert found["asked_tokens_s"] == 400

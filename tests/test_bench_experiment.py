@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 
-from bench.configuration import PORT, Configuration, configurations, load_command
-from bench.experiment import Experiment, ExperimentError, Splits, Workload, decode, read_experiment
-from bench.server_job import commands
-from bench.sweep import main
-from bench.workload import make_plan
+from bench.load.workload import make_plan
+from bench.sweep.configuration import PORT, Configuration, configurations, load_command
+from bench.sweep.experiment import (
+    Experiment,
+    ExperimentError,
+    Splits,
+    Workload,
+    decode,
+    read_experiment,
+)
+from bench.sweep.run import main
+from bench.sweep.server_job import commands
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "bench" / "experiments"
 OUR_SERVER = ("-m", "serve.launch")

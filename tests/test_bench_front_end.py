@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench.front_end import main
+from bench.micro.front_end import main
 
 
 def test_every_token_arrives(capsys: pytest.CaptureFixture[str]) -> None:

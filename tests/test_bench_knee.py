@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.knee import goodput, next_rate
+from bench.sweep.knee import goodput, next_rate
 
 GOAL, STOP = 0.9, 0.5
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.lengths import (
+from bench.load.lengths import (
     LONGBENCH,
     LONGBENCH_SPREAD,
     NAMED,

@@ -1,4 +1,4 @@
-"""bench.load_speed, and what it shows: a rank needs no more memory than its shard and a tensor."""
+"""bench.micro.load_speed: a rank needs no more memory than its shard and one tensor."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_memory_of_a_load(num_ranks: int, tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(CONFIG))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     done = subprocess.run(
-        [sys.executable, *(launch if num_ranks > 1 else []), "-m", "bench.load_speed", str(model),
-         str(tmp_path / "weights")],
+        [sys.executable, *(launch if num_ranks > 1 else []), "-m", "bench.micro.load_speed",
+         str(model), str(tmp_path / "weights")],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.plot_style import COLOURS, DASHES, MARKERS
-from bench.plots import Series, attainment_at_scale, draw_run, draw_sweep, runs_to_compare
-from bench.record import Record
-from bench.report import Objectives, run_file
-from bench.workload import WorkloadOptions
+from bench.load.plot_style import COLOURS, DASHES, MARKERS
+from bench.load.plots import Series, attainment_at_scale, draw_run, draw_sweep, runs_to_compare
+from bench.load.record import Record
+from bench.load.report import Objectives, run_file
+from bench.load.workload import WorkloadOptions
 
 OBJECTIVES = Objectives(ttft_s=1.0, tpot_s=0.05)
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.prompts import BLOCK, PromptMaker
+from bench.load.prompts import BLOCK, PromptMaker
 
 LOW, HIGH = 1000, 30000
 
@@ -49,7 +49,7 @@ def test_prompts_do_not_depend_on_what_was_made_before() -> None:
 
 def test_prompts_are_the_same_in_another_process() -> None:
     program = (
-        "from bench.prompts import PromptMaker; maker = PromptMaker(7, 1000, 30000); "
+        "from bench.load.prompts import PromptMaker; maker = PromptMaker(7, 1000, 30000); "
         "print(maker.tokens(3, 20), maker.from_hashes(3, [10**12], 530))"
     )
     printed = subprocess.run(

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from bench.record import Record
-from bench.report import (
+from bench.load.record import Record
+from bench.load.report import (
     Objectives,
     attainment,
     distribution,
@@ -16,7 +16,7 @@ from bench.report import (
     stages,
     summarise,
 )
-from bench.table import render
+from bench.load.table import render
 
 
 def made(

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from bench.child import Child, first_ended
-from bench.configuration import Configuration, Launch
-from bench.server_job import ServerFailed, ServerJob
-from bench.sweep import INTERRUPTED, main
+from bench.sweep.child import Child, first_ended
+from bench.sweep.configuration import Configuration, Launch
+from bench.sweep.run import INTERRUPTED, main
+from bench.sweep.server_job import ServerFailed, ServerJob
 from tests.fake_openai import DIED
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.prompts import BLOCK
-from bench.traces import TraceRequest, cut, read_azure, read_mooncake, read_prompts, read_trace
+from bench.load.prompts import BLOCK
+from bench.load.traces import TraceRequest, cut, read_azure, read_mooncake, read_prompts, read_trace
 
 AZURE_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 

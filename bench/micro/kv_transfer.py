@@ -1,6 +1,6 @@
 """How fast KV is pushed, beside one plain send/recv of the same bytes, and what it costs a request.
 
-    torchrun --standalone --nproc-per-node 2 -m bench.kv_transfer MODEL [--prompt-tokens 8192]
+    torchrun --standalone --nproc-per-node 2 -m bench.micro.kv_transfer MODEL [--prompt-tokens 8192]
 
 MODEL is a directory with a config.json; its weights are random. Rank 0 prefills, rank 1 decodes.
 Options that are not this script's are the server's.

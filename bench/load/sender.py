@@ -10,10 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-from bench.client import Client, Target
-from bench.prompts import PromptMaker
-from bench.record import Record
-from bench.workload import PlannedRequest, WorkloadOptions, make_plan
+from bench.load.client import Client, Target
+from bench.load.prompts import PromptMaker
+from bench.load.record import Record
+from bench.load.workload import PlannedRequest, WorkloadOptions, make_plan
 
 _NUM_AHEAD = 32  # bodies made before their time
 _WAKE_EARLY_S = 0.002  # timers of event loops are a millisecond coarse; the rest is yielded away

@@ -1,6 +1,7 @@
 """What it costs to choose the next tokens of a batch, by the parameters that requests ask for.
 
-    python -m bench.sampling [--rows 1 64 256] [--vocab-size 128256] [--prompt-tokens 8000]
+    python -m bench.micro.sampling_cost [--rows 1 64 256] [--vocab-size 128256] \\
+        [--prompt-tokens 8000]
 
 Prints one JSON object for each kind of sampling and number of rows: milliseconds from the call to
 the ids, those of them in which the host was busy, and how long the device takes to copy the logits,

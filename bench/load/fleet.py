@@ -20,10 +20,10 @@ from typing import Any
 import msgspec
 import uvloop
 
-from bench.client import Target
-from bench.load import Load, Share
-from bench.record import Record
-from bench.workload import WorkloadOptions
+from bench.load.client import Target
+from bench.load.record import Record
+from bench.load.sender import Load, Share
+from bench.load.workload import WorkloadOptions
 
 START_DELAY_S = 0.2  # between the last child's Ready and the first request
 _BATCH_S = 0.25  # how often a child reports

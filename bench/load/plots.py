@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bench.plot_run import latency_cdf, rate_of, run_cdf, timeline
-from bench.plot_style import (
+from bench.load.plot_run import latency_cdf, rate_of, run_cdf, timeline
+from bench.load.plot_style import (
     E2E,
     QUEUEING,
     TPOT,

@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
-from bench.experiment import Command, Experiment, ExperimentError, Running, Splits, Workload
+from bench.sweep.experiment import Command, Experiment, ExperimentError, Running, Splits, Workload
 from serve.config.options import build_parser
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PORT = "{port}"  # stands in a command until a port has been chosen
 
 # Options of ours that follow from the split, the model and the port.

@@ -1,9 +1,9 @@
 """How long the GPU waits between decode steps, as served: one replica, all sequences running.
 
-    python -m bench.decode_gaps MODEL_DIRECTORY [--sequences 64] [--context 1024] [--steps 200]
+    python -m bench.micro.decode_gaps MODEL [--sequences 64] [--context 1024] [--steps 200]
 
-MODEL_DIRECTORY has a config.json; the weights are random. Prints one JSON object: the time of a
-step, by the arrival of its tokens on the event loop, without a profiler; then, from a trace of as
+MODEL is a directory with a config.json; the weights are random. Prints one JSON object: the time of
+a step, by the arrival of its tokens on the event loop, without a profiler; then, from a trace of as
 many steps right after, the share of the time in which the device ran nothing, and the stretches of
 it. Tracing slows the steps, and with them the share, as far as ``profiled_step_ms`` is longer.
 """

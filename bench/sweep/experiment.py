@@ -10,7 +10,7 @@ import msgspec
 import yaml
 from msgspec import Meta, Struct
 
-from bench.workload import WorkloadOptions
+from bench.load.workload import WorkloadOptions
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -35,7 +35,7 @@ class Slos(Strict, frozen=True):
 
 
 class Rates(Strict, frozen=True):
-    """Requests per second, of a whole configuration; ``bench.knee`` says what the rest means."""
+    """Requests per second of a whole configuration; see ``bench.sweep.knee``."""
 
     values: Annotated[list[Positive], Meta(min_length=1)]
     stop_below: Annotated[float, Meta(ge=0, le=1)] = 0.5
@@ -79,7 +79,7 @@ class Workload(Strict, frozen=True):
         return msgspec.structs.replace(self, **other.given())
 
     def plan_options(self, rate: float) -> WorkloadOptions:
-        """The same for ``bench.workload.make_plan``, which finds what makes no sense."""
+        """The same for ``bench.load.workload.make_plan``, which finds what makes no sense."""
         known = WorkloadOptions().describe()
         chosen = {name: value for name, value in self.given().items() if name in known}
         return WorkloadOptions(**chosen, rate=rate)

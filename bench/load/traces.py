@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from bench.prompts import BLOCK
+from bench.load.prompts import BLOCK
 
 KINDS = ("mooncake", "azure", "prompts")
 

@@ -1,6 +1,6 @@
 """How many tokens a second the front end streams, beside a bare aiohttp handler in the same run.
 
-    python -m bench.front_end [--streams 256] [--tokens 400]
+    python -m bench.micro.front_end [--streams 256] [--tokens 400]
 
 The replicas are faked at the message level: reports as bytes of the control channel go in, server-
 sent events come out, to clients in a process of their own. Both servers bring every client one

@@ -1,6 +1,6 @@
 """How fast a rank loads its shard of a checkpoint, beside a plain read of the same files.
 
-    [torchrun --standalone --nproc-per-node 2 -m] bench.load_speed MODEL_DIRECTORY FOLDER
+    [torchrun --standalone --nproc-per-node 2 -m] bench.micro.load_speed MODEL_DIRECTORY FOLDER
 
 MODEL_DIRECTORY has a config.json. Its weights, random numbers that repeat, are written to FOLDER as
 sharded safetensors if they are not there yet. The ranks share the model by tensor parallelism and
@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.one_replica import join_ranks
+from bench.micro.one_replica import join_ranks
 from serve.comm.tensor_parallel import TensorParallel
 from serve.device import pick_device
 from serve.model.layers import parameter_shards

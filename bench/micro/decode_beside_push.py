@@ -1,6 +1,6 @@
 """What arriving KV costs the decode steps that run beside it.
 
-    torchrun --standalone --nproc-per-node 2 -m bench.decode_beside_push MODEL_DIRECTORY
+    torchrun --standalone --nproc-per-node 2 -m bench.micro.decode_beside_push MODEL_DIRECTORY
         [--sequences 64] [--context 4096] [--push-gb-s 12] [--steps 300] [--kv-transport p2p|symm]
 
 The weights are random. Rank 1 decodes, one step prepared while one runs, and rank 0 pushes to it as

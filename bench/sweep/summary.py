@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.experiment import Experiment
-from bench.knee import goodput
-from bench.table import LATE_S
+from bench.load.table import LATE_S
+from bench.sweep.experiment import Experiment
+from bench.sweep.knee import goodput
 
 Run = dict[str, Any]
 Json = dict[str, Any]

@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-from bench.record import Record
+from bench.load.record import Record
 
 MAX_ERROR_CHARS = 300
 _READ_BYTES = 1 << 18

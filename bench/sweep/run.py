@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from bench.child import Child
-from bench.configuration import ROOT, Configuration, configurations, load_command
-from bench.experiment import Experiment, ExperimentError, read_experiment
-from bench.knee import next_rate
-from bench.plots import Series, draw_sweep
-from bench.server_job import START_TIMEOUT_S, ServerFailed, ServerJob, commands
-from bench.summary import Measured, render_sweep, summarise_sweep
-from bench.sweep_folder import BadRunFile, SweepFolder, indented, read_run
-from bench.workload import make_plan
+from bench.load.plots import Series, draw_sweep
+from bench.load.workload import make_plan
+from bench.sweep.child import Child
+from bench.sweep.configuration import ROOT, Configuration, configurations, load_command
+from bench.sweep.experiment import Experiment, ExperimentError, read_experiment
+from bench.sweep.folder import BadRunFile, SweepFolder, indented, read_run
+from bench.sweep.knee import next_rate
+from bench.sweep.server_job import START_TIMEOUT_S, ServerFailed, ServerJob, commands
+from bench.sweep.summary import Measured, render_sweep, summarise_sweep
 from serve.config.model_source import default_model
 
 INTERRUPTED = 130
@@ -244,7 +244,3 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 def _absolute(text: str) -> Path:
     return Path(text).absolute()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,11 +1,11 @@
 """What streaming to many clients costs a prefill on the same rank, which is rank 0 of a server.
 
-    python -m bench.prefill_beside_streams MODEL_DIRECTORY [--prompt-tokens 8192]
+    python -m bench.micro.prefill_beside_streams MODEL_DIRECTORY [--prompt-tokens 8192]
         [--tokens-per-s 20000] [--streams 256] [--requests 10]
 
 The weights are random. Prompts are prefilled one at a time on the engine as served, while the front
 end in the same process, on the same event loop, streams what decode replicas report. Those are
-faked at the message level, as in ``bench.front_end``; the clients are a process of their own.
+faked at the message level, as in ``bench.micro.front_end``; the clients are a process of their own.
 Prints one JSON object: the median prefill with an idle front end (before and after) and beside the
 streams, and the rate that the clients really saw.
 """
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import uvloop
 
-from bench.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
+from bench.micro.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
 from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service

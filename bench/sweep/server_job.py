@@ -18,8 +18,8 @@ from typing import Any
 
 import msgspec
 
-from bench.child import Child, first_ended
-from bench.configuration import PORT, Configuration, Launch
+from bench.sweep.child import Child, first_ended
+from bench.sweep.configuration import PORT, Configuration, Launch
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 40.0  # torchrun itself kills what is left after 30

@@ -17,8 +17,8 @@ from typing import Any
 
 import msgspec
 
-from bench.experiment import Experiment, ExperimentError
-from bench.summary import Run, rate_of
+from bench.sweep.experiment import Experiment, ExperimentError
+from bench.sweep.summary import Run, rate_of
 
 # What may differ when a sweep is started again: it changes no point that has been measured.
 _MAY_CHANGE = ("description", "goals", "rates")

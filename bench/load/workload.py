@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.arrivals import scaled, send_times
-from bench.lengths import make_lengths
-from bench.prompts import PromptMaker
-from bench.traces import TraceRequest, cut, read_trace
+from bench.load.arrivals import scaled, send_times
+from bench.load.lengths import make_lengths
+from bench.load.prompts import PromptMaker
+from bench.load.traces import TraceRequest, cut, read_trace
 
 TRACES = ("mooncake", "azure", "prompts")
 DEFAULT_NUM_REQUESTS = 100

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.record import Record
+from bench.load.record import Record
 
 NUM_QUANTILES = 201
 GOALS = (0.9, 0.99)

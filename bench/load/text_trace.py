@@ -1,7 +1,7 @@
 """Writes a trace of text prompts with Poisson times, which other load generators can replay, too.
 
-    python -m bench.text_trace TOKENIZER OUT.jsonl --rate 8 --num-requests 560 --input-len 2000 \\
-        --output-len 128
+    python -m bench.load.text_trace TOKENIZER OUT.jsonl --rate 8 --num-requests 560 \\
+        --input-len 2000 --output-len 128
 
 For comparing load generators: both send the same prompts at the same times. One line is read by
 ``bench.serve --workload prompts --arrivals trace`` and by guidellm's ``replay`` profile.

@@ -1,6 +1,6 @@
 """How near one GPU's steps come to what its memory and its matrix products allow.
 
-    python -m bench.engine_speed MODEL_DIRECTORY [--decode 64x1024 ...] [--prefill 1x8192 ...]
+    python -m bench.micro.engine_speed MODEL_DIRECTORY [--decode 64x1024 ...] [--prefill 1x8192 ...]
 
 Prints one JSON object a line: the time of a decode step (as served: a CUDA graph, from embedding to
 token id) or of a prefill step (as served: while the one before it runs the host prepares it;
@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.one_replica import join_ranks
+from bench.micro.one_replica import join_ranks
 from serve.comm.symmetric import SymmetricReduction
 from serve.device import pick_device
 from serve.engine.runner import Runner

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from bench.plot_style import (
+from bench.load.plot_style import (
     E2E,
     ITL,
     TPOT,
