@@ -24,5 +24,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Fixtures that several files of tests use.
-from tests.http_fixtures import cluster, http, tokenizer, url  # noqa: E402, F401
-from tests.world import world  # noqa: E402, F401
+from tests.support.http_fixtures import cluster, http, tokenizer, url  # noqa: E402, F401
+from tests.support.world import world  # noqa: E402, F401

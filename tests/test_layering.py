@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TOP = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def find_cycle(tree: Mapping[str, Module]) -> list[str] | None:
 
 @pytest.fixture(scope="module")
 def tree() -> dict[str, Module]:
-    return read_tree(TOP, "serve")
+    return read_tree(ROOT, "serve")
 
 
 def test_every_folder_has_one_row_and_every_row_a_folder(tree: dict[str, Module]) -> None:
@@ -226,13 +226,13 @@ def test_launch_checks_options_before_torch(tree: dict[str, Module]) -> None:
 
 
 def test_package_files_import_nothing() -> None:
-    for path in sorted((TOP / "serve").rglob("__init__.py")):
+    for path in sorted((ROOT / "serve").rglob("__init__.py")):
         nodes = ast.walk(ast.parse(path.read_text()))
         assert not [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)], path
 
 
 def test_every_folder_is_a_package() -> None:
-    for path in sorted((TOP / "serve").rglob("*.py")):
+    for path in sorted((ROOT / "serve").rglob("*.py")):
         assert (path.parent / "__init__.py").is_file(), path.parent
 
 

@@ -1,0 +1,284 @@
+"""Whole sweeps with real processes: what is measured, kept, gone on with, reported and cleared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bench.sweep.child import Child, first_ended
+from bench.sweep.configuration import Configuration, Launch
+from bench.sweep.run import INTERRUPTED, main
+from bench.sweep.server_job import ServerFailed, ServerJob
+from tests.support.fake_openai import DIED
+from tests.support.paths import ROOT
+
+FAKE = f"{{python}} {ROOT / 'tests' / 'support' / 'fake_openai.py'} --port {{port}}"
+PNG = b"\x89PNG"
+
+
+def write_experiment(folder: Path, servers: list[dict[str, Any]], **changes: Any) -> Path:
+    """Six requests at each of two rates, within any objective."""
+    content = {
+        "name": "fakes",
+        "objectives": {"ttft_s": 60, "tpot_s": 60},
+        "workload": {"input_len": 8, "output_len": 4, "num_requests": 6, "num_warmups": 0},
+        "rates": {"values": [40, 20], "bisect": 1},
+        "servers": servers,
+    }
+    path = folder / "experiment.yaml"
+    path.write_text(json.dumps(content | changes))  # JSON is YAML
+    return path
+
+
+def points(folder: Path) -> dict[str, bytes]:
+    """Every file under ``points``."""
+    top = folder / "points"
+    return {str(path.relative_to(top)): path.read_bytes() for path in top.glob("*/*")}
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The configurations of ``summary.json`` by name."""
+    found = json.loads((folder / "summary.json").read_bytes())
+    return {one["name"]: one for one in found["configurations"]}
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is killed if the test fails; its stdout and stderr are one text."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_sweep_measures_once(tmp_path: Path) -> None:
+    """Two copies take turns; a second start does nothing, a third only what is missing."""
+    path = write_experiment(tmp_path, [{"name": "pair", "command": FAKE, "copies": 2}], gpus=4)
+    folder = tmp_path / "out"
+    command = [str(path), "--output", str(folder)]
+    assert main(command) == 0
+    first = points(folder)
+    assert set(first) == {"pair/rate-20.json", "pair/rate-40.json"}
+    run = json.loads(first["pair/rate-20.json"])
+    assert run["workload"]["rate"] == 20 and run["objectives"] == {"ttft_s": 60, "tpot_s": 60}
+    assert len(set(run["target"]["base_urls"])) == 2
+    pair = summary(folder)["pair"]
+    assert pair["status"] == "complete" and [one["rate"] for one in pair["points"]] == [20, 40]
+    assert pair["goodput"]["0.9"] == {"rps": 40, "per_gpu_rps": 10, "knee_found": False}
+    assert "| pair | 4 | ≥ 40 | ≥ 10 |" in (folder / "summary.md").read_text()
+    assert (folder / "plots" / "attainment.png").read_bytes().startswith(PNG)
+
+    logs = {log.name: log.read_bytes() for log in (folder / "servers").iterdir()}
+    assert set(logs) == {"pair-0.log", "pair-1.log"}
+    assert main(command) == 0
+    assert points(folder) == first
+    assert {log.name: log.read_bytes() for log in (folder / "servers").iterdir()} == logs
+
+    (folder / "points" / "pair" / "rate-20.json").unlink()
+    (folder / "points" / "pair" / "rate-20.json.tmp").write_text("cut off")
+    assert main(command) == 0
+    again = points(folder)
+    assert set(again) == set(first)
+    assert again["pair/rate-40.json"] == first["pair/rate-40.json"]
+
+
+def test_one_server_failing_does_not_stop_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One does not start, one dies under load, one refuses everything, one is well."""
+    servers = [
+        {"name": "broken", "command": "{python} -c 'exit(\"no {port} today\")'"},
+        {"name": "missing", "command": "/no/such/program {port}"},
+        {"name": "dying", "command": f"{FAKE} --die"},
+        {"name": "refusing", "command": f"{FAKE} --refuse"},
+        {"name": "well", "command": FAKE},
+    ]
+    folder = tmp_path / "out"
+    path = write_experiment(tmp_path, servers, rates={"values": [20], "bisect": 1})
+    assert main([str(path), "--output", str(folder)]) == 1
+    found = summary(folder)
+    assert [found[one["name"]]["status"] for one in servers] == [
+        "failed", "failed", "failed", "complete", "complete",
+    ]  # fmt: skip
+    assert "status 1" in found["broken"]["failure"] and "today" in found["broken"]["failure"]
+    assert str(folder / "servers" / "broken.log") in found["broken"]["failure"]
+    assert "/no/such/program" in found["missing"]["failure"]
+    assert f"status {DIED}" in found["dying"]["failure"]
+    assert "out of luck" in found["dying"]["failure"]
+    assert found["dying"]["points"] == []  # a run that saw the server die is worth nothing
+    assert [one["rate"] for one in found["refusing"]["points"]] == [10, 20]
+    assert found["refusing"]["goodput"]["0.9"]["rps"] is None
+    assert found["refusing"]["points"][0]["num_errors"] == 6
+    assert found["well"]["goodput"]["0.9"]["rps"] == 20
+    text = (folder / "summary.md").read_text()
+    assert "| refusing | 1 | < 10 |" in text and "out of luck" in text
+    assert "out of luck" in capfd.readouterr().err
+
+
+def test_ctrl_c_leaves_what_is_done(tmp_path: Path) -> None:
+    """Interrupted in the second rate; then the same command measures what is missing."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    path = write_experiment(
+        tmp_path, [{"name": "held", "command": f"{FAKE} --hold-after 6 {fifo}"}]
+    )
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "bench.sweep", str(path), "--output", str(folder)]
+    with running(command) as sweep:
+        server = psutil.Process(int(fifo.read_text()))  # waits for the request that is held
+        children = psutil.Process(sweep.pid).children(recursive=True)
+        assert server in children and len(children) > 1
+        sweep.send_signal(signal.SIGINT)
+        output, _ = sweep.communicate()
+        assert sweep.returncode == INTERRUPTED, output
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    before = points(folder)
+    assert set(before) == {"held/rate-20.json"}
+    assert summary(folder)["held"]["status"] == "incomplete"
+    assert len(summary(folder)["held"]["points"]) == 1
+
+    fifo.unlink()
+    assert main([str(path), "--output", str(folder)]) == 0
+    after = points(folder)
+    assert set(after) == {"held/rate-20.json", "held/rate-40.json"}
+    assert after["held/rate-20.json"] == before["held/rate-20.json"]
+    assert summary(folder)["held"]["status"] == "complete"
+
+
+def test_a_folder_belongs_to_one_experiment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    server = {"name": "broken", "command": "{python} -c 'exit({port})'"}
+    path = write_experiment(tmp_path, [server])
+    assert main([str(path), "--output", str(folder)]) == 1
+    write_experiment(tmp_path, [server], rates={"values": [3]}, goals=[0.8], description="new")
+    assert main([str(path), "--output", str(folder)]) == 1  # these may change
+    write_experiment(tmp_path, [server], objectives={"ttft_s": 1})
+    with pytest.raises(SystemExit) as ended:
+        main([str(path), "--output", str(folder)])
+    assert ended.value.code == 2
+    assert "another objectives" in capsys.readouterr().err
+    kept = json.loads((folder / "experiment.json").read_bytes())
+    assert (kept["objectives"]["ttft_s"], kept["rates"]["values"]) == (60, [3])
+
+
+def test_only_one_sweep_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    path = write_experiment(tmp_path, [{"name": "x", "command": f"{FAKE} --hold-after 0 {fifo}"}])
+    command = [str(path), "--output", str(tmp_path / "out")]
+    with running([sys.executable, "-m", "bench.sweep", *command]) as sweep:
+        fifo.read_text()
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 2 and "another sweep" in capsys.readouterr().err
+        sweep.terminate()  # the same as Ctrl-C
+        sweep.communicate()
+        assert sweep.returncode == INTERRUPTED
+
+
+def test_a_server_that_runs_already_is_left_alone(tmp_path: Path) -> None:
+    command = tuple(FAKE.replace("{python}", sys.executable).split())
+    configuration = Configuration("there", 1, (Launch(command),))
+    with ServerJob(configuration, tmp_path / "servers") as job:
+        entry = {"name": "there", "base_urls": list(job.base_urls), "gpus": 1}
+        path = write_experiment(tmp_path, [entry], rates={"values": [20]})
+        assert main([str(path), "--output", str(tmp_path / "out")]) == 0
+        job.check()  # it lives
+    assert set(points(tmp_path / "out")) == {"there/rate-20.json"}
+    assert not (tmp_path / "out" / "servers").exists()
+
+
+def test_a_taken_port_is_no_server_of_ours(tmp_path: Path) -> None:
+    command = tuple(FAKE.replace("{python}", sys.executable).split())
+    configuration = Configuration("there", 1, (Launch(command),))
+    with ServerJob(configuration, tmp_path) as job:
+        port = int(job.base_urls[0].rpartition(":")[2])
+        with (
+            pytest.raises(ServerFailed, match=f"port {port} is not free"),
+            ServerJob(configuration, tmp_path, base_port=port),
+        ):
+            pytest.fail("it has taken the other for its own")
+
+
+def test_a_server_that_is_never_healthy(tmp_path: Path) -> None:
+    command = (sys.executable, "-c", "import time; print('thinking', flush=True); time.sleep(600)")
+    configuration = Configuration("slow", 1, (Launch(command),))
+    with (
+        pytest.raises(ServerFailed, match=r"(?s)not healthy after 0\.5 s.*thinking"),
+        ServerJob(configuration, tmp_path, start_timeout_s=0.5),
+    ):
+        pytest.fail("it is not healthy")
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], process_group=0)
+print(os.getpid(), child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("leader_is_gone", [False, True])
+def test_a_child_ends_with_all_it_started(tmp_path: Path, leader_is_gone: bool) -> None:
+    """Also what ignores SIGTERM, and what leads a process group of its own."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    bystander = Child([sys.executable, "-c", "import time; time.sleep(600)"], None)
+    with os.fdopen(os.open(fifo, os.O_RDWR), "r+b", buffering=0) as log:
+        child = Child([sys.executable, "-c", STUBBORN], None, log=log)
+        pids = [int(word) for word in log.readline().split()]
+    started = [psutil.Process(pid) for pid in pids]
+    if leader_is_gone:
+        child.signal(signal.SIGKILL)
+        assert first_ended([child], 20) is child and child.status() == -signal.SIGKILL
+    child.signal(signal.SIGTERM)
+    child.end(0.2)
+    assert not psutil.wait_procs(started, timeout=20)[1]
+    assert first_ended([bystander], 0) is None
+    bystander.signal(signal.SIGTERM)
+    assert first_ended([bystander], 20) is bystander
+    assert bystander.status() == -signal.SIGTERM
+    bystander.end(0)
+
+
+def test_the_shipped_smoke_experiment(tmp_path: Path) -> None:
+    """Our own server, both ways, on the CPU: from the command line to the figures."""
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "bench.sweep", "bench/experiments/smoke.yaml"]
+    ended = subprocess.run([*command, "--output", str(folder)], cwd=ROOT, check=False)
+    assert ended.returncode == 0
+    found = summary(folder)
+    assert list(found) == ["colocated", "1P+1D"]
+    for one in found.values():
+        assert one["status"] == "complete" and one["num_gpus"] == 2
+        assert [point["rate"] for point in one["points"]] == [2, 4]
+        assert all(point["num_errors"] == 0 for point in one["points"])
+        assert all(point["num_requests"] == 12 for point in one["points"])
+        assert one["goodput"]["0.99"]["rps"] == 4
+    apart = json.loads((folder / "points" / "1P+1D" / "rate-4.json").read_bytes())
+    assert apart["summary"]["stages"]["transfer_s"]["mean"] > 0
+    assert {replica["role"] for sample in apart["monitor"] for replica in sample["replicas"]} == {
+        "prefill",
+        "decode",
+    }
+    drawn = {path.name for path in (folder / "plots").iterdir()}
+    for name in ("attainment", "latency", "cdf", "queueing", "slo_scale"):
+        assert {f"{name}.png", f"{name}.svg"} <= drawn
+    assert all(path.stat().st_size > 1000 for path in (folder / "plots").iterdir())

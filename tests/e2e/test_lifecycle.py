@@ -1,0 +1,294 @@
+"""How a job ends: drained, told twice, with a rank dead or silent, orphaned, or never started."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+import pytest_asyncio
+from safetensors.torch import load_file, save_file
+
+from tests.support.checkpoints import write_llama_checkpoint
+from tests.support.clients import Client, events, greedy_body
+from tests.support.server import Server, serving
+
+# Long enough not to end by itself before a test has done what it is about.
+ENDLESS = 30_000
+GONE_S = 8.0  # promised: 5 s after a connection is lost
+
+ONE_TO_ONE = ("--tokenizer", "none", "--num-blocks", "2100")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama_checkpoint(
+        tmp_path_factory.mktemp("model"), seed=1, max_position_embeddings=32768
+    )
+
+
+@pytest_asyncio.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+async def gone(server: Server, timeout_s: float = GONE_S) -> int:
+    pids = list(server.rank_pids().values())
+    status = await asyncio.to_thread(server.wait_gone, timeout_s)
+    assert not [pid for pid in pids if is_alive(pid)]
+    return status
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def error_event(response: aiohttp.ClientResponse) -> str:
+    """The error with which a stream ends."""
+    last: dict[str, object] = {}
+    async for event in events(response):
+        assert "error" not in last, "something came after the error"
+        last = event
+    error = last["error"]
+    assert isinstance(error, dict)
+    assert set(error) == {"message", "type", "param", "code"}
+    return str(error["message"])
+
+
+# --- asked to stop ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_open_streams_finish(
+    model: Path, session: aiohttp.ClientSession, number: signal.Signals
+) -> None:
+    """Ctrl-C as torchrun passes it on, and more than once."""
+    with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
+        client = Client(session, server.url)
+        response = await client.open_stream([1, 2, 3], 2500)
+        waiting = asyncio.create_task(client.ask([4, 5, 6], 1500))
+        while await client.metric("vllm:prompt_tokens_total") < 6:
+            pass
+        server.signal_ranks(number)
+        await asyncio.to_thread(server.wait_log, "stopping; 2 requests are still open")
+        if number == signal.SIGINT:
+            server.signal_ranks(number)
+        body = greedy_body([1], 1)
+        async with session.post(f"{server.url}/v1/completions", json=body) as refused:
+            assert refused.status == 503
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert "shutting down" in (await refused.json())["error"]["message"]
+        async with session.get(f"{server.url}/health") as health:
+            assert health.status == 503
+        chunks = [event async for event in events(response)]
+        assert 1 + sum(len(chunk["choices"][0]["token_ids"]) for chunk in chunks) >= 2499
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert (await waiting)["usage"]["completion_tokens"] == 1500
+        assert await gone(server) == 0  # torchrun's, if every rank's is
+
+
+async def test_a_second_sigterm_ends_open_streams(
+    model: Path, session: aiohttp.ClientSession
+) -> None:
+    with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
+        response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
+        server.signal_ranks(signal.SIGTERM)
+        await asyncio.to_thread(server.wait_log, "stopping; 1 requests are still open")
+        server.signal_ranks(signal.SIGTERM)
+        assert "shutting down" in await error_event(response)
+        assert await gone(server) == 0
+
+
+async def test_draining_takes_no_longer_than_allowed(
+    model: Path, session: aiohttp.ClientSession
+) -> None:
+    options = ("--drain-timeout-s", "0.5")
+    with serving("--model", str(model), *ONE_TO_ONE, *options, num_ranks=2) as server:
+        response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
+        os.kill(server.rank_pids()[0], signal.SIGTERM)  # the others leave with rank 0
+        assert "shutting down" in await error_event(response)
+        assert await gone(server) == 0
+
+
+async def test_torchrun_passes_sigterm_on(model: Path, session: aiohttp.ClientSession) -> None:
+    with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
+        response = await Client(session, server.url).open_stream([1, 2, 3], 500)
+        server.torchrun.terminate()
+        chunks = [event async for event in events(response)]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        await gone(server)
+        assert 'File "' + os.getcwd() + "/serve/" not in server.log
+
+
+async def test_sigterm_while_loading(model: Path) -> None:
+    options = ("--model", str(model), *ONE_TO_ONE)
+    with serving(*options, num_ranks=2, ready=False) as server:
+        await asyncio.to_thread(server.wait_listening)
+        os.kill(server.rank_pids()[0], signal.SIGTERM)
+        assert await gone(server) == 0
+
+
+# --- a rank lost --------------------------------------------------------------------------------
+
+
+async def test_a_killed_rank_ends_the_job(model: Path, session: aiohttp.ClientSession) -> None:
+    with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
+        response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
+        os.kill(server.rank_pids()[1], signal.SIGKILL)
+        assert "rank 1" in await error_event(response)
+        assert await gone(server) != 0
+        assert re.search(r"serve: rank 0 stops: .*rank 1\b", server.log)
+
+
+async def test_a_killed_rank_zero_ends_the_others(
+    model: Path, session: aiohttp.ClientSession
+) -> None:
+    with serving("--model", str(model), *ONE_TO_ONE, num_ranks=3) as server:
+        response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
+        os.kill(server.rank_pids()[0], signal.SIGKILL)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await error_event(response)
+        assert await gone(server) != 0
+        for rank in (1, 2):
+            assert re.search(rf"serve: rank {rank} stops: .*rank 0\b", server.log)
+
+
+async def test_a_killed_follower_ends_the_job(model: Path, session: aiohttp.ClientSession) -> None:
+    options = ("--replica-spec", "1,1", "2,1")
+    with serving("--model", str(model), *ONE_TO_ONE, *options, num_ranks=3) as server:
+        response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
+        os.kill(server.rank_pids()[2], signal.SIGKILL)
+        assert "rank " in await error_event(response)
+        assert await gone(server) != 0
+        assert re.search(r"serve: (rank 0 stops|error): .*rank [12]\b", server.log)
+
+
+async def test_no_process_outlives_torchrun(model: Path, session: aiohttp.ClientSession) -> None:
+    with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
+        pids = list(server.rank_pids().values())
+        response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
+        server.torchrun.kill()
+        assert "torchrun is gone" in await error_event(response)
+        await gone(server)
+        assert not [pid for pid in pids if is_alive(pid)]
+
+
+async def test_a_silent_rank_ends_the_job(model: Path, session: aiohttp.ClientSession) -> None:
+    options = ("--model", str(model), *ONE_TO_ONE)
+    with serving(*options, num_ranks=2, entry="tests.support.impatient") as server:
+        pids = server.rank_pids()
+        response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
+        os.kill(pids[1], signal.SIGSTOP)
+        assert "rank 1 has been silent" in await error_event(response)
+        await asyncio.to_thread(server.wait_log, r"serve: rank 0 stops: rank 1 has been silent")
+        await asyncio.to_thread(server.wait_rank_gone, pids[0], GONE_S)
+        os.kill(pids[1], signal.SIGCONT)  # torchrun would kill it after 30 s
+        assert await gone(server) != 0
+
+
+# --- never started ------------------------------------------------------------------------------
+
+
+def run_to_end(*options: str, num_ranks: int = 2) -> list[str]:
+    """The lines of a job that cannot start, without torchrun's own."""
+    with serving(*options, num_ranks=num_ranks, ready=False) as server:
+        assert server.wait_gone(60.0) != 0
+        assert 'File "' + os.getcwd() + "/serve/" not in server.log, (
+            server.log
+        )  # no traceback of ours
+        return [line for line in server.log.splitlines() if re.match(r"serve: |.* rank \d ", line)]
+
+
+def test_a_wrong_option_is_one_line() -> None:
+    lines = run_to_end("--model", "no/such/dir/", num_ranks=3)
+    assert lines == ["serve: error: --model: no/such/dir/ does not exist"]
+
+
+@pytest.mark.parametrize("option", [["--max-num-seqs", "0"], ["--modle", "x"], ["--port", "x"]])
+def test_wrong_options_need_no_torch(option: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "serve.launch", *option]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
+    assert done.returncode == 2
+    assert not re.search(r"\| +(torch|transformers|uvloop|aiohttp)\n", done.stderr)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(errors) == 1
+    assert errors[0].startswith("serve: error: ")
+    assert option[0] in errors[0]
+
+
+def test_help_needs_no_torchrun() -> None:
+    command = [sys.executable, "-m", "serve.launch", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
+    assert done.returncode == 0
+    assert "--replica-spec" in done.stdout
+    assert not done.stderr
+
+
+def test_a_port_in_use(model: Path) -> None:
+    with serving("--model", str(model), *ONE_TO_ONE, num_ranks=1) as server:
+        port = server.url.rpartition(":")[2]
+        lines = run_to_end("--model", str(model), *ONE_TO_ONE, "--port", port)
+        assert len(lines) == 1
+        assert lines[0].startswith(f"serve: error: cannot listen on 127.0.0.1:{port}: ")
+
+
+def test_a_checkpoint_with_a_tensor_missing(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=3)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    lines = run_to_end("--model", str(tmp_path), "--tokenizer", "none")
+    assert_one_error(lines, "model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_checkpoint_without_tokenizer(model: Path) -> None:
+    assert_one_error(run_to_end("--model", str(model)), "tokenizer")
+
+
+def test_a_checkpoint_with_a_broken_tokenizer(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=3)
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert_one_error(run_to_end("--model", str(tmp_path)), "tokenizer")
+
+
+def test_a_checkpoint_that_is_cut_off(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=3)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert_one_error(
+        run_to_end("--model", str(tmp_path), "--tokenizer", "none"), "model.safetensors"
+    )
+
+
+def test_an_unknown_architecture(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=3)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architectures": ["SomethingForCausalLM"], "model_type": "something"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_one_error(run_to_end("--model", str(tmp_path), "--tokenizer", "none"), "something")
+
+
+def test_a_context_that_does_not_fit(model: Path) -> None:
+    options = ("--tokenizer", "none", "--num-blocks", "4", "--max-model-len", "4096")
+    assert_one_error(run_to_end("--model", str(model), *options), "--max-model-len 4096")
+
+
+def assert_one_error(lines: list[str], named: str) -> None:
+    errors = [line for line in lines if line.startswith("serve: ")]
+    assert len(errors) == 1, lines
+    assert errors[0].startswith("serve: error: ")
+    assert named.lower() in errors[0].lower()
+    assert not [line for line in lines if " ERROR " in line]

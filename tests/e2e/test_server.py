@@ -1,0 +1,370 @@
+"""A real model over HTTP: the OpenAI SDK as client, our own endpoints, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI, OpenAI
+
+from tests.support.clients import Client, greedy_body, post_raw
+from tests.support.server import Server, serving
+
+MODEL = "SmolLM2-135M-Instruct"
+CONTEXT = 8192
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+ONCE_UPON = "Once upon a time, there was a"
+SLACK_STEPS = 12  # what runs between two looks at the cluster; an abort itself costs two
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    # Short steps, so that an abort does not have to wait for the end of a long one.
+    with serving("--max-num-batched-tokens", "256", num_ranks=2) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: Server) -> Iterator[Server]:
+    """The server; what it logs during a test is shown if the test fails."""
+    before = len(running.log)
+    yield running
+    print(running.log[before:])
+
+
+@pytest.fixture
+def sdk(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60.0) as sdk:
+        yield sdk
+
+
+@pytest_asyncio.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+@pytest_asyncio.fixture
+async def client(server: Server, session: aiohttp.ClientSession) -> Client:
+    return Client(session, server.url)
+
+
+# --- the OpenAI SDK -----------------------------------------------------------------------------
+
+
+def test_completion(sdk: OpenAI) -> None:
+    done = sdk.completions.create(
+        model=MODEL, prompt="The capital of France is", max_tokens=8, temperature=0
+    )
+    assert done.object == "text_completion"
+    assert done.model == MODEL
+    assert "Paris" in done.choices[0].text
+    assert done.choices[0].finish_reason == "length"
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (5, 8)
+    assert done.usage.total_tokens == 13
+
+
+def test_chat(sdk: OpenAI) -> None:
+    done = sdk.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
+    message = done.choices[0].message
+    assert message.role == "assistant"
+    assert "Paris" in (message.content or "")
+    assert done.choices[0].finish_reason == "stop"
+    assert done.usage is not None and done.usage.completion_tokens < 20
+
+
+def test_content_in_parts(sdk: OpenAI) -> None:
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": QUESTION[0]["content"]}]}]
+    whole, split = (
+        sdk.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=8)
+        for messages in (QUESTION, parts)
+    )
+    assert split.choices[0].message.content == whole.choices[0].message.content
+
+
+def test_several_prompts(sdk: OpenAI) -> None:
+    prompts = ["The capital of France is", "One, two, three,"]
+    together = sdk.completions.create(model=MODEL, prompt=prompts, max_tokens=5, temperature=0)
+    alone = [
+        sdk.completions.create(model=MODEL, prompt=prompt, max_tokens=5, temperature=0)
+        for prompt in prompts
+    ]
+    assert [c.text for c in together.choices] == [done.choices[0].text for done in alone]
+    assert [c.index for c in together.choices] == [0, 1]
+
+
+async def test_streams_in_parallel(server: Server, sdk: OpenAI) -> None:
+    """What is streamed is what is answered whole, with usage at the end, for several at once."""
+    prompts = [f"{ONCE_UPON} number {i}" for i in range(4)]
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+
+        async def stream(prompt: str) -> str:
+            text, reasons, usages = "", [], []
+            chunks = await client.completions.create(
+                model=MODEL, prompt=prompt, max_tokens=10, temperature=0, stream=True,
+                stream_options={"include_usage": True},
+            )  # fmt: skip
+            async for chunk in chunks:
+                usages += [chunk.usage] if chunk.usage else []
+                for choice in chunk.choices:
+                    assert not usages, "the usage comes last"
+                    text += choice.text
+                    reasons.append(choice.finish_reason)
+            assert reasons[-1] == "length"
+            assert not any(reasons[:-1])
+            assert [usage.completion_tokens for usage in usages] == [10]
+            return text
+
+        texts = await asyncio.gather(*map(stream, prompts))
+    for prompt, text in zip(prompts, texts, strict=True):
+        whole = sdk.completions.create(model=MODEL, prompt=prompt, max_tokens=10, temperature=0)
+        assert text == whole.choices[0].text
+
+
+def test_streamed_chat(sdk: OpenAI) -> None:
+    chunks = list(
+        sdk.chat.completions.create(
+            model=MODEL, messages=QUESTION, temperature=0, stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    assert chunks[0].choices[0].delta.role == "assistant"
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "Paris" in "".join(choice.delta.content or "" for choice in choices)
+    assert choices[-1].finish_reason == "stop"
+    assert not chunks[-1].choices
+    assert chunks[-1].usage is not None and chunks[-1].usage.prompt_tokens > 5
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_choices_are_seeded_one_by_one(sdk: OpenAI) -> None:
+    def sample(n: int, seed: int) -> list[str]:
+        done = sdk.completions.create(
+            model=MODEL, prompt=ONCE_UPON, max_tokens=10, temperature=1.0, n=n, seed=seed
+        )
+        assert [choice.index for choice in done.choices] == list(range(n))
+        assert done.usage is not None and done.usage.completion_tokens <= 10 * n
+        return [choice.text for choice in done.choices]
+
+    three = sample(3, 7)
+    assert len(set(three)) == 3
+    assert three == [sample(1, seed)[0] for seed in (7, 8, 9)]
+
+
+async def test_a_seed_gives_the_same_text_in_a_crowd(server: Server) -> None:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+
+        async def sample(seed: int) -> str:
+            done = await client.completions.create(
+                model=MODEL, prompt=ONCE_UPON, max_tokens=12, temperature=1.2, top_p=0.9, seed=seed
+            )
+            return done.choices[0].text
+
+        alone = await sample(3)
+        crowd = await asyncio.gather(*(sample(seed) for seed in range(6)))
+    assert crowd[3] == alone
+    assert len(set(crowd)) == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_across_tokens(sdk: OpenAI, stream: bool) -> None:
+    ask: dict[str, Any] = {
+        "model": MODEL, "prompt": ONCE_UPON, "max_tokens": 12, "temperature": 0,
+    }  # fmt: skip
+    whole = sdk.completions.create(**ask).choices[0].text
+    words = whole.split(" ")
+    stop = f"{words[2][-2:]} {words[3][:2]}"  # ends one token and begins another
+    expected = whole[: whole.index(stop)]
+    if not stream:
+        choice = sdk.completions.create(**ask, stop=[stop, "never"]).choices[0]
+        assert (choice.text, choice.finish_reason) == (expected, "stop")
+        assert choice.model_extra is not None and choice.model_extra["stop_reason"] == stop
+        return
+    chunks = list(sdk.completions.create(**ask, stop=stop, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_logit_bias_forces_a_token(sdk: OpenAI) -> None:
+    done = sdk.completions.create(
+        model=MODEL, prompt=ONCE_UPON, max_tokens=4, temperature=1.0, logit_bias={"1234": 100},
+        extra_body={"return_token_ids": True},
+    )  # fmt: skip
+    assert done.choices[0].model_extra is not None
+    assert done.choices[0].model_extra["token_ids"] == [1234] * 4
+
+
+@pytest.mark.parametrize("extra", [{"min_tokens": 14}, {"ignore_eos": True}])
+def test_an_answer_that_may_not_end(sdk: OpenAI, extra: dict[str, Any]) -> None:
+    done = sdk.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, max_completion_tokens=14, extra_body=extra
+    )
+    assert done.choices[0].finish_reason == "length"
+    assert done.usage is not None and done.usage.completion_tokens == 14
+
+
+def test_models(sdk: OpenAI) -> None:
+    assert [model.id for model in sdk.models.list()] == [MODEL]
+    card = sdk.models.retrieve(MODEL)
+    assert card.object == "model"
+    assert card.model_extra is not None and card.model_extra["max_model_len"] == CONTEXT
+    with pytest.raises(openai.NotFoundError):
+        sdk.models.retrieve("another/model")
+
+
+def test_errors(sdk: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        sdk.chat.completions.create(model="another", messages=QUESTION)
+    assert unknown.value.param == "model"
+    assert unknown.value.status_code == 404
+    with pytest.raises(openai.BadRequestError) as hot:
+        sdk.chat.completions.create(model=MODEL, messages=QUESTION, temperature=3.0)
+    assert hot.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError, match=f"maximum context length is {CONTEXT}"):
+        sdk.completions.create(model=MODEL, prompt=[5] * CONTEXT)
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        sdk.chat.completions.create(
+            model=MODEL,
+            messages=QUESTION,
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        )
+
+
+# --- our own fields and endpoints ---------------------------------------------------------------
+
+
+async def post(client: Client, path: str, body: Any) -> dict[str, Any]:
+    async with client.session.post(f"{client.url}{path}", json=body) as response:
+        answer: dict[str, Any] = await response.json()
+        assert response.status == 200, answer
+        return answer
+
+
+async def test_token_ids_are_those_of_the_text(client: Client) -> None:
+    body = {"prompt": ONCE_UPON, "max_tokens": 9, "temperature": 0, "return_token_ids": True}
+    choice = (await post(client, "/v1/completions", body))["choices"][0]
+    prompt = await post(client, "/tokenize", {"prompt": ONCE_UPON})
+    assert choice["prompt_token_ids"] == prompt["tokens"]
+    assert len(choice["token_ids"]) == 9
+    text = await post(client, "/detokenize", {"tokens": choice["token_ids"]})
+    assert text["prompt"] == choice["text"]
+    by_ids = await client.ask(prompt["tokens"], 9)
+    assert by_ids["choices"][0]["token_ids"] == choice["token_ids"]
+
+
+@pytest.mark.parametrize("text", ["Hello, world!", "naïve café 日本語 🙂\n\ttabs", " leading", "x"])
+async def test_tokenize_and_back(client: Client, text: str) -> None:
+    tokens = await post(client, "/tokenize", {"prompt": text})
+    assert tokens["count"] == len(tokens["tokens"])
+    assert tokens["max_model_len"] == CONTEXT
+    back = await post(client, "/detokenize", {"tokens": tokens["tokens"]})
+    assert back["prompt"] == text
+
+
+async def test_tokenize_messages(client: Client) -> None:
+    tokens = await post(client, "/tokenize", {"messages": QUESTION})
+    text = (await post(client, "/detokenize", {"tokens": tokens["tokens"]}))["prompt"]
+    assert QUESTION[0]["content"] in text
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+async def test_timeline(client: Client) -> None:
+    body = {"prompt": ONCE_UPON, "max_tokens": 4, "return_timeline": True}
+    stamps = (await post(client, "/v1/completions", body))["choices"][0]["timeline"]
+    order = [
+        "arrived_s", "prefill_queued_s", "prefill_started_s", "prefill_ended_s",
+        "transfer_ended_s", "decode_queued_s", "decode_started_s", "finished_s",
+    ]  # fmt: skip
+    assert set(stamps) == {*order, "transfer_started_s"}
+    # Two clocks agree within the error of their offset.
+    error_s = 1e-3
+    times = [stamps[name] for name in order]
+    assert all(after - before > -error_s for before, after in pairwise(times))
+    assert stamps["transfer_started_s"] < stamps["transfer_ended_s"]
+
+
+async def test_cluster(client: Client) -> None:
+    prefill, decode = await client.rest()
+    assert set(prefill) == {
+        "id", "role", "ranks", "tp", "pp", "num_blocks", "num_free_blocks", "num_waiting",
+        "num_running", "num_receiving", "num_sending",
+    }  # fmt: skip
+    assert (prefill["id"], prefill["role"], prefill["ranks"]) == (0, "prefill", [0])
+    assert (decode["id"], decode["role"], decode["ranks"]) == (1, "decode", [1])
+    assert decode["tp"] == decode["pp"] == 1
+    assert decode["num_blocks"] > 0
+
+
+async def test_metrics(client: Client) -> None:
+    names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    before = [await client.metric(name) for name in names]
+    await client.ask([5, 6, 7], 4)
+    after = [await client.metric(name) for name in names]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [3, 4]
+    assert await client.metric("vllm:time_to_first_token_seconds_count") > 0
+    async with client.session.head(f"{client.url}/metrics") as head:
+        assert head.status == 200
+        assert head.content_type == "text/plain"
+        assert not await head.read()
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/version"])
+async def test_it_lives(client: Client, path: str) -> None:
+    async with client.session.get(client.url + path) as response:
+        assert response.status == 200
+
+
+# --- clients that go away -----------------------------------------------------------------------
+
+NUM_STEPS = "vllm:iteration_tokens_total_count"  # of all replicas
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["waiting", "streaming"])
+async def test_a_client_that_leaves_while_decoding(client: Client, stream: bool) -> None:
+    victim = greedy_body([9, 8, 7], 4000) | {"stream": stream}
+    await check_leaving(client, victim, replica=1)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["waiting", "streaming"])
+async def test_a_client_that_leaves_before_the_first_token(client: Client, stream: bool) -> None:
+    victim = greedy_body(random_ids(CONTEXT - 200, 5), 100) | {"stream": stream}
+    await check_leaving(client, victim, replica=0)
+
+
+async def test_a_client_that_leaves_at_once(client: Client) -> None:
+    _, writer = await post_raw(client.url, "/v1/completions", greedy_body([9, 8, 7], 4000))
+    writer.transport.abort()
+    await client.rest()
+    assert await client.metric(NUM_STEPS) > 0
+
+
+async def check_leaving(client: Client, victim: dict[str, Any], replica: int) -> None:
+    """Hang up on ``victim`` once it is computed by ``replica``, beside somebody who stays."""
+    await client.rest()
+    stays = random_ids(20, 6)
+    alone = await client.ask(stays, 24)
+    reader, writer = await post_raw(client.url, "/v1/completions", victim)
+    await client.busy(replica)
+    staying = asyncio.create_task(client.ask(stays, 24))
+    if victim["stream"] and replica == 1:
+        await reader.readuntil(b"data: ")
+    writer.close()
+    num_steps = await client.metric(NUM_STEPS)
+    together = await staying
+    await client.rest()
+    assert together["choices"][0]["token_ids"] == alone["choices"][0]["token_ids"]
+    # Its prompt has 32 chunks, its answer 4000 tokens: it has not been computed to the end.
+    assert await client.metric(NUM_STEPS) - num_steps <= 24 + SLACK_STEPS
+
+
+def random_ids(count: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(17, 49152) for _ in range(count)]

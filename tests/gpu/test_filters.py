@@ -1,0 +1,212 @@
+"""On a GPU: what the filter kernel leaves of a row, against the reference that sorts it."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from serve.protocol.messages import SampleRow
+from serve.request import Request, SamplingParams
+from serve.sampling import sampler
+from serve.sampling.penalties import Penalties
+from serve.sampling.sampler import filter_parameters, is_plain, sample
+from tests.support.penalised_requests import steps
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+GPU = torch.device("cuda", 0)
+VOCABS = [1, 17, 1000, 8192, 8193, 50257, 128256]
+SMALL_BLOCK = 512  # a row of a few thousand ids is bisected as a row of 128256 is in large ones
+
+
+@pytest.fixture(autouse=True)
+def rng() -> random.Random:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+def make_row(index: int = 0, banned_ids: tuple[int, ...] = (), **sampling: Any) -> SampleRow:
+    params = SamplingParams(max_tokens=1, **sampling)
+    return SampleRow(Request(id="r", prompt_ids=(0,), sampling=params), index, banned_ids)
+
+
+def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
+    """A mix of filters; top_p is no round number, so that no sum can equal it by design."""
+    return make_row(
+        top_k=rng.choice([0, 0, 1, 2, 50, vocab_size // 2, vocab_size, vocab_size + 5]),
+        top_p=rng.choice([1.0, 1e-9, rng.random() + 1e-9, 0.9 + rng.random() / 10]),
+        min_p=rng.choice([0.0, 0.0, 1.0, rng.random(), rng.random() / 1000]),
+    )
+
+
+def filtered(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """What the kernel makes of ``logits`` (on the CPU), whose temperature is 1."""
+    kernels = pytest.importorskip("serve.sampling.triton_filters")
+    min_p, top_k, top_p = filter_parameters(rows, logits.shape[1])
+    out = logits.to(GPU, copy=True)
+    kernels.filter_logits(
+        out,
+        torch.tensor(min_p).log().to(GPU),
+        torch.tensor(top_k, dtype=torch.int32, device=GPU),
+        torch.tensor(top_p, dtype=torch.float64, device=GPU),
+    )
+    return out.cpu()
+
+
+def assert_same_left(logits: Tensor, rows: list[SampleRow]) -> None:
+    """The kernel rules out what the reference does, and leaves the rest as it was."""
+    expected = logits.clone()
+    params = [row.request.sampling for row in rows]
+    sampler._apply_min_p(expected, params)
+    sampler._apply_top_k_top_p(expected, params)
+    ours = filtered(logits, rows)
+    for row, mine, right in zip(rows, ours, expected, strict=True):
+        wrong = (mine != right).nonzero().flatten().tolist()
+        assert not wrong, (row.request.sampling, len(wrong), wrong[:5])
+
+
+def make_logits(kind: str, num_rows: int, vocab_size: int) -> Tensor:
+    logits = torch.randn(num_rows, vocab_size) * 3
+    if kind == "peaked":
+        logits[:, : vocab_size // 100] += 15
+    elif kind == "flat":
+        logits *= 0.05
+    elif kind == "ties":
+        logits = logits.round()  # a few dozen values, both zeros among them
+    elif kind == "bfloat16":
+        logits = logits.bfloat16().float()
+    elif kind == "banned":
+        logits[torch.rand(num_rows, vocab_size) < 0.7] = -math.inf
+        logits[:, 0] = 0.0
+    elif kind == "extremes":
+        logits[:, ::3] = torch.finfo(torch.float32).min
+        logits[:, ::5] *= 1e-40
+    return logits
+
+
+KINDS = ["usual", "peaked", "flat", "ties", "bfloat16", "banned", "extremes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab_size", VOCABS)
+def test_what_is_left(kind: str, vocab_size: int, rng: random.Random) -> None:
+    rows = [random_row(rng, vocab_size) for _ in range(32)]
+    assert_same_left(make_logits(kind, len(rows), vocab_size), rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_of_rows_of_many_blocks(
+    kind: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip("serve.sampling.triton_filters")
+    monkeypatch.setattr(kernels, "_BLOCK", SMALL_BLOCK)
+    vocab_size = 8 * SMALL_BLOCK + rng.randrange(SMALL_BLOCK)
+    rows = [random_row(rng, vocab_size) for _ in range(32)]
+    assert_same_left(make_logits(kind, len(rows), vocab_size), rows)
+
+
+def test_equal_logits_are_ranked_by_id() -> None:
+    """Sums of powers of two are exact in any order, so a top_p may lie on one."""
+    logits = torch.zeros(6, 1 << 15)
+    rows = [
+        make_row(top_k=3),
+        make_row(top_p=0.25),
+        make_row(top_p=0.3),
+        make_row(top_k=1 << 14, top_p=0.5),
+        make_row(min_p=1.0, top_k=1 << 14),
+        make_row(min_p=1.0),
+    ]
+    assert_same_left(logits, rows)
+    counts = [3, 1 << 13, math.ceil(0.3 * (1 << 15)), 1 << 13, 1 << 14, 1 << 15]
+    left = filtered(logits, rows).isfinite()
+    assert left.sum(1).tolist() == counts
+    assert [bool(row[:count].all()) for row, count in zip(left, counts, strict=True)] == [True] * 6
+
+
+def test_filters_follow_each_other() -> None:
+    """top_p counts what min_p and top_k have left: of 4 equal logits two, not of 6."""
+    logits = torch.tensor([[1.0, 1.0, -9.0, 1.0, 1.0, 1.0, 1.0, -9.0]])
+    left = filtered(logits, [make_row(min_p=0.5, top_k=4, top_p=0.5)]).isfinite()
+    assert left.nonzero()[:, 1].tolist() == [0, 1]
+
+
+def test_rows_without_a_filter_stay_as_they_are() -> None:
+    logits = torch.randn(3, 1001)
+    logits[1] = math.nan
+    rows = [make_row(), make_row(temperature=0.0, top_k=2), make_row(top_k=1001)]
+    torch.testing.assert_close(filtered(logits, rows), logits, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+def test_logits_that_are_no_numbers_harm_only_their_row(bad: float, rng: random.Random) -> None:
+    vocab_size = 9001
+    logits = make_logits("usual", 40, vocab_size)
+    rows = [random_row(rng, vocab_size) for _ in logits]
+    clean = filtered(logits, rows)
+    logits[::4] = bad
+    logits[1::4, 7] = bad
+    ours = filtered(logits, rows)
+    assert torch.equal(ours[2::4], clean[2::4]) and torch.equal(ours[3::4], clean[3::4])
+    if bad == math.inf:
+        assert bool((ours[1::4].argmax(1) == 7).all())
+    tokens = sampled_here(logits, rows, torch.zeros(len(rows), dtype=torch.int64))
+    assert 0 <= min(tokens) <= max(tokens) < vocab_size
+
+
+def sampled_here(logits: Tensor, rows: list[SampleRow], input_ids: Tensor) -> list[int]:
+    """The tokens of the rows that are not plain; 0 for the others."""
+    special = pytest.importorskip("serve.sampling.gpu_sampler")
+    tokens = torch.zeros(len(rows), dtype=torch.int64, device=GPU)
+    kept = Penalties(len(rows))
+    special.sample_special(logits.to(GPU), rows, input_ids.to(GPU), kept, tokens)
+    ids: list[int] = tokens.tolist()
+    return ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [1000, 128256])
+def test_tokens_are_those_of_the_reference(
+    vocab_size: int, dtype: torch.dtype, rng: random.Random
+) -> None:
+    """Penalties, bias, bans and temperature before the filters; plain rows are not touched."""
+    rows = []
+    for index in range(24):
+        filters = random_row(rng, vocab_size).request.sampling
+        sampling = SamplingParams(
+            max_tokens=1,
+            seed=rng.randrange(-(2**63), 2**63),
+            temperature=rng.choice([0.0, 0.3, 1.0, 1.7]),
+            top_k=filters.top_k,
+            top_p=filters.top_p,
+            min_p=filters.min_p,
+            repetition_penalty=rng.choice([1.0, 1.3]),
+            presence_penalty=rng.choice([0.0, 0.7]),
+            logit_bias=rng.choice([{}, {3: 5.0, 4: -100.0}]),
+        )
+        ids = tuple(rng.randrange(vocab_size) for _ in range(20))
+        request = Request(id=str(index), prompt_ids=ids[:11], sampling=sampling)
+        rows.append(SampleRow(request, 10, rng.choice([(), (5, 6)]), ids))
+    logits = (torch.randn(len(rows), vocab_size) * 3).to(dtype)
+    input_ids = torch.randint(vocab_size, (len(rows),))
+    expected = sample(logits.float().clone(), rows, input_ids, Penalties(len(rows))).tolist()
+    wanted = [0 if is_plain(row) else token for row, token in zip(rows, expected, strict=True)]
+    assert sampled_here(logits, rows, input_ids) == wanted
+
+
+@pytest.mark.parametrize("max_num_rows", [1, 7, 30])
+def test_penalties_of_requests_that_come_and_go(max_num_rows: int, rng: random.Random) -> None:
+    """See ``tests.sampling.test_penalties``; blocks of a row that are not full included."""
+    for vocab_size in (50, 5000):
+        kept = Penalties(max_num_rows)
+        for changed, expected in steps(rng, kept, max_num_rows, vocab_size, GPU):
+            assert torch.allclose(changed.double(), expected, atol=1e-4)

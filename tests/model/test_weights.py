@@ -1,0 +1,363 @@
+"""Weights: every tensor accounted for, each rank's part read alone, faults in one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from serve.comm.tensor_parallel import TensorParallel
+from serve.model.layers import ParallelLMHead, Placement, Range, Shard, parameter_shards
+from serve.model.registry import build_model
+from serve.model.rope import rope_frequencies
+from serve.model.weights.checkpoint import open_checkpoint, take
+from serve.model.weights.load import load_weights
+from serve.model_config.config import ModelConfig
+from serve.model_config.file import load_model_config
+from tests.support.checkpoints import load_reference, smollm2_gguf, write_llama_checkpoint
+
+torch.set_num_threads(1)
+
+
+def build(path: Path, load_format: str = "auto", seed: int = 0, **options: Any) -> nn.Module:
+    model = build_model(load_model_config(str(path)), TensorParallel(0, 1), torch.float32, "cpu")
+    load_weights(model, str(path), load_format, seed, **options)
+    return model
+
+
+def part_of(config: ModelConfig, rank: int, size: int) -> nn.Module:
+    """One rank's model: it takes no part in any exchange, so it needs no group."""
+    tp = object.__new__(TensorParallel)
+    for name, value in (("rank", rank), ("size", size), ("group", None)):
+        object.__setattr__(tp, name, value)
+    return build_model(config, tp, torch.float32, "cpu")
+
+
+def fault(path: Path, load_format: str = "auto") -> str:
+    """The message with which loading fails: one line that names the place."""
+    with pytest.raises(ValueError) as caught:
+        build(path, load_format)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def rewrite(path: Path, change: Any) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_faults_are_named_together(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=1)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(2)
+        tensors["model.norm.weight"] = torch.zeros(65)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # an old buffer
+
+    rewrite(tmp_path, change)
+    message = fault(tmp_path)
+    assert "missing: model.layers.1.mlp.up_proj.weight;" in message
+    assert "left over: model.layers.2.mlp.up_proj.weight;" in message
+    assert "model.norm.weight is [65] instead of [64]" in message
+    assert "inv_freq" not in message
+
+
+def test_a_tied_head_may_be_stored_but_not_differ(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=2, tie=True)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    model = build(tmp_path)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    assert named["lm_head.weight"] is named["model.embed_tokens.weight"]
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    assert "lm_head.weight is tied" in fault(tmp_path)
+
+
+def test_a_tied_tensor_may_be_stored_under_either_name(tmp_path: Path) -> None:
+    """As the head alone, say, which is where transformers looks too."""
+    write_llama_checkpoint(tmp_path, seed=2, tie=True)
+    expected = build(tmp_path).state_dict()
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    rewrite(tmp_path, rename)
+    model = build(tmp_path).state_dict()
+    assert all(torch.equal(model[name], expected[name]) for name in expected)
+    reference = load_reference(tmp_path).state_dict()
+    assert torch.equal(model["lm_head.weight"], reference["model.embed_tokens.weight"])
+    rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "missing: model.embed_tokens.weight" in fault(tmp_path)
+
+
+def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=3)
+    rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "missing: lm_head.weight" in fault(tmp_path)
+
+
+def test_a_tensor_by_its_long_and_its_short_name_is_left_over(tmp_path: Path) -> None:
+    write_llama_checkpoint(tmp_path, seed=3)
+    rewrite(tmp_path, lambda tensors: tensors.update({"norm.weight": torch.ones(64)}))
+    assert "left over: norm.weight" in fault(tmp_path)
+
+    def shorten(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        tensors["layers.2.mlp.up_proj.weight"] = torch.zeros(2)
+        del tensors["embed_tokens.weight"]
+
+    rewrite(tmp_path, shorten)
+    message = fault(tmp_path)
+    assert "missing: model.embed_tokens.weight; left over: layers.2.mlp.up_proj.weight" in message
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -7])
+def test_a_truncated_safetensors_file(tmp_path: Path, size: int) -> None:
+    file = write_llama_checkpoint(tmp_path, seed=4) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    assert "model.safetensors is not a readable safetensors file" in fault(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\3\4junk"])
+def test_a_corrupt_torch_file(tmp_path: Path, content: bytes) -> None:
+    write_llama_checkpoint(tmp_path, seed=5, format="pt")
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    assert "pytorch_model.bin is not a readable torch checkpoint" in fault(tmp_path)
+
+
+class Evil:
+    """Runs code when unpickled without care."""
+
+    def __reduce__(self) -> Any:
+        return (print, ("executed",))
+
+
+def test_no_pickled_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llama_checkpoint(tmp_path, seed=6, format="pt")
+    torch.save({"model.norm.weight": Evil()}, tmp_path / "pytorch_model.bin")
+    fault(tmp_path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_broken_indices(tmp_path: Path) -> None:
+    path = write_llama_checkpoint(tmp_path, seed=7, sharded=True)
+    index = path / "model.safetensors.index.json"
+    good = index.read_text()
+    index.write_text(good.replace("model.norm.weight", "model.norm.other"))
+    assert "lacks what its index promises: model.norm.other" in fault(path)
+    index.write_text(good.replace("model-00001", "../model-00001"))
+    assert "is not a file name" in fault(path)
+    index.write_text(good.replace("model-00001", "model-00009"))
+    assert "model-00009" in fault(path)
+    index.write_text("{}")
+    assert "is not a readable index" in fault(path)
+
+
+def test_formats_and_places_that_do_not_fit(tmp_path: Path) -> None:
+    path = write_llama_checkpoint(tmp_path, seed=8)
+    assert "no pytorch_model.bin" in fault(path, "pt")
+    assert "cannot be loaded as gguf" in fault(path, "gguf")
+    (path / "model.safetensors").unlink()
+    assert "no model.safetensors" in fault(path)
+    with pytest.raises(ValueError, match="load format 'onnx' is not known"):
+        open_checkpoint(str(path), "onnx")
+
+
+def test_progress_counts_tensors(tmp_path: Path) -> None:
+    path = write_llama_checkpoint(tmp_path, seed=9)
+    calls: list[tuple[int, int]] = []
+    model = build(path, progress=lambda done, total: calls.append((done, total)))
+    total = len(list(model.parameters()))
+    assert calls == [(number, total) for number in range(1, total + 1)]
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+SPLITS = {  # what divides badly over the ranks
+    2: {"num_heads": 4, "num_kv_heads": 1, "intermediate_size": 97, "vocab_size": 101},
+    3: {"num_heads": 6, "num_kv_heads": 2, "intermediate_size": 98, "vocab_size": 100},
+    4: {"num_heads": 4, "num_kv_heads": 2, "intermediate_size": 5, "vocab_size": 5},
+}
+
+
+@pytest.mark.parametrize("size", SPLITS)
+@pytest.mark.parametrize("load_format", ["safetensors", "pt", "dummy"])
+def test_parts_are_parts_of_the_whole(tmp_path: Path, size: int, load_format: str) -> None:
+    file_format: Any = "safetensors" if load_format == "dummy" else load_format
+    options = SPLITS[size] | {"attention_bias": True, "mlp_bias": True, "format": file_format}
+    path = write_llama_checkpoint(tmp_path, seed=10, **options)
+    whole = build(path, load_format).state_dict()
+    config = load_model_config(str(path))
+    for rank in range(size):
+        part = part_of(config, rank, size)
+        load_weights(part, str(path), load_format, seed=0)
+        for name, parameter, shard in parameter_shards(part):
+            assert torch.equal(parameter, take(whole[name], shard)), (rank, name)
+
+
+def test_every_row_is_on_some_rank() -> None:
+    for total, size in [(10, 3), (5, 4), (3, 4), (8, 2)]:
+        parts = [Range.even(total, rank_of(rank, size)).ranges[0] for rank in range(size)]
+        assert [row for start, stop in parts for row in range(start, stop)] == list(range(total))
+
+
+def rank_of(rank: int, size: int) -> TensorParallel:
+    tp = object.__new__(TensorParallel)
+    for name, value in (("rank", rank), ("size", size), ("group", None)):
+        object.__setattr__(tp, name, value)
+    return tp
+
+
+def test_tp_must_divide_the_query_heads(tmp_path: Path) -> None:
+    config = load_model_config(str(write_llama_checkpoint(tmp_path, seed=11)))
+    with pytest.raises(ValueError, match="tp 3 does not divide 4 query heads"):
+        part_of(config, 0, 3)
+
+
+def test_dummy_weights_follow_the_seed(tmp_path: Path) -> None:
+    path = write_llama_checkpoint(tmp_path, seed=12)
+    one, same, other = (build(path, "dummy", seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+    assert one["model.norm.weight"].mean() == pytest.approx(1.0, abs=0.1)
+    assert one["lm_head.weight"].std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_head_of_one_rank_gives_all_logits() -> None:
+    head = ParallelLMHead(7, 4, TensorParallel(0, 1), Placement(torch.float32, torch.device("cpu")))
+    torch.nn.init.ones_(head.weight)
+    logits = head(torch.ones(2, 4))
+    assert logits is not None and logits.tolist() == [[4.0] * 7] * 2
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+Q8 = gguf.GGMLQuantizationType.Q8_0
+GGUF_NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
+
+
+def permute(rows: Tensor, num_heads: int) -> Tensor:
+    """How converters lay out query and key rows: dimension i beside i + half."""
+    return rows.view(num_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def write_gguf(path: Path, source: Path, **extra: Any) -> dict[str, Tensor]:
+    """``source`` as a GGUF file, matrices in Q8_0; the weights that it must load as."""
+    model = load_reference(source)
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(20000.0)
+    writer.add_eos_token_id(3)
+    writer.add_eot_token_id(5)
+    for key, value in extra.get("keys", {}).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.FLOAT32)
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        count = next((count for key, count in heads.items() if key in name), None)
+        stored = (tensor if count is None else permute(tensor, count)).numpy()
+        target = GGUF_NAMES.get_name(name, try_suffixes=(".weight", ".bias"))
+        if tensor.ndim == 2:
+            raw = gguf.quantize(stored, Q8)
+            writer.add_tensor(target, raw, raw_dtype=Q8)
+            # Quantised row by row, so the order of rows does not matter to the values.
+            exact = gguf.dequantize(gguf.quantize(tensor.numpy(), Q8), Q8)
+            expected[name] = torch.from_numpy(exact)
+        else:
+            writer.add_tensor(target, stored)
+            expected[name] = tensor
+    if "rope_freqs" in extra:
+        writer.add_tensor("rope_freqs.weight", np.array(extra["rope_freqs"], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gguf_parts(tmp_path: Path, size: int) -> None:
+    """Rows and columns that begin and end within a quantisation block (32 elements)."""
+    source = write_llama_checkpoint(
+        tmp_path / "hf",
+        seed=13,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=160,
+        vocab_size=101,
+        attention_bias=True,
+    )
+    path = tmp_path / "model.gguf"
+    expected = write_gguf(path, source, rope_freqs=[1.0 + i for i in range(8)])
+    config = load_model_config(str(path))
+    assert config.eos_token_ids == (3, 5) and config.attention_bias and config.head_dim == 16
+    assert config.rope.frequency_factors == tuple(1.0 + i for i in range(8))
+    for rank in range(size):
+        part = part_of(config, rank, size)
+        load_weights(part, str(path), "gguf", seed=0)
+        for name, parameter, shard in parameter_shards(part):
+            assert torch.equal(parameter, take(expected[name], shard)), (rank, name)
+
+
+def test_gguf_frequency_factors_divide(tmp_path: Path) -> None:
+    source = write_llama_checkpoint(tmp_path / "hf", seed=14)
+    factors = [2.0, 1.0, 4.0, 8.0, 1.0, 1.0, 1.0, 2.0]
+    write_gguf(tmp_path / "model.gguf", source, rope_freqs=factors)
+    write_gguf(tmp_path / "plain.gguf", source)
+    scaled = load_model_config(str(tmp_path / "model.gguf")).rope
+    plain = load_model_config(str(tmp_path / "plain.gguf")).rope
+    ratio = rope_frequencies(plain, 16)[0] / rope_frequencies(scaled, 16)[0]
+    assert ratio.tolist() == pytest.approx(factors)
+
+
+def test_gguf_keys_that_we_do_not_honour(tmp_path: Path) -> None:
+    source = write_llama_checkpoint(tmp_path / "hf", seed=15)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, source, keys={"llama.rope.scaling.attn_factor": 0.5})
+    with pytest.raises(ValueError, match=r"GGUF key llama\.rope\.scaling\.attn_factor"):
+        load_model_config(str(path))
+    write_gguf(path, source, rope_freqs=[1.0] * 5)
+    with pytest.raises(ValueError, match="frequency factors"):
+        load_model_config(str(path))
+
+
+def test_gguf_leftovers_are_named(tmp_path: Path) -> None:
+    """A file with more layers than the model, as read through a configuration of fewer."""
+    source = write_llama_checkpoint(tmp_path / "hf", seed=16, num_layers=2)
+    smaller = write_llama_checkpoint(tmp_path / "smaller", seed=16, num_layers=1)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, source)
+    config = load_model_config(str(smaller))
+    with pytest.raises(ValueError, match=r"left over: model\.layers\.1\.input_layernorm\.weight"):
+        load_weights(part_of(config, 0, 1), str(path), "auto", seed=0)
+
+
+def test_real_gguf_in_three_parts() -> None:
+    """SmolLM2's nine heads and three KV heads over three ranks."""
+    path = str(smollm2_gguf())
+    config, checkpoint = load_model_config(path), open_checkpoint(path, "auto")
+    names = {"self_attn.k_proj.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight"}
+    for rank in range(3):
+        for name, _, shard in parameter_shards(part_of(config, rank, 3)):
+            if name.startswith("model.layers.7.") and name.split(".", 3)[3] in names:
+                whole = checkpoint.read(name, Shard.whole(*shard.shape))
+                assert torch.equal(checkpoint.read(name, shard), take(whole, shard))

@@ -1,0 +1,63 @@
+"""Penalties by counts that are kept, against counting everything anew."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from serve.sampling import penalties
+from serve.sampling.penalties import Penalties
+from tests.support.penalised_requests import random_case, steps
+
+VOCAB = 50
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+@pytest.mark.parametrize("max_num_rows", [1, 2, 7, 30])
+def test_requests_that_come_and_go_and_wait(max_num_rows: int, rng: random.Random) -> None:
+    """The newest token known to the host or not, and more requests than are counted at once."""
+    for changed, expected in steps(rng, Penalties(max_num_rows), max_num_rows, VOCAB, CPU):
+        assert torch.allclose(changed.double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_num_ids", [1, 60, 200])
+def test_long_histories_are_counted_in_parts(
+    max_num_ids: int, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A history that is longer than one part included."""
+    monkeypatch.setattr(penalties, "_MAX_IDS", max_num_ids)
+    for changed, expected in steps(rng, Penalties(9), 9, VOCAB, CPU):
+        assert torch.allclose(changed.double(), expected, atol=1e-4)
+
+
+def test_a_step_costs_nothing_of_the_history(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is sampled step after step is counted once."""
+    counted: list[int] = []
+    count = penalties._count
+
+    def note(rows: dict[int, object], counts: torch.Tensor) -> None:
+        counted.extend(rows)
+        count(rows, counts)
+
+    monkeypatch.setattr(penalties, "_count", note)
+    kept = Penalties(8)
+    cases = [random_case(rng, number, VOCAB) for number in range(8)]
+    cases = [case for case in cases if case.request.sampling.has_penalties]
+    for _ in range(20):
+        newest = torch.tensor([case.token_ids[-1] for case in cases])
+        kept.apply(torch.zeros(len(cases), VOCAB), [case.row(rng) for case in cases], newest)
+        for case in cases:
+            case.token_ids.append(rng.randrange(VOCAB))
+    assert len(counted) == len(cases)
