@@ -12,34 +12,34 @@ import sys
 from serve.config.server import ConfigError, ServerConfig, parse_args
 from serve.runtime.logs import start_logging
 from serve.runtime.shutdown import die_with_parent, exit_now
-from serve.topology import Place, read_place
+from serve.topology import RankInfo, read_rank_info
 
 
 def main() -> None:
     """Start this rank. Options are checked before anything heavy is imported."""
     die_with_parent()
-    place = read_place(os.environ)
-    if place.rank != 0 and {"-h", "--help"} & set(sys.argv[1:]):
+    rank_info = read_rank_info(os.environ)
+    if rank_info.rank != 0 and {"-h", "--help"} & set(sys.argv[1:]):
         sys.exit(0)  # once is enough
-    config, listener = _prepare(place)
-    start_logging(config, place)
+    config, listener = _prepare(rank_info)
+    start_logging(config, rank_info)
     import uvloop
 
     from serve.runtime.server import serve_rank
 
-    exit_now(uvloop.run(serve_rank(config, place, listener)))
+    exit_now(uvloop.run(serve_rank(config, rank_info, listener)))
 
 
-def _prepare(place: Place) -> tuple[ServerConfig, socket.socket | None]:
+def _prepare(rank_info: RankInfo) -> tuple[ServerConfig, socket.socket | None]:
     """The configuration, and on rank 0 the bound port. A mistake ends the process.
 
     Rank 0 says what is wrong; the others find the same and leave in silence.
     """
     try:
-        config = parse_args(sys.argv[1:], place.world_size)
-        return config, _listen(config) if place.rank == 0 else None
+        config = parse_args(sys.argv[1:], rank_info.world_size)
+        return config, _listen(config) if rank_info.rank == 0 else None
     except ConfigError as error:
-        if place.rank != 0:
+        if rank_info.rank != 0:
             sys.exit(0)
         print(f"serve: error: {error}", file=sys.stderr)
         sys.exit(2)

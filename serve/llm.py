@@ -31,12 +31,12 @@ from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service, Stream
 from serve.request import FinishReason, Request, SamplingParams
 from serve.runtime.logs import start_logging
-from serve.runtime.rank import Node, join_job
+from serve.runtime.rank import RankProcess, join_job
 from serve.runtime.server import follow, run_to_end
 from serve.runtime.shutdown import die_with_parent, exit_now
 from serve.runtime.startup import fit_max_model_len, make_front
 from serve.tokenizer.tokenizer import Tokenizer
-from serve.topology import read_place
+from serve.topology import read_rank_info
 
 T = TypeVar("T")
 
@@ -60,18 +60,18 @@ class LLM:
 
     def __init__(self, argv: Sequence[str] = (), **options: Any) -> None:
         die_with_parent()
-        place = read_place(os.environ)
-        config = parse_args([*argv, *to_argv(options)], place.world_size)
+        rank_info = read_rank_info(os.environ)
+        config = parse_args([*argv, *to_argv(options)], rank_info.world_size)
         self.config = replace(config, max_waiting=sys.maxsize)  # a batch waits as long as it must
-        start_logging(self.config, place)
+        start_logging(self.config, rank_info)
         self._loop = uvloop.new_event_loop()
         self._closing = asyncio.Event()
 
-        async def make() -> Node:
-            return join_job(self.config, place)
+        async def make() -> RankProcess:
+            return join_job(self.config, rank_info)
 
         self._node = self._loop.run_until_complete(make())
-        if place.rank != 0:
+        if rank_info.rank != 0:
             exit_now(self._loop.run_until_complete(run_to_end(self._node, follow(self._node))))
         self._tokenizer: Tokenizer | None = None
         self._job = self._loop.create_task(self._node.run(self._lead()))
@@ -120,18 +120,18 @@ class LLM:
         self.close()
 
     async def _lead(self) -> None:
-        node, config = self._node, self.config
+        process, config = self._node, self.config
         front = make_front(
-            config, node.topology, Metrics(config.served_model_names[0]), node.channel.send
+            config, process.topology, Metrics(config.served_model_names[0]), process.channel.send
         )
-        node.tell_front = front.on_message
-        self._tokenizer = await node.load_tokenizer()
-        await node.load(self._tokenizer, lambda done, total: None)
+        process.tell_front = front.on_message
+        self._tokenizer = await process.load_tokenizer()
+        await process.load(self._tokenizer, lambda done, total: None)
         num_blocks = await front.gather()
-        front.service.set_ready(fit_max_model_len(config, node.setup.block_size, num_blocks))
+        front.service.set_ready(fit_max_model_len(config, process.setup.block_size, num_blocks))
         self._ready.set_result(front.service)
         await self._closing.wait()
-        await node.leave()
+        await process.leave()
 
     def _request(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
         ids = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
@@ -226,7 +226,7 @@ def main() -> None:
     try:
         llm = LLM(rest)
     except ConfigError as error:
-        if read_place(os.environ).rank != 0:
+        if read_rank_info(os.environ).rank != 0:
             exit_now(0)
         print(f"serve: error: {error}", file=sys.stderr)
         exit_now(2)

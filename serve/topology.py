@@ -36,7 +36,7 @@ class ReplicaSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankInfo:
     """Where this process stands in the job, and on its host."""
 
     rank: int
@@ -45,24 +45,25 @@ class Place:
     local_world_size: int
 
 
-_PLACE_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
-def read_place(environ: Mapping[str, str]) -> Place:
+def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
     """The place that torchrun gave this process; without torchrun it is alone.
 
     Raises ``ValueError`` for an environment that only half describes a place.
     """
-    present = [name for name in _PLACE_NAMES if name in environ]
+    present = [name for name in _RANK_VARIABLES if name in environ]
     if not present:
-        return Place(0, 1, 0, 1)
-    if missing := [name for name in _PLACE_NAMES if name not in environ]:
+        return RankInfo(0, 1, 0, 1)
+    if missing := [name for name in _RANK_VARIABLES if name not in environ]:
         raise ValueError(f"{present[0]} is set but {missing[0]} is not: start with torchrun")
-    rank, world_size, local_rank, local_world_size = (int(environ[name]) for name in _PLACE_NAMES)
+    values = (int(environ[name]) for name in _RANK_VARIABLES)
+    rank, world_size, local_rank, local_world_size = values
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
-        given = ", ".join(f"{name}={environ[name]}" for name in _PLACE_NAMES)
+        given = ", ".join(f"{name}={environ[name]}" for name in _RANK_VARIABLES)
         raise ValueError(f"these do not go together: {given}")
-    return Place(rank, world_size, local_rank, local_world_size)
+    return RankInfo(rank, world_size, local_rank, local_world_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.protocol.clock import best_offset
-from serve.topology import Place, ReplicaSpec, Role, Topology, build_topology, read_place
+from serve.topology import RankInfo, ReplicaSpec, Role, Topology, build_topology, read_rank_info
 
 ENVIRON = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
@@ -93,8 +93,8 @@ def test_a_rank_that_does_not_exist_is_refused(rank: int) -> None:
 
 
 def test_place() -> None:
-    assert read_place({}) == Place(0, 1, 0, 1)
-    assert read_place(ENVIRON) == Place(5, 8, 1, 4)
+    assert read_rank_info({}) == RankInfo(0, 1, 0, 1)
+    assert read_rank_info(ENVIRON) == RankInfo(5, 8, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_place() -> None:
 def test_half_a_place_is_refused(change: dict[str, str | None]) -> None:
     environ = {name: text for name, text in (ENVIRON | change).items() if text is not None}
     with pytest.raises(ValueError):
-        read_place(environ)
+        read_rank_info(environ)
 
 
 def test_topology_needs_no_torch() -> None:

@@ -38,7 +38,7 @@ from serve.comm.kv_transfer import Pair, packed_bytes
 from serve.comm.process_groups import init_world, new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.transports import P2PWire, SymmetricWire, Wait, Wire
+from serve.comm.transports import P2PTransport, SymmetricTransport, Transport, Wait
 from serve.config.options import KV_PUSH_BYTES
 from serve.device import pick_device
 from serve.engine.runner import Runner
@@ -51,7 +51,7 @@ from serve.protocol.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequ
 from serve.request import Request, SamplingParams
 from serve.runtime.rank import SWITCH_INTERVAL_S
 from serve.runtime.shutdown import exit_now
-from serve.topology import read_place
+from serve.topology import read_rank_info
 
 SENDER, DECODER = PAIR = (0, 1)
 WARM_UPS = 10  # steps before those that are measured
@@ -70,15 +70,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300, help="of each phase")
     parser.add_argument("--kv-transport", choices=("p2p", "symm"), default="p2p")
     args = parser.parse_args(argv)
-    place = read_place(os.environ)
-    if place.world_size != 2:
+    rank_info = read_rank_info(os.environ)
+    if rank_info.world_size != 2:
         parser.error("two ranks are wanted: one that pushes and one that decodes")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    device = pick_device(place.local_rank)
-    if args.kv_transport == "symm" and not can_share_memory(place, PAIR):
+    device = pick_device(rank_info.local_rank)
+    if args.kv_transport == "symm" and not can_share_memory(rank_info, PAIR):
         parser.error("symm needs two GPUs of one host that can read each other's memory")
-    init_world(place, "cuda" if device.type == "cuda" else "cpu")
-    (_push_as_told if place.rank == SENDER else _decode)(args, device)
+    init_world(rank_info, "cuda" if device.type == "cuda" else "cpu")
+    (_push_as_told if rank_info.rank == SENDER else _decode)(args, device)
     dist.barrier()
     exit_now(0)
 
@@ -96,16 +96,16 @@ class _End:
         self.ids = torch.randperm(count, device=device) + num_blocks  # int64, of a push
         self.push_bytes: int = count * packed_bytes(self.cache.blocks, len(layout.kv_heads))
         sends = dist.get_rank() == SENDER
-        self.wire = self._make_wire(args.kv_transport, DECODER if sends else SENDER, device)
-        self.wire.warm_up(sending=sends)
-        self.pair = Pair(self.cache.blocks, tuple(range(len(layout.kv_heads))), self.wire)
+        self.transport = self._make_wire(args.kv_transport, DECODER if sends else SENDER, device)
+        self.transport.warm_up(sending=sends)
+        self.pair = Pair(self.cache.blocks, tuple(range(len(layout.kv_heads))), self.transport)
 
-    def _make_wire(self, transport: str, peer: int, device: torch.device) -> Wire:
+    def _make_wire(self, transport: str, peer: int, device: torch.device) -> Transport:
         if transport == "symm":
             arena = SymmetricArena(NUM_STAGING_SLOTS * self.push_bytes, device)
-            return SymmetricWire(arena, peer, 0, 0, self.push_bytes)
+            return SymmetricTransport(arena, peer, 0, 0, self.push_bytes)
         group = new_pair_groups([PAIR], "nccl" if device.type == "cuda" else "gloo")[PAIR]
-        return P2PWire(peer, group, self.push_bytes, device)
+        return P2PTransport(peer, group, self.push_bytes, device)
 
 
 def _push_as_told(args: argparse.Namespace, device: torch.device) -> None:
@@ -152,8 +152,8 @@ class _Inbox:
     def _drop(self, slot: int) -> Wait:
         """Receive into ``slot``, which is free again as soon as it is full."""
         with nullcontext() if self._drops is None else torch.cuda.stream(self._drops):
-            wait = self._end.wire.receive(slot, self._end.push_bytes)
-            self._end.wire.release(slot)
+            wait = self._end.transport.receive(slot, self._end.push_bytes)
+            self._end.transport.release(slot)
             if wait is not None:
                 return wait
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

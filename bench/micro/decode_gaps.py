@@ -30,10 +30,10 @@ from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Stream
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams
-from serve.runtime.rank import Node, join_job
+from serve.runtime.rank import RankProcess, join_job
 from serve.runtime.shutdown import exit_now
 from serve.runtime.startup import FrontEnd, fit_max_model_len, make_front
-from serve.topology import read_place
+from serve.topology import read_rank_info
 
 BUDGET = 8192  # tokens of a step while the prompts are read
 WARM_UPS = 20  # steps before the first window
@@ -126,35 +126,35 @@ class FullSteps:
 
 async def _measure(config: ServerConfig, load: Load) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    node = join_job(config, read_place({}))
-    await node.run(_serve(node, load, found))
+    process = join_job(config, read_rank_info({}))
+    await process.run(_serve(process, load, found))
     return found
 
 
-async def _serve(node: Node, load: Load, found: dict[str, Any]) -> None:
-    front = make_front(node.config, node.topology, Metrics("bench"), node.channel.send)
+async def _serve(process: RankProcess, load: Load, found: dict[str, Any]) -> None:
+    front = make_front(process.config, process.topology, Metrics("bench"), process.channel.send)
     steps = FullSteps(load.sequences)
 
     def tell(message: AnyMessage) -> None:
         steps.on_message(message)
         front.on_message(message)
 
-    node.tell_front = tell
-    await node.load(None, lambda done, total: None)
+    process.tell_front = tell
+    await process.load(None, lambda done, total: None)
     num_blocks = await front.gather()
-    block_size = node.setup.block_size
+    block_size = process.setup.block_size
     # One more for each: a newcomer leaves every running sequence a block to grow.
     needed = load.sequences * (-(-(load.context + load.max_tokens) // block_size) + 1)
     if needed > min(num_blocks.values()):
         raise ValueError(f"{needed} blocks are needed, the KV cache has {num_blocks[0]}")
-    front.service.set_ready(fit_max_model_len(node.config, block_size, num_blocks))
-    requests = load.requests(node.config.model_config.vocab_size)
+    front.service.set_ready(fit_max_model_len(process.config, block_size, num_blocks))
+    requests = load.requests(process.config.model_config.vocab_size)
     async with asyncio.TaskGroup() as group:
         for stream in front.service.submit(requests):
             group.create_task(_read(stream))
-        found |= await _watch(node, steps, load)
+        found |= await _watch(process, steps, load)
         _abort(front, requests)
-    await node.leave()
+    await process.leave()
 
 
 def _abort(front: FrontEnd, requests: Sequence[Request]) -> None:
@@ -169,7 +169,7 @@ async def _read(stream: Stream) -> None:
             raise RuntimeError(f"{stream.request.id} ended ({output.finish_reason}) too early")
 
 
-async def _watch(node: Node, steps: FullSteps, load: Load) -> dict[str, Any]:
+async def _watch(process: RankProcess, steps: FullSteps, load: Load) -> dict[str, Any]:
     first = await steps.pass_by(WARM_UPS)
     last = await steps.pass_by(load.steps)
     elapsed_s = steps.times_s[last] - steps.times_s[first]
@@ -179,9 +179,9 @@ async def _watch(node: Node, steps: FullSteps, load: Load) -> dict[str, Any]:
         "steps": last - first,
         "step_ms": elapsed_s / (last - first) * 1e3,
     }
-    if node.setup.device.type != "cuda":
+    if process.setup.device.type != "cuda":
         return found | dict.fromkeys(Idle._fields)
-    spans = await _trace(node, steps, load.steps)
+    spans = await _trace(process, steps, load.steps)
     return found | measure_idle(spans, load.steps)._asdict()
 
 
@@ -196,9 +196,9 @@ class Span(NamedTuple):
     end_ns: int
 
 
-async def _trace(node: Node, steps: FullSteps, num_steps: int) -> list[Span]:
+async def _trace(process: RankProcess, steps: FullSteps, num_steps: int) -> list[Span]:
     """All that the device does in at least ``num_steps`` steps, and ``EDGE`` on both sides."""
-    call = node.worker.executor.call
+    call = process.worker.executor.call
     tracer = profile(activities=[ProfilerActivity.CUDA])
     await call(tracer.start)  # in the GPU thread: a trace must end in the thread that began it
     await steps.pass_by(num_steps + 2 * EDGE)

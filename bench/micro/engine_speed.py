@@ -41,10 +41,10 @@ from serve.model_config.file import load_model_config
 from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 from serve.runtime.shutdown import exit_now
-from serve.topology import read_place
+from serve.topology import read_rank_info
 
-PLACE = read_place(os.environ)
-DEVICE = pick_device(PLACE.local_rank)
+RANK_INFO = read_rank_info(os.environ)
+DEVICE = pick_device(RANK_INFO.local_rank)
 DTYPE = torch.bfloat16
 BLOCK_SIZE = preferred_block_size(DEVICE)
 DECODES = ["1x1024", "64x1024", "64x4096", "8x32768", "256x1024", "1x131072"]
@@ -60,7 +60,7 @@ class Engine:
         self.config = load_model_config(str(path))
         head_dim = self.config.head_dim
         attention, self.attention = choose_attention(DEVICE, DTYPE, head_dim, BLOCK_SIZE)
-        tp = join_ranks(PLACE, DEVICE)
+        tp = join_ranks(RANK_INFO, DEVICE)
         if tp.group is not None:
             tp = replace(tp, reduction=SymmetricReduction(tp.group, DEVICE))
         self.model = build_model(self.config, tp, DTYPE, DEVICE, attention)
@@ -106,18 +106,18 @@ def main() -> None:
     longest = max([length for _, length in decodes], default=BLOCK_SIZE) + BLOCK_SIZE
     engine = Engine(args.model, most, max([b for b, _ in decodes], default=1), longest)
     engine.graphs.capture(lambda done, total: None, [batch for batch, _ in decodes])
-    where = {"tp": PLACE.world_size, "gpu": torch.cuda.get_device_name(DEVICE)}
+    where = {"tp": RANK_INFO.world_size, "gpu": torch.cuda.get_device_name(DEVICE)}
     for batch, context in decodes:
         _tell(_decode(engine, batch, context, args.profile) | where)
     for batch, length in prefills:
         _tell(_prefill(engine, batch, length, args.profile) | where)
-    if PLACE.world_size > 1:
+    if RANK_INFO.world_size > 1:
         dist.barrier()
         exit_now(0)  # the graphs hold the communicators
 
 
 def _tell(found: dict[str, Any]) -> None:
-    if PLACE.rank == 0:
+    if RANK_INFO.rank == 0:
         print(json.dumps(found), flush=True)
 
 

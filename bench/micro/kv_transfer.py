@@ -26,18 +26,18 @@ import torch.distributed as dist
 from serve.comm.kv_transfer import Pair, packed_bytes
 from serve.comm.process_groups import new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
-from serve.comm.transports import P2PWire, SymmetricWire, Wire
+from serve.comm.transports import P2PTransport, SymmetricTransport, Transport
 from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.metrics import Metrics
 from serve.kv.cache import KVCache
 from serve.model.flash_attention import preferred_block_size
 from serve.protocol.messages import NUM_STAGING_SLOTS
 from serve.request import Request, SamplingParams, Timeline
-from serve.runtime.rank import Node, join_job
+from serve.runtime.rank import RankProcess, join_job
 from serve.runtime.server import follow
 from serve.runtime.shutdown import exit_now
 from serve.runtime.startup import fit_max_model_len, make_front
-from serve.topology import Place, read_place
+from serve.topology import RankInfo, read_rank_info
 
 NUM_ROUNDS = 10
 NUM_IN_A_ROW = 16
@@ -51,54 +51,54 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=8192)
     parser.add_argument("--requests", type=int, default=8)
     args, server_options = parser.parse_known_args()
-    place = read_place(os.environ)
-    if place.world_size != 2:
+    rank_info = read_rank_info(os.environ)
+    if rank_info.world_size != 2:
         parser.error("two ranks are wanted: one that prefills and one that decodes")
     argv = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
     argv += ["--max-model-len", str(args.prompt_tokens + 64)]
     config = parse_args([*argv, *server_options], 2)
-    device, result = asyncio.run(_serve(config, place, args))
+    device, result = asyncio.run(_serve(config, rank_info, args))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     block_size = config.block_size or preferred_block_size(device)
     layout = config.model_config.kv_layout(block_size, dtype.itemsize, 1, 0)
     cache = KVCache(layout, args.prompt_tokens // block_size, dtype, device)
-    result |= _measure_links(cache, config.kv_push_bytes, place, device)
-    if place.rank == 0:
+    result |= _measure_links(cache, config.kv_push_bytes, rank_info, device)
+    if rank_info.rank == 0:
         print(json.dumps(result), flush=True)
     dist.barrier()
     exit_now(0)
 
 
 def _measure_links(
-    cache: KVCache, push_bytes: int, place: Place, device: torch.device
+    cache: KVCache, push_bytes: int, rank_info: RankInfo, device: torch.device
 ) -> dict[str, Any]:
     backend: Literal["gloo", "nccl"] = "nccl" if device.type == "cuda" else "gloo"
     group = new_pair_groups([PAIR], backend)[PAIR]
-    peer = 1 - place.rank
+    peer = 1 - rank_info.rank
     count = min(cache.num_blocks, max(1, push_bytes // cache.layout.block_bytes))
     num_bytes = count * packed_bytes(cache.blocks, len(cache.layout.kv_heads))
     found: dict[str, Any] = {"bytes": num_bytes}
-    plain = P2PWire(peer, group, num_bytes, device)
-    found |= _measure_wire("plain", _Plain(plain, num_bytes), place.rank, num_bytes, device)
-    found |= _measure_wire("p2p", _push_end(cache, plain, count), place.rank, num_bytes, device)
-    if can_share_memory(place, PAIR):
+    plain = P2PTransport(peer, group, num_bytes, device)
+    found |= _measure_wire("plain", _Plain(plain, num_bytes), rank_info.rank, num_bytes, device)
+    found |= _measure_wire("p2p", _push_end(cache, plain, count), rank_info.rank, num_bytes, device)
+    if can_share_memory(rank_info, PAIR):
         arena = SymmetricArena(NUM_STAGING_SLOTS * num_bytes, device)
-        end = _push_end(cache, SymmetricWire(arena, peer, 0, 0, num_bytes), count)
-        found |= _measure_wire("symm", end, place.rank, num_bytes, device)
+        end = _push_end(cache, SymmetricTransport(arena, peer, 0, 0, num_bytes), count)
+        found |= _measure_wire("symm", end, rank_info.rank, num_bytes, device)
     return found
 
 
 class _Plain:
     """The bytes alone: nothing is packed."""
 
-    def __init__(self, wire: Wire, num_bytes: int) -> None:
-        self._wire, self._num_bytes = wire, num_bytes
+    def __init__(self, transport: Transport, num_bytes: int) -> None:
+        self._transport, self._num_bytes = transport, num_bytes
 
     def send(self, slot: int) -> None:
-        self._wait(self._wire.send(slot, self._num_bytes))
+        self._wait(self._transport.send(slot, self._num_bytes))
 
     def receive(self, slot: int) -> Callable[[], object]:
-        wait = self._wire.receive(slot, self._num_bytes)
+        wait = self._transport.receive(slot, self._num_bytes)
         return wait or (lambda: None)
 
     def take_out(self, slot: int) -> None:
@@ -125,10 +125,10 @@ class _Push:
         self._pair.unpack(slot, self._block_ids)
 
 
-def _push_end(cache: KVCache, wire: Wire, count: int) -> _Push:
+def _push_end(cache: KVCache, transport: Transport, count: int) -> _Push:
     heads = tuple(range(len(cache.layout.kv_heads)))
     block_ids = torch.randperm(cache.num_blocks, device=cache.blocks.device)[:count]
-    return _Push(Pair(cache.blocks, heads, wire), block_ids)
+    return _Push(Pair(cache.blocks, heads, transport), block_ids)
 
 
 def _measure_wire(
@@ -170,23 +170,23 @@ def _rate(run: Callable[[], None], num_bytes: int, device: torch.device) -> floa
 
 
 async def _serve(
-    config: ServerConfig, place: Place, args: argparse.Namespace
+    config: ServerConfig, rank_info: RankInfo, args: argparse.Namespace
 ) -> tuple[torch.device, dict[str, Any]]:
     """Serve the requests one at a time: this rank's device, and on rank 0 the stages."""
     timelines: list[Timeline] = []
-    node = join_job(config, place)
-    await node.run(_ask(node, args, timelines) if node.is_front else follow(node))
-    return node.setup.device, _summarise(timelines) if timelines else {}
+    process = join_job(config, rank_info)
+    await process.run(_ask(process, args, timelines) if process.is_front_end else follow(process))
+    return process.setup.device, _summarise(timelines) if timelines else {}
 
 
-async def _ask(node: Node, args: argparse.Namespace, timelines: list[Timeline]) -> None:
-    front = make_front(node.config, node.topology, Metrics("bench"), node.channel.send)
-    node.tell_front = front.on_message
-    await node.load(None, lambda done, total: None)
+async def _ask(process: RankProcess, args: argparse.Namespace, timelines: list[Timeline]) -> None:
+    front = make_front(process.config, process.topology, Metrics("bench"), process.channel.send)
+    process.tell_front = front.on_message
+    await process.load(None, lambda done, total: None)
     front.service.set_ready(
-        fit_max_model_len(node.config, node.setup.block_size, await front.gather())
+        fit_max_model_len(process.config, process.setup.block_size, await front.gather())
     )
-    vocab_size = node.config.model_config.vocab_size
+    vocab_size = process.config.model_config.vocab_size
     for i in range(args.requests + 1):
         prompt = tuple((i * 7919 + j * 31) % vocab_size for j in range(args.prompt_tokens))
         sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
@@ -194,7 +194,7 @@ async def _ask(node: Node, args: argparse.Namespace, timelines: list[Timeline]) 
         async for output in front.service.submit([request])[0]:
             if output.timeline is not None and i > 0:  # the first one warms up
                 timelines.append(output.timeline)
-    await node.leave()
+    await process.leave()
 
 
 def _summarise(timelines: list[Timeline]) -> dict[str, Any]:

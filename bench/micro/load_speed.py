@@ -33,7 +33,7 @@ from serve.model.weights.load import load_weights
 from serve.model_config.config import ModelConfig
 from serve.model_config.file import load_model_config
 from serve.runtime.shutdown import exit_now
-from serve.topology import read_place
+from serve.topology import read_rank_info
 
 FILE_BYTES = 4 << 30
 _SAMPLE_S = 0.01
@@ -47,10 +47,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    place = read_place(os.environ)
-    device = pick_device(place.local_rank)
+    rank_info = read_rank_info(os.environ)
+    device = pick_device(rank_info.local_rank)
     config = load_model_config(str(args.model))
-    tp = join_ranks(place, device)
+    tp = join_ranks(rank_info, device)
     if tp.is_leader and not (args.folder / "config.json").exists():
         write_checkpoint(config, args.model, args.folder)
     tp.broadcast(torch.zeros(1, device=device))  # the others wait until it is there
@@ -66,7 +66,7 @@ def main() -> None:
             torch.cuda.synchronize(device)
         elapsed_s = time.perf_counter() - started_s
     found = {
-        "rank": place.rank,
+        "rank": rank_info.rank,
         "tp": tp.size,
         "shard_bytes": shard_bytes,
         "plain_gb_s": plain_gb_s,

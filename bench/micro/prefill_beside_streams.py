@@ -33,10 +33,10 @@ from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service
 from serve.request import Request, SamplingParams
-from serve.runtime.rank import Node, join_job
+from serve.runtime.rank import RankProcess, join_job
 from serve.runtime.shutdown import exit_now
 from serve.runtime.startup import fit_max_model_len, make_front
-from serve.topology import read_place
+from serve.topology import read_rank_info
 
 WARM_UPS = 2  # prefills
 SETTLING_REPORTS = 20  # before the streams count as flowing
@@ -62,18 +62,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 async def _measure(config: ServerConfig, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    node = join_job(config, read_place({}))
-    await node.run(_serve(node, args, found))
+    process = join_job(config, read_rank_info({}))
+    await process.run(_serve(process, args, found))
     return found
 
 
-async def _serve(node: Node, args: argparse.Namespace, found: dict[str, Any]) -> None:
-    front = make_front(node.config, node.topology, Metrics("bench"), node.channel.send)
-    node.tell_front = front.on_message
-    await node.load(None, lambda done, total: None)
+async def _serve(process: RankProcess, args: argparse.Namespace, found: dict[str, Any]) -> None:
+    front = make_front(process.config, process.topology, Metrics("bench"), process.channel.send)
+    process.tell_front = front.on_message
+    await process.load(None, lambda done, total: None)
     num_blocks = await front.gather()
-    front.service.set_ready(fit_max_model_len(node.config, node.setup.block_size, num_blocks))
-    engine = _Engine(front.service, node.config.model_config.vocab_size, args.prompt_tokens)
+    front.service.set_ready(fit_max_model_len(process.config, process.setup.block_size, num_blocks))
+    engine = _Engine(front.service, process.config.model_config.vocab_size, args.prompt_tokens)
     await engine.prefills_ms(WARM_UPS)
     idle_ms = await engine.prefills_ms(args.requests)
     loaded = await _measure_loaded(engine, args)
@@ -90,7 +90,7 @@ async def _serve(node: Node, args: argparse.Namespace, found: dict[str, Any]) ->
         "loaded_prefill_ms": beside,
         "over_idle": beside / idle,
     }
-    await node.leave()
+    await process.leave()
 
 
 class _Engine:

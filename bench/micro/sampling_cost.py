@@ -30,7 +30,7 @@ from serve.replica.step import build_step
 from serve.request import Request, SamplingParams
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import sample
-from serve.topology import read_place
+from serve.topology import read_rank_info
 
 NUM_ROUNDS = 20
 INPUT_ID = 7
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=8000, help="of each row")
     parser.add_argument("--output-tokens", type=int, default=500, help="of each row, so far")
     args = parser.parse_args(argv)
-    device = pick_device(read_place(os.environ).local_rank)
+    device = pick_device(read_rank_info(os.environ).local_rank)
     rng = random.Random(0)
     for num_rows in args.rows:
         tokens = [

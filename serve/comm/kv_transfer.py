@@ -23,7 +23,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from serve.comm.transports import Wait, Wire
+from serve.comm.transports import Transport, Wait
 from serve.device import to_device
 from serve.protocol.messages import NUM_STAGING_SLOTS
 
@@ -41,10 +41,10 @@ class Pair:
         self,
         cache: Tensor,  # [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
         heads: tuple[int, ...],
-        wire: Wire,
+        transport: Transport,
     ) -> None:
         self._cache = cache = _widen(cache)
-        self._wire = wire
+        self._transport = transport
         self._all_heads = heads == tuple(range(cache.shape[4]))
         self._heads = torch.tensor(heads, device=cache.device)
         self._shape = (*cache.shape[1:4], len(heads), cache.shape[5])  # of a packed block
@@ -70,13 +70,13 @@ class Pair:
         self._await_free(slot)
         self._pack(block_ids, self._packed(slot, len(block_ids)))
         with self._transfer_stream(self._mark()):
-            wait = self._wire.send(slot, len(block_ids) * self._block_bytes)
+            wait = self._transport.send(slot, len(block_ids) * self._block_bytes)
             self._free[slot] = wait or self._mark()
 
     def receive(self, slot: int, num_blocks: int) -> Wait:
         """Post the receive of ``num_blocks`` blocks into ``slot``; the result waits for it."""
         with self._transfer_stream(self._free[slot]):
-            wait = self._wire.receive(slot, num_blocks * self._block_bytes)
+            wait = self._transport.receive(slot, num_blocks * self._block_bytes)
             if wait is not None:
                 return wait
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -90,12 +90,12 @@ class Pair:
             torch.cuda.current_stream().wait_event(filled)
         if len(block_ids):
             self._unpack(self._packed(slot, len(block_ids)), block_ids)
-        self._wire.release(slot)
+        self._transport.release(slot)
         self._free[slot] = self._mark()
 
     def _packed(self, slot: int, num_blocks: int) -> Tensor:
         """The packed form in ``slot``."""
-        flat = self._wire.staging[slot, : num_blocks * self._block_bytes]
+        flat = self._transport.staging[slot, : num_blocks * self._block_bytes]
         return flat.view(self._cache.dtype).view(num_blocks, *self._shape)
 
     def _pack(self, block_ids: Tensor, packed: Tensor) -> None:

@@ -19,14 +19,14 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from serve.topology import Place, Topology
+from serve.topology import RankInfo, Topology
 
 Backend = Literal["gloo", "nccl"]
 
 NO_TIMEOUT = timedelta(days=365)
 
 
-def init_world(place: Place, device: Literal["cpu", "cuda"]) -> None:
+def init_world(rank_info: RankInfo, device: Literal["cpu", "cuda"]) -> None:
     """Join the other ranks of the job, which torchrun's environment says how to reach.
 
     The world's own group is gloo; groups for GPU tensors are made later, on NCCL. Raises
@@ -35,12 +35,12 @@ def init_world(place: Place, device: Literal["cpu", "cuda"]) -> None:
     if device == "cuda" and not dist.is_nccl_available():
         raise RuntimeError("this build of torch has CUDA but no NCCL")
     # Alone there is nobody to meet, and perhaps no torchrun that has said where.
-    store = dist.HashStore() if place.world_size == 1 else None  # type: ignore[attr-defined]
+    store = dist.HashStore() if rank_info.world_size == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo",
         store=store,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
         timeout=NO_TIMEOUT,
     )
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from serve.topology import Place
+from serve.topology import RankInfo
 
 MAX_REDUCTION_BYTES = 8 << 20  # above, NCCL is as fast
 _ONE_SHOT_BYTES = 128 << 10
@@ -80,15 +80,15 @@ class SymmetricReduction:
         return total
 
 
-def can_share_memory(place: Place, ranks: Sequence[int]) -> bool:
+def can_share_memory(rank_info: RankInfo, ranks: Sequence[int]) -> bool:
     """Whether the GPUs of ``ranks`` can read each other's memory: on one host, and connected.
 
     All of them find the same.
     """
-    hosts = {rank // place.local_world_size for rank in ranks}
+    hosts = {rank // rank_info.local_world_size for rank in ranks}
     if len(hosts) > 1 or not torch.cuda.is_available():
         return False
-    devices = [rank % place.local_world_size for rank in ranks]
+    devices = [rank % rank_info.local_world_size for rank in ranks]
     return all(
         torch.cuda.can_device_access_peer(one, other)
         for one in devices

@@ -19,7 +19,7 @@ from serve.protocol.messages import NUM_STAGING_SLOTS
 Wait = Callable[[], object]  # blocks the calling thread until a transfer is done
 
 
-class Wire(Protocol):
+class Transport(Protocol):
     """One end. Everything is issued on the current stream, and blocks the host for nothing."""
 
     staging: Tensor  # [NUM_STAGING_SLOTS, slot_bytes], uint8
@@ -41,7 +41,7 @@ class Wire(Protocol):
         ...
 
 
-class P2PWire:
+class P2PTransport:
     """Matched sends and receives of a process group of the two ranks (NCCL, or gloo on CPUs)."""
 
     def __init__(
@@ -53,11 +53,11 @@ class P2PWire:
         self.staging = torch.empty(shape, dtype=torch.uint8, device=device)
 
     def send(self, slot: int, num_bytes: int) -> Wait | None:
-        """See ``Wire``."""
+        """See ``Transport``."""
         return self._settle(dist.isend(self.staging[slot, :num_bytes], self.peer, self._group))
 
     def receive(self, slot: int, num_bytes: int) -> Wait | None:
-        """See ``Wire``."""
+        """See ``Transport``."""
         return self._settle(dist.irecv(self.staging[slot, :num_bytes], self.peer, self._group))
 
     def release(self, slot: int) -> None:
@@ -80,7 +80,7 @@ class P2PWire:
         return None
 
 
-class SymmetricWire:
+class SymmetricTransport:
     """Symmetric memory: the sender's copy engine writes into the receiver's slot, then sets a flag.
 
     No multiprocessor is busy with the bytes, and they do not wait for their receive to be posted.
@@ -98,7 +98,7 @@ class SymmetricWire:
         self._used = [False] * NUM_STAGING_SLOTS
 
     def send(self, slot: int, num_bytes: int) -> None:
-        """See ``Wire``."""
+        """See ``Transport``."""
         if self._used[slot]:
             self._arena.await_flag(self._peer, _free_flag(slot))
         self._used[slot] = True
@@ -107,15 +107,15 @@ class SymmetricWire:
         self._arena.set_flag(self._peer, _full_flag(slot))
 
     def receive(self, slot: int, num_bytes: int) -> None:
-        """See ``Wire``."""
+        """See ``Transport``."""
         self._arena.await_flag(self._peer, _full_flag(slot))
 
     def release(self, slot: int) -> None:
-        """See ``Wire``."""
+        """See ``Transport``."""
         self._arena.set_flag(self._peer, _free_flag(slot))
 
     def warm_up(self, *, sending: bool) -> None:
-        """See ``Wire``."""
+        """See ``Transport``."""
         if sending:
             self.send(0, self.staging.shape[1])
         else:

@@ -2,9 +2,9 @@
 
 A request, as rank 0 sees it::
 
-    submit() --> waiting --token 0--> streaming --last token--> closed
+    dispatch() -> waiting --token 0--> streaming --last token--> closed
                     |                     |
-                    +----- abort() -------+-------------------> closed: its replicas are told
+                    +----- close() -------+-------------------> closed: its replicas are told
 
 Token 0 and the others have different senders, so later tokens may come first; they are held. Tokens
 of a closed request are answered with another Abort: the first one may have overtaken its request.
@@ -36,7 +36,7 @@ class TooManyWaiting(Exception):
 
 
 @dataclass(eq=False, slots=True)
-class LiveRequest:
+class ActiveRequest:
     """One request that is not closed."""
 
     request: Request
@@ -60,14 +60,14 @@ class Dispatcher:
         self._policy = POLICIES[policy]
         self.max_waiting = max_waiting
         self._clock = clock
-        self._live: dict[str, LiveRequest] = {}
+        self._active: dict[str, ActiveRequest] = {}
         self._num_dispatched = 0
         self.num_waiting = 0  # live requests without a first token
 
     @property
-    def num_live(self) -> int:
+    def num_active(self) -> int:
         """Requests that are not closed."""
-        return len(self._live)
+        return len(self._active)
 
     @property
     def states(self) -> Sequence[ReplicaState]:
@@ -78,21 +78,21 @@ class Dispatcher:
         """The replicas of ``GET /cluster``."""
         return [state.describe() for state in self._states]
 
-    def submit(self, requests: Sequence[Request]) -> list[Outgoing]:
+    def dispatch(self, requests: Sequence[Request]) -> list[Outgoing]:
         """Dispatch all of ``requests`` or, raising ``TooManyWaiting``, none."""
         if self.num_waiting + len(requests) > self.max_waiting:
             raise TooManyWaiting(
                 f"{self.num_waiting} requests wait for their first token, {self.max_waiting} may"
             )
-        return [self._dispatch(request) for request in requests]
+        return [self._dispatch_one(request) for request in requests]
 
-    def abort(self, request_id: str) -> list[Outgoing]:
+    def close(self, request_id: str) -> list[Outgoing]:
         """Close a request and tell its replicas; nothing if it is closed already."""
-        live = self._live.get(request_id)
-        if live is None:
+        active = self._active.get(request_id)
+        if active is None:
             return []
-        self._close(live)
-        leaders = {self._states[replica].info.leader for replica in live.choice}
+        self._close(active)
+        leaders = {self._states[replica].info.leader for replica in active.choice}
         return [Outgoing(leader, Abort(request_id)) for leader in sorted(leaders)]
 
     def on_report(
@@ -107,67 +107,67 @@ class Dispatcher:
         outputs: list[Output] = []
         unknown: set[str] = set()
         for delta in report.deltas:
-            live = self._live.get(delta.request_id)
-            if live is None:
+            active = self._active.get(delta.request_id)
+            if active is None:
                 unknown.add(delta.request_id)
                 continue
-            if delta.stamps is not None:
-                live.timeline.merge(delta.stamps, offset_s)
-            live.held[delta.first_index] = delta
-            outputs += self._release(live)
+            if delta.timeline is not None:
+                active.timeline.merge(delta.timeline, offset_s)
+            active.held[delta.first_index] = delta
+            outputs += self._release(active)
         return outputs, [Outgoing(state.info.leader, Abort(r)) for r in sorted(unknown)]
 
     def fail_all(self, reason: str) -> list[Output]:
         """Close every request with an error; nobody is told, for the job is ending."""
         outputs = []
-        for live in list(self._live.values()):
-            self._close(live)
+        for active in list(self._active.values()):
+            self._close(active)
             outputs.append(
                 Output(
-                    request_id=live.request.id,
-                    first_index=live.num_tokens,
+                    request_id=active.request.id,
+                    first_index=active.num_tokens,
                     token_ids=(),
                     text="",
                     finish_reason=FinishReason.ERROR,
-                    timeline=live.timeline,
+                    timeline=active.timeline,
                     error=reason,
                 )
             )
         return outputs
 
-    def _dispatch(self, request: Request) -> Outgoing:
+    def _dispatch_one(self, request: Request) -> Outgoing:
         choice = self._policy(PolicyInput(request, self._states, self._num_dispatched))
         self._num_dispatched += 1
-        live = LiveRequest(request, choice, Timeline(arrived_s=self._clock()))
-        self._live[request.id] = live
+        active = ActiveRequest(request, choice, Timeline(arrived_s=self._clock()))
+        self._active[request.id] = active
         self.num_waiting += 1
         prefill, decode = self._states[choice.prefill], self._states[choice.decode]
         prefill.num_prefill_tokens += len(request.prompt_ids)
         decode.num_decode_tokens += len(request.prompt_ids)
-        for state in self._involved(live):
+        for state in self._involved(active):
             state.num_requests += 1
         return Outgoing(prefill.info.leader, Prefill(request, choice.decode))
 
-    def _involved(self, live: LiveRequest) -> list[ReplicaState]:
-        return [self._states[replica] for replica in set(live.choice)]
+    def _involved(self, active: ActiveRequest) -> list[ReplicaState]:
+        return [self._states[replica] for replica in set(active.choice)]
 
-    def _release(self, live: LiveRequest) -> list[Output]:
+    def _release(self, active: ActiveRequest) -> list[Output]:
         """The outputs whose turn it is."""
         outputs = []
-        while (delta := live.held.pop(live.num_tokens, None)) is not None:
-            outputs.append(self._give_out(live, delta))
+        while (delta := active.held.pop(active.num_tokens, None)) is not None:
+            outputs.append(self._give_out(active, delta))
             if delta.finish_reason is not None:
                 break
         return outputs
 
-    def _give_out(self, live: LiveRequest, delta: Delta) -> Output:
-        if live.num_tokens == 0 and delta.token_ids:
-            self._on_first_token(live)
-        live.num_tokens += len(delta.token_ids)
-        self._states[live.choice.decode].num_decode_tokens += len(delta.token_ids)
+    def _give_out(self, active: ActiveRequest, delta: Delta) -> Output:
+        if active.num_tokens == 0 and delta.token_ids:
+            self._on_first_token(active)
+        active.num_tokens += len(delta.token_ids)
+        self._states[active.choice.decode].num_decode_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
-            live.timeline.finished_s = self._clock()
-            self._close(live)
+            active.timeline.finished_s = self._clock()
+            self._close(active)
         return Output(
             request_id=delta.request_id,
             first_index=delta.first_index,
@@ -175,19 +175,19 @@ class Dispatcher:
             text=delta.text,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
-            timeline=live.timeline if delta.finish_reason is not None else None,
+            timeline=active.timeline if delta.finish_reason is not None else None,
         )
 
-    def _on_first_token(self, live: LiveRequest) -> None:
+    def _on_first_token(self, active: ActiveRequest) -> None:
         self.num_waiting -= 1
-        prompt_length = len(live.request.prompt_ids)
-        self._states[live.choice.prefill].num_prefill_tokens -= prompt_length
+        prompt_length = len(active.request.prompt_ids)
+        self._states[active.choice.prefill].num_prefill_tokens -= prompt_length
 
-    def _close(self, live: LiveRequest) -> None:
-        del self._live[live.request.id]
-        if live.num_tokens == 0:
-            self._on_first_token(live)
-        context = len(live.request.prompt_ids) + live.num_tokens
-        self._states[live.choice.decode].num_decode_tokens -= context
-        for state in self._involved(live):
+    def _close(self, active: ActiveRequest) -> None:
+        del self._active[active.request.id]
+        if active.num_tokens == 0:
+            self._on_first_token(active)
+        context = len(active.request.prompt_ids) + active.num_tokens
+        self._states[active.choice.decode].num_decode_tokens -= context
+        for state in self._involved(active):
             state.num_requests -= 1

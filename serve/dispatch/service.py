@@ -141,9 +141,9 @@ class Service:
         self._idle.set()
 
     @property
-    def num_live(self) -> int:
+    def num_active(self) -> int:
         """Requests that are not answered to their end."""
-        return self._dispatcher.num_live
+        return self._dispatcher.num_active
 
     @property
     def max_waiting(self) -> int:
@@ -187,7 +187,7 @@ class Service:
         if len(ids) < len(requests) or not ids.isdisjoint(self._streams):
             raise ValueError("a request with this id is live")
         try:
-            outgoing = self._dispatcher.submit(requests)
+            outgoing = self._dispatcher.dispatch(requests)
         except TooManyWaiting as error:
             self._metrics.on_rejected("overloaded", len(requests))
             raise Overloaded(str(error)) from None
@@ -202,7 +202,7 @@ class Service:
 
     def abort(self, request_id: str) -> None:
         """Stop a request wherever it is; unknown and ended ones are ignored."""
-        outgoing = self._dispatcher.abort(request_id)
+        outgoing = self._dispatcher.close(request_id)
         if not outgoing:
             return
         self._pass_on(

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Equipment:
+class RankResources:
     """What entries are carried out with; made in the GPU thread, where CUDA calls belong."""
 
     runner: Runner
@@ -73,13 +73,13 @@ class Executor:
         self._waiters = ThreadPoolExecutor(
             max_workers=max(1, NUM_STAGING_SLOTS * num_peers), thread_name_prefix="waiter"
         )
-        self._equipment: Equipment | None = None
+        self._resources: RankResources | None = None
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, entry: Entry) -> None:
+    def enqueue(self, entry: Entry) -> None:
         """Append to the plan. From any thread; never blocks."""
         self._queue.put(entry)
 
@@ -98,9 +98,9 @@ class Executor:
         self._queue.put(run)
         return future
 
-    def equip(self, equipment: Equipment) -> None:
+    def attach(self, resources: RankResources) -> None:
         """From now on entries can be carried out. In the GPU thread."""
-        self._equipment = equipment
+        self._resources = resources
 
     def _run(self) -> None:
         try:
@@ -115,19 +115,19 @@ class Executor:
             self._loop.call_soon_threadsafe(self._callbacks.on_failure, error)
 
     def _issue(self, entry: Entry) -> None:
-        if self._equipment is None:
+        if self._resources is None:
             raise RuntimeError(f"{type(entry).__name__} came before the model was loaded")
         match entry:
             case Step():
-                self._step(self._equipment.runner, entry)
+                self._step(self._resources.runner, entry)
             case Send(decode_replica, number, block_ids):
-                self._equipment.sender.send(decode_replica, number, block_ids)
+                self._resources.sender.send(decode_replica, number, block_ids)
             case PostReceive(prefill_replica, number, num_blocks):
-                waits = self._equipment.receiver.post(prefill_replica, number, num_blocks)
+                waits = self._resources.receiver.post(prefill_replica, number, num_blocks)
                 received = self._callbacks.on_received
                 self._wait_then(self._waiters, waits, received, prefill_replica, number)
             case Unpack(prefill_replica, number, block_ids):
-                self._equipment.receiver.unpack(prefill_replica, number, block_ids)
+                self._resources.receiver.unpack(prefill_replica, number, block_ids)
 
     def _step(self, runner: Runner, step: Step) -> None:
         token_ids = runner.run(step)

@@ -21,8 +21,8 @@ from serve.comm.kv_transfer import KVReceiver, KVSender, Pair
 from serve.comm.process_groups import Backend, new_pair_groups, new_tp_groups
 from serve.comm.symmetric import SymmetricArena, SymmetricReduction, can_share_memory
 from serve.comm.tensor_parallel import TensorParallel
-from serve.comm.transports import P2PWire, SymmetricWire, Wire
-from serve.engine.executor import Equipment
+from serve.comm.transports import P2PTransport, SymmetricTransport, Transport
+from serve.engine.executor import RankResources
 from serve.engine.memory import (
     make_graphs,
     measure_num_blocks,
@@ -51,7 +51,7 @@ Progress = Callable[[int, int], None]
 class Loaded:
     """A rank that is ready: what it works with, and how many KV blocks its replica has."""
 
-    equipment: Equipment
+    resources: RankResources
     num_blocks: int
 
 
@@ -79,8 +79,8 @@ def load_rank(setup: RankSetup, progress: Progress) -> Loaded:
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:2])
         raise ValueError(
-            f"rank {setup.place.rank}: {setup.device} is too small for its part: {reason}. Give "
-            "replicas more ranks (--replica-spec), or lower --max-num-batched-tokens, "
+            f"rank {setup.rank_info.rank}: {setup.device} is too small for its part: {reason}. "
+            "Give replicas more ranks (--replica-spec), or lower --max-num-batched-tokens, "
             "--max-num-seqs or --kv-push-bytes"
         ) from error
 
@@ -91,7 +91,7 @@ def _load_rank(setup: RankSetup, progress: Progress) -> Loaded:
     _check_transport(setup, routes)
     group = new_tp_groups(setup.topology, backend)
     pair_groups = new_pair_groups([route.ranks for route in routes], backend)
-    wires = _connect(setup, routes, pair_groups)
+    transports = _connect(setup, routes, pair_groups)
     tp = _make_tensor_parallel(setup, group)
     model = _load_model(setup, tp, progress)
     if setup.device.type == "cuda":
@@ -100,7 +100,7 @@ def _load_rank(setup: RankSetup, progress: Progress) -> Loaded:
     num_blocks = _agree(measured, group, setup.device)
     layout = setup.layouts(setup.replica)[tp.rank]
     cache = KVCache(layout, num_blocks, setup.dtype, setup.device)
-    sender, receiver = _make_transfers(setup, cache, routes, wires)
+    sender, receiver = _make_transfers(setup, cache, routes, transports)
     runner = Runner(model, cache, tp, setup.limits.max_num_seqs)
     if uses_graphs(setup):
         graphs = make_graphs(setup, model, cache, runner.sampled)
@@ -111,7 +111,7 @@ def _load_rank(setup: RankSetup, progress: Progress) -> Loaded:
         # What is left to the CPU is each step's index arithmetic: shared out among all cores, it
         # would wait for the busiest of them. This holds for threads that start later, too.
         torch.set_num_threads(1)
-    return Loaded(Equipment(runner, sender, receiver), num_blocks)
+    return Loaded(RankResources(runner, sender, receiver), num_blocks)
 
 
 def find_routes(setup: RankSetup) -> list[Route]:
@@ -127,14 +127,14 @@ def _check_transport(setup: RankSetup, routes: list[Route]) -> None:
     """Refuse symmetric memory where there is none, on all ranks alike."""
     if setup.config.kv_transport == "symm":
         ranks = {rank for route in routes for rank in route.ranks}
-        if not can_share_memory(setup.place, sorted(ranks)):
+        if not can_share_memory(setup.rank_info, sorted(ranks)):
             raise ValueError(
                 "--kv-transport symm needs GPUs of one host that can read each other's memory"
             )
 
 
 def _own(setup: RankSetup, routes: list[Route]) -> list[Route]:
-    return [route for route in routes if setup.place.rank in route.ranks]
+    return [route for route in routes if setup.rank_info.rank in route.ranks]
 
 
 def _make_tensor_parallel(setup: RankSetup, group: dist.ProcessGroup | None) -> TensorParallel:
@@ -142,57 +142,59 @@ def _make_tensor_parallel(setup: RankSetup, group: dist.ProcessGroup | None) -> 
     if (
         group is not None
         and setup.dtype is torch.bfloat16
-        and can_share_memory(setup.place, setup.replica.ranks)
+        and can_share_memory(setup.rank_info, setup.replica.ranks)
     ):
         reduction = SymmetricReduction(group, setup.device)
-    tp_rank = setup.topology.tp_rank(setup.place.rank)
+    tp_rank = setup.topology.tp_rank(setup.rank_info.rank)
     return TensorParallel(tp_rank, setup.replica.tp, group, reduction)
 
 
 def _connect(
     setup: RankSetup, routes: list[Route], groups: Mapping[tuple[int, int], dist.ProcessGroup]
-) -> dict[tuple[int, int], Wire]:
+) -> dict[tuple[int, int], Transport]:
     """Make the wire of every pair of this rank's, and use each once, in one order everywhere."""
-    make = _symmetric_wires if setup.config.kv_transport == "symm" else _p2p_wires
-    wires = make(setup, routes, groups)
-    for (source, _), wire in wires.items():
-        wire.warm_up(sending=setup.place.rank == source)
-    return wires
+    make = _symmetric_transports if setup.config.kv_transport == "symm" else _p2p_transports
+    transports = make(setup, routes, groups)
+    for (source, _), transport in transports.items():
+        transport.warm_up(sending=setup.rank_info.rank == source)
+    return transports
 
 
-def _p2p_wires(
+def _p2p_transports(
     setup: RankSetup, routes: list[Route], groups: Mapping[tuple[int, int], dist.ProcessGroup]
-) -> dict[tuple[int, int], Wire]:
+) -> dict[tuple[int, int], Transport]:
     return {
-        route.ranks: P2PWire(
+        route.ranks: P2PTransport(
             _peer(setup, route), groups[route.ranks], _slot_bytes(setup, route), setup.device
         )
         for route in _own(setup, routes)
     }
 
 
-def _symmetric_wires(
+def _symmetric_transports(
     setup: RankSetup, routes: list[Route], groups: Mapping[tuple[int, int], dist.ProcessGroup]
-) -> dict[tuple[int, int], Wire]:
+) -> dict[tuple[int, int], Transport]:
     """One arena holds the slots of all pairs; every rank knows where they lie at every other."""
-    ends: dict[int, int] = dict.fromkeys(range(setup.place.world_size), 0)
+    ends: dict[int, int] = dict.fromkeys(range(setup.rank_info.world_size), 0)
     begins: dict[tuple[int, tuple[int, int]], int] = {}
     for route in routes:
         for rank in route.ranks:
             begins[rank, route.ranks] = ends[rank]
             ends[rank] += NUM_STAGING_SLOTS * _slot_bytes(setup, route)
     arena = SymmetricArena(max(ends.values()), setup.device)
-    wires: dict[tuple[int, int], Wire] = {}
+    transports: dict[tuple[int, int], Transport] = {}
     for route in _own(setup, routes):
         peer = _peer(setup, route)
-        ours, theirs = begins[setup.place.rank, route.ranks], begins[peer, route.ranks]
-        wires[route.ranks] = SymmetricWire(arena, peer, ours, theirs, _slot_bytes(setup, route))
-    return wires
+        ours, theirs = begins[setup.rank_info.rank, route.ranks], begins[peer, route.ranks]
+        transports[route.ranks] = SymmetricTransport(
+            arena, peer, ours, theirs, _slot_bytes(setup, route)
+        )
+    return transports
 
 
 def _peer(setup: RankSetup, route: Route) -> int:
     source, target = route.ranks
-    return target if setup.place.rank == source else source
+    return target if setup.rank_info.rank == source else source
 
 
 def _slot_bytes(setup: RankSetup, route: Route) -> int:
@@ -206,7 +208,7 @@ def _load_model(setup: RankSetup, tp: TensorParallel, progress: Progress) -> nn.
     config = setup.config
     head_dim = config.model_config.head_dim
     attention, name = choose_attention(setup.device, setup.dtype, head_dim, setup.block_size)
-    log.info("rank %d: %s, attention by %s", setup.place.rank, setup.dtype, name)
+    log.info("rank %d: %s, attention by %s", setup.rank_info.rank, setup.dtype, name)
     model = build_model(config.model_config, tp, setup.dtype, setup.device, attention)
     load_weights(model, config.model, config.load_format, config.seed, progress)
     return model.eval()
@@ -214,7 +216,7 @@ def _load_model(setup: RankSetup, tp: TensorParallel, progress: Progress) -> nn.
 
 def _capture(setup: RankSetup, graphs: DecodeGraphs) -> None:
     begun_s = time.monotonic()
-    hidden = setup.place.rank != FRONT_END_RANK or not sys.stderr.isatty()
+    hidden = setup.rank_info.rank != FRONT_END_RANK or not sys.stderr.isatty()
     with tqdm(desc="CUDA graphs", disable=hidden) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -222,7 +224,7 @@ def _capture(setup: RankSetup, graphs: DecodeGraphs) -> None:
             bar.update(done - bar.n)
 
         graphs.capture(progress)
-    log.info("rank %d: CUDA graphs in %.1f s", setup.place.rank, time.monotonic() - begun_s)
+    log.info("rank %d: CUDA graphs in %.1f s", setup.rank_info.rank, time.monotonic() - begun_s)
 
 
 def _agree(num_blocks: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
@@ -238,17 +240,17 @@ def _make_transfers(
     setup: RankSetup,
     cache: KVCache,
     routes: list[Route],
-    wires: Mapping[tuple[int, int], Wire],
+    transports: Mapping[tuple[int, int], Transport],
 ) -> tuple[KVSender, KVReceiver]:
     outgoing: dict[int, list[Pair]] = {}
     incoming: dict[int, list[Pair]] = {}
     for route in _own(setup, routes):
-        wire = wires[route.ranks]
-        if setup.place.rank == route.ranks[0]:
-            pair = Pair(cache.blocks, route.slice.src_heads, wire)
+        transport = transports[route.ranks]
+        if setup.rank_info.rank == route.ranks[0]:
+            pair = Pair(cache.blocks, route.slice.src_heads, transport)
             outgoing.setdefault(route.decode.id, []).append(pair)
         else:
-            pair = Pair(cache.blocks, route.slice.dst_heads, wire)
+            pair = Pair(cache.blocks, route.slice.dst_heads, transport)
             incoming.setdefault(route.prefill.id, []).append(pair)
         pair.warm_up()
     return KVSender(outgoing, setup.device), KVReceiver(incoming, setup.device)

@@ -10,7 +10,7 @@ from serve.config.limits import PhaseLimits
 from serve.config.server import ServerConfig
 from serve.model.flash_attention import preferred_block_size
 from serve.model_config.kv_layout import KVLayout
-from serve.topology import Place, ReplicaInfo, Role, Topology
+from serve.topology import RankInfo, ReplicaInfo, Role, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +19,13 @@ class RankSetup:
 
     config: ServerConfig
     topology: Topology
-    place: Place
+    rank_info: RankInfo
     device: torch.device
 
     @property
     def replica(self) -> ReplicaInfo:
         """This rank's replica."""
-        return self.topology.replica_of(self.place.rank)
+        return self.topology.replica_of(self.rank_info.rank)
 
     @property
     def limits(self) -> PhaseLimits:

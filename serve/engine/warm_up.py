@@ -54,7 +54,7 @@ def load_kernels(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> None
     num_runs = products.run(limits.max_num_batched_tokens, limits.max_num_seqs)
     torch.cuda.synchronize(setup.device)
     elapsed_s = time.monotonic() - begun_s
-    log.info("rank %d: %d matrix products in %.1f s", setup.place.rank, num_runs, elapsed_s)
+    log.info("rank %d: %d matrix products in %.1f s", setup.rank_info.rank, num_runs, elapsed_s)
 
 
 def reserve_memory(setup: RankSetup, runner: Runner, kv_cache: KVCache) -> None:

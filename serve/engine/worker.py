@@ -68,7 +68,7 @@ class Worker:
 
     def stop(self) -> None:
         """The last entry of the plan, here and on the followers."""
-        self._submit(Stop())
+        self._enqueue(Stop())
 
     @property
     def _leading(self) -> Replica:
@@ -98,7 +98,7 @@ class Worker:
         """Carry out what follows from an event, and submit the steps that can be planned now."""
         self._issue(actions)
         while (step := self._leading.next_step()) is not None:
-            self._submit(step)
+            self._enqueue(step)
         self._issue(self._leading.idle_report())
 
     def _issue(self, actions: Actions) -> None:
@@ -106,11 +106,11 @@ class Worker:
         for rank, message in actions.messages:
             self._send(rank, message)
         for entry in actions.entries:
-            self._submit(entry)
+            self._enqueue(entry)
 
-    def _submit(self, entry: Entry) -> None:
+    def _enqueue(self, entry: Entry) -> None:
         # The followers first, so that no rank waits for them in the step's collectives.
         told = Step(entry.number, entry.sequences) if isinstance(entry, Step) else entry
         for follower in self._followers:
             self._send(follower, told)
-        self.executor.submit(entry)
+        self.executor.enqueue(entry)

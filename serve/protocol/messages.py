@@ -55,7 +55,7 @@ class Abort(Message, frozen=True):
 # --- prefill leader <-> decode leader -----------------------------------------------------------
 
 
-class TextState(Struct, frozen=True, array_like=True):
+class DetokenizerState(Struct, frozen=True, array_like=True):
     """State of ``serve.tokenizer.detokenizer`` from which another replica goes on."""
 
     partial: bytes = b""  # of a character whose other bytes are still to come
@@ -68,7 +68,7 @@ class Handover(Struct, frozen=True, array_like=True):
     """All that decode needs beside the KV: the tokens so far and the detokeniser's tail."""
 
     output_ids: tuple[int, ...]
-    text: TextState
+    text: DetokenizerState
 
 
 class Offer(Message, frozen=True):
@@ -133,7 +133,7 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    stamps: Timeline | None = None
+    timeline: Timeline | None = None
 
 
 class ReplicaLoad(Struct, frozen=True, kw_only=True):

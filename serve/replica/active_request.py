@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from serve.replica.sequence import Sequence
 from serve.request import Timeline
-from serve.tokenizer.detokenizer import OutputText
+from serve.tokenizer.detokenizer import Detokenizer
 
 
 @dataclass(eq=False, slots=True)
-class Live:
+class ActiveRequest:
     """One request on its way through this replica."""
 
     sequence: Sequence
-    text: OutputText
+    detokenizer: Detokenizer
     decode_replica: int
-    told: bool = False  # whether rank 0 has this replica's stamps
+    reported: bool = False  # whether rank 0 has this replica's timeline
 
-    def untold_stamps(self) -> Timeline | None:
-        """The stamps of this replica, with its first token of the request only."""
-        told, self.told = self.told, True
-        return None if told else self.sequence.stamps
+    def unreported_timeline(self) -> Timeline | None:
+        """The timeline of this replica, with its first token of the request only."""
+        reported, self.reported = self.reported, True
+        return None if reported else self.sequence.timeline

@@ -22,22 +22,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serve.protocol.messages import (
+    DetokenizerState,
     Handover,
     Offer,
     PostReceive,
     Push,
-    TextState,
     Unpack,
     Withdraw,
 )
 from serve.replica.block_pool import BlockPool
 from serve.replica.scheduler import SchedulerLimits
-from serve.replica.sequence import LEFT_BLOCK, Sequence
+from serve.replica.sequence import OUT_OF_WINDOW_BLOCK, Sequence
 from serve.request import Request, Timeline
 
 
 @dataclass(eq=False, slots=True)
-class Loan:
+class Reservation:
     """Blocks reserved for the prompt of one request."""
 
     request: Request
@@ -50,7 +50,7 @@ class Loan:
     num_expected: int | None = None  # pushes in all, once the prefill side has told
     handover: Handover | None = None
     aborted: bool = False
-    stamps: Timeline = field(default_factory=Timeline)
+    timeline: Timeline = field(default_factory=Timeline)
 
     @property
     def complete(self) -> bool:
@@ -63,7 +63,7 @@ class Arrival:
     """A sequence that has all its KV here, and where its detokeniser stopped."""
 
     sequence: Sequence
-    text: TextState
+    text: DetokenizerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ class IncomingTransfers:
         self._limits = limits
         self._clock = clock
         self._offers: dict[str, Offer] = {}  # in the order of their arrival
-        self._loans: dict[str, Loan] = {}
-        self._pushes: dict[tuple[int, int], tuple[Loan, Push]] = {}
+        self._reservations: dict[str, Reservation] = {}
+        self._pushes: dict[tuple[int, int], tuple[Reservation, Push]] = {}
 
     @property
     def num_offered(self) -> int:
@@ -93,9 +93,9 @@ class IncomingTransfers:
         return len(self._offers)
 
     @property
-    def num_lent(self) -> int:
+    def num_reserved(self) -> int:
         """Loans that have not ended."""
-        return len(self._loans)
+        return len(self._reservations)
 
     def on_offer(self, offer: Offer) -> None:
         """A prompt is admitted elsewhere and wants blocks here."""
@@ -106,73 +106,75 @@ class IncomingTransfers:
         granted: list[Offer] = []
         for offer in list(self._offers.values()):
             length = len(offer.request.prompt_ids)
-            first = self._limits.num_left_blocks(length)
+            first = self._limits.num_out_of_window_blocks(length)
             # One more position: the first token that is decoded here is never short of a block.
             needed = -(-(length + 1) // self._limits.block_size) - first
             if not fits(needed):
                 break
             del self._offers[offer.request.id]
             blocks = self._pool.allocate(needed)
-            loan = Loan(offer.request, offer.prefill_replica, first, blocks, next_number())
-            self._loans[offer.request.id] = loan
+            reservation = Reservation(
+                offer.request, offer.prefill_replica, first, blocks, next_number()
+            )
+            self._reservations[offer.request.id] = reservation
             granted.append(offer)
         return granted
 
     def on_push(self, push: Push) -> PostReceive:
         """A push is announced. Every one belongs to a loan: they are made before and end after."""
-        loan = self._loans[push.request_id]
-        loan.num_announced += 1
-        if loan.stamps.transfer_started_s is None:
-            loan.stamps.transfer_started_s = self._clock()
+        reservation = self._reservations[push.request_id]
+        reservation.num_announced += 1
+        if reservation.timeline.transfer_started_s is None:
+            reservation.timeline.transfer_started_s = self._clock()
         if push.handover is not None:
-            loan.handover = push.handover
-            loan.num_expected = loan.num_announced
-        self._pushes[push.prefill_replica, push.number] = (loan, push)
+            reservation.handover = push.handover
+            reservation.num_expected = reservation.num_announced
+        self._pushes[push.prefill_replica, push.number] = (reservation, push)
         return PostReceive(push.prefill_replica, push.number, push.num_blocks)
 
     def on_received(self, prefill_replica: int, number: int) -> Received:
         """Every rank has the push in its staging slot."""
-        loan, push = self._pushes.pop((prefill_replica, number))
-        loan.num_received += 1
-        first = push.first_block - loan.first_block
-        wanted = loan.blocks[first : first + push.num_blocks]
-        block_ids = () if loan.aborted else tuple(wanted)
-        return Received(Unpack(prefill_replica, number, block_ids), self._settle(loan))
+        reservation, push = self._pushes.pop((prefill_replica, number))
+        reservation.num_received += 1
+        first = push.first_block - reservation.first_block
+        wanted = reservation.blocks[first : first + push.num_blocks]
+        block_ids = () if reservation.aborted else tuple(wanted)
+        return Received(Unpack(prefill_replica, number, block_ids), self._settle(reservation))
 
     def on_withdraw(self, withdraw: Withdraw) -> None:
         """The prefill side ends the loan (or takes back the offer) without a last push."""
         self._offers.pop(withdraw.request_id, None)
-        if loan := self._loans.get(withdraw.request_id):
-            loan.num_expected = withdraw.num_pushes
-            loan.aborted = True
-            self._settle(loan)
+        if reservation := self._reservations.get(withdraw.request_id):
+            reservation.num_expected = withdraw.num_pushes
+            reservation.aborted = True
+            self._settle(reservation)
 
-    def abort(self, request_id: str) -> None:
+    def discard(self, request_id: str) -> None:
         """The request is closed; unknown ids are ignored."""
         self._offers.pop(request_id, None)
-        if loan := self._loans.get(request_id):
-            loan.aborted = True
+        if reservation := self._reservations.get(request_id):
+            reservation.aborted = True
 
-    def _settle(self, loan: Loan) -> Arrival | None:
-        if not loan.complete:
+    def _settle(self, reservation: Reservation) -> Arrival | None:
+        if not reservation.complete:
             return None
-        del self._loans[loan.request.id]
-        if loan.aborted or loan.handover is None:
-            self._pool.free(loan.blocks)
+        del self._reservations[reservation.request.id]
+        if reservation.aborted or reservation.handover is None:
+            self._pool.free(reservation.blocks)
             return None
-        return self._arrive(loan, loan.handover)
+        return self._arrive(reservation, reservation.handover)
 
-    def _arrive(self, loan: Loan, handover: Handover) -> Arrival:
-        loan.stamps.transfer_ended_s = loan.stamps.decode_queued_s = self._clock()
+    def _arrive(self, reservation: Reservation, handover: Handover) -> Arrival:
+        reservation.timeline.transfer_ended_s = reservation.timeline.decode_queued_s = self._clock()
         sequence = Sequence(
-            request=loan.request,
-            number=loan.number,
+            request=reservation.request,
+            number=reservation.number,
             decodes_here=True,
-            token_ids=[*loan.request.prompt_ids, *handover.output_ids],
-            num_computed=len(loan.request.prompt_ids),
-            num_scheduled=len(loan.request.prompt_ids),
-            block_table=[LEFT_BLOCK] * loan.first_block + loan.blocks,
-            num_left_blocks=loan.first_block,
-            stamps=loan.stamps,
+            token_ids=[*reservation.request.prompt_ids, *handover.output_ids],
+            num_computed=len(reservation.request.prompt_ids),
+            num_scheduled=len(reservation.request.prompt_ids),
+            block_table=[OUT_OF_WINDOW_BLOCK] * reservation.first_block + reservation.blocks,
+            num_out_of_window_blocks=reservation.first_block,
+            timeline=reservation.timeline,
         )
         return Arrival(sequence, handover.text)

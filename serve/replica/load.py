@@ -22,7 +22,7 @@ def measure_load(
         num_free_blocks=pool.num_free,
         num_waiting=len(scheduler.waiting) + len(scheduler.arrived),
         num_running=len(scheduler.running),
-        num_receiving=incoming.num_offered + incoming.num_lent,
+        num_receiving=incoming.num_offered + incoming.num_reserved,
         num_sending=outgoing.num_sending,
         num_unfinished_tokens=scheduler.num_unfinished_tokens,
         num_preemptions=scheduler.num_preemptions,

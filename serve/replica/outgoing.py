@@ -103,7 +103,7 @@ class OutgoingTransfers:
 
     def offer(self, sequence: Sequence, decode_replica: int) -> Offer:
         """An admitted prompt: ask the decode replica for blocks."""
-        first_block = self._limits.num_left_blocks(sequence.num_prompt_tokens)
+        first_block = self._limits.num_out_of_window_blocks(sequence.num_prompt_tokens)
         outgoing = Outgoing(sequence, decode_replica, first_block)
         self._prompts[sequence.id] = outgoing
         self._links.setdefault(decode_replica, Link()).prompts.append(outgoing)

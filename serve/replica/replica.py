@@ -37,7 +37,7 @@ from serve.protocol.messages import (
     Step,
     Withdraw,
 )
-from serve.replica.active_request import Live
+from serve.replica.active_request import ActiveRequest
 from serve.replica.block_pool import BlockPool
 from serve.replica.incoming import Arrival, IncomingTransfers
 from serve.replica.load import measure_load
@@ -45,10 +45,10 @@ from serve.replica.outgoing import OutgoingTransfers
 from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
 from serve.replica.sequence import Sequence
 from serve.replica.step import build_step
-from serve.replica.stop_check import find_ending
-from serve.replica.timeline import stamp_first_token, stamp_start
+from serve.replica.stop_check import check_stop
+from serve.replica.timeline import record_first_token, record_start
 from serve.request import Request
-from serve.tokenizer.detokenizer import OutputText
+from serve.tokenizer.detokenizer import Detokenizer
 from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import FRONT_END_RANK
 
@@ -94,11 +94,11 @@ class Replica:
             settings.replica_id, settings.limits, settings.max_push_blocks
         )
         self._incoming = IncomingTransfers(self._pool, settings.limits, clock)
-        self._live: dict[str, Live] = {}
+        self._active: dict[str, ActiveRequest] = {}
         self._numbers = itertools.count()
         self._num_steps = 0
         self._in_flight: deque[Batch] = deque()  # oldest first
-        self._told_load: ReplicaLoad | None = None
+        self._reported_load: ReplicaLoad | None = None
         self._actions = Actions()
 
     # --- events -----------------------------------------------------------------------------
@@ -140,14 +140,14 @@ class Replica:
             raise RuntimeError("a step's result came, but no step is in flight")
         batch = self._in_flight.popleft()
         if self._in_flight:
-            stamp_start(self._in_flight[0], self._clock())
+            record_start(self._in_flight[0], self._clock())
         self._scheduler.update(batch)
         sampled = [chunk.sequence for chunk in batch.chunks if chunk.sample]
         deltas: list[Delta] = []
         for sequence, token_id in zip(sampled, token_ids, strict=True):
-            live = self._live.get(sequence.id)
-            if live is not None and live.sequence is sequence:  # else it has ended meanwhile
-                deltas.append(self._take_token(live, token_id))
+            active = self._active.get(sequence.id)
+            if active is not None and active.sequence is sequence:  # else it has ended meanwhile
+                deltas.append(self._take_token(active, token_id))
         self._settle_transfers()
         self._report(tuple(deltas), sum(chunk.num_tokens for chunk in batch.chunks))
         return self._take_actions()
@@ -165,14 +165,14 @@ class Replica:
         self._in_flight.append(batch)
         self._num_steps += 1
         for sequence in batch.admitted:
-            self._offer(self._live[sequence.id])
+            self._offer(self._active[sequence.id])
         if len(self._in_flight) == 1:
-            stamp_start(batch, self._clock())
+            record_start(batch, self._clock())
         return build_step(self._num_steps, batch, self._settings.eos_token_ids)
 
     def idle_report(self) -> Actions:
         """Tell rank 0 of the load, if it changed since it was last told."""
-        if not self._in_flight and self._measure_load() != self._told_load:
+        if not self._in_flight and self._measure_load() != self._reported_load:
             self._report((), 0)
         return self._take_actions()
 
@@ -190,53 +190,55 @@ class Replica:
             decodes_here=decode_replica == self._settings.replica_id,
             token_ids=list(request.prompt_ids),
         )
-        sequence.stamps.prefill_queued_s = self._clock()
-        text = OutputText(self._tokenizer, request.sampling, request.prompt_ids)
-        self._live[request.id] = Live(sequence, text, decode_replica)
+        sequence.timeline.prefill_queued_s = self._clock()
+        text = Detokenizer(self._tokenizer, request.sampling, request.prompt_ids)
+        self._active[request.id] = ActiveRequest(sequence, text, decode_replica)
         self._scheduler.add(sequence)
 
-    def _offer(self, live: Live) -> None:
+    def _offer(self, active: ActiveRequest) -> None:
         """An admitted prompt whose decode is elsewhere wants blocks there."""
-        sequence = live.sequence
+        sequence = active.sequence
         if not sequence.decodes_here and sequence.id not in self._outgoing:
-            self._send(live.decode_replica, self._outgoing.offer(sequence, live.decode_replica))
+            self._send(active.decode_replica, self._outgoing.offer(sequence, active.decode_replica))
 
     def _take_arrival(self, arrival: Arrival) -> None:
         sequence = arrival.sequence
-        text = OutputText.resume(self._tokenizer, sequence.request.sampling, arrival.text)
-        self._live[sequence.id] = Live(sequence, text, self._settings.replica_id)
+        text = Detokenizer.resume(self._tokenizer, sequence.request.sampling, arrival.text)
+        self._active[sequence.id] = ActiveRequest(sequence, text, self._settings.replica_id)
         self._scheduler.add_arrived(sequence)
 
-    def _take_token(self, live: Live, token_id: int) -> Delta:
-        sequence = live.sequence
+    def _take_token(self, active: ActiveRequest, token_id: int) -> Delta:
+        sequence = active.sequence
         sequence.token_ids.append(token_id)
-        ending = find_ending(sequence, live.text, token_id, self._settings.eos_token_ids)
+        check = check_stop(sequence, active.detokenizer, token_id, self._settings.eos_token_ids)
         if sequence.num_output_tokens == 1:
-            stamp_first_token(sequence, self._clock())
-        if ending.reason is not None:
-            self._close(live)
+            record_first_token(sequence, self._clock())
+        if check.reason is not None:
+            self._close(active)
         elif not sequence.decodes_here:
             self._scheduler.remove(sequence)
-            self._outgoing.hand_over(sequence.id, Handover(sequence.output_ids, live.text.state()))
+            self._outgoing.hand_over(
+                sequence.id, Handover(sequence.output_ids, active.detokenizer.state())
+            )
         return Delta(
             request_id=sequence.id,
             first_index=sequence.num_output_tokens - 1,
             token_ids=(token_id,),
-            text=ending.text,
-            finish_reason=ending.reason,
-            stop_reason=ending.stop,
-            stamps=live.untold_stamps(),
+            text=check.text,
+            finish_reason=check.reason,
+            stop_reason=check.stop,
+            timeline=active.unreported_timeline(),
         )
 
     def _abort(self, request_id: str) -> None:
-        self._incoming.abort(request_id)
-        if live := self._live.get(request_id):
-            self._close(live)
+        self._incoming.discard(request_id)
+        if active := self._active.get(request_id):
+            self._close(active)
 
-    def _close(self, live: Live) -> None:
+    def _close(self, active: ActiveRequest) -> None:
         """The request ends here, whatever its state."""
-        sequence = live.sequence
-        del self._live[sequence.id]
+        sequence = active.sequence
+        del self._active[sequence.id]
         if self._scheduler.holds(sequence):
             self._scheduler.remove(sequence)
         withdrawn = self._outgoing.withdraw(sequence.id)
@@ -265,10 +267,10 @@ class Replica:
             self._actions.entries.append(plan.send)
             self._send(plan.decode_replica, plan.push)
             if plan.last:
-                del self._live[plan.push.request_id]
+                del self._active[plan.push.request_id]
 
     def _can_lend(self, num_blocks: int) -> bool:
-        return self._scheduler.can_reserve(num_blocks, num_lent=self._incoming.num_lent)
+        return self._scheduler.can_reserve(num_blocks, num_reserved=self._incoming.num_reserved)
 
     def _send(self, replica_id: int, message: AnyMessage) -> None:
         self._actions.messages.append((self._settings.leader_of[replica_id], message))
@@ -278,7 +280,7 @@ class Replica:
         return actions
 
     def _report(self, deltas: tuple[Delta, ...], num_step_tokens: int) -> None:
-        load = self._told_load = self._measure_load()
+        load = self._reported_load = self._measure_load()
         report = Report(self._settings.replica_id, load, deltas, num_step_tokens)
         self._actions.messages.append((FRONT_END_RANK, report))
 

@@ -42,7 +42,7 @@ class SchedulerLimits:
     block_size: int
     window: int | None = None
 
-    def num_left_blocks(self, position: int) -> int:
+    def num_out_of_window_blocks(self, position: int) -> int:
         """Leading blocks of a sequence that no token at ``position`` or later reads."""
         if self.window is None:
             return 0
@@ -122,7 +122,7 @@ class Scheduler:
         """Sequences that may need one more block at their next token."""
         return sum(sequence.decodes_here for sequence in self.running) + len(self.arrived)
 
-    def can_reserve(self, num_blocks: int, *, num_lent: int) -> bool:
+    def can_reserve(self, num_blocks: int, *, num_reserved: int) -> bool:
         """Whether blocks may be promised to a newcomer without driving others out.
 
         Preempted sequences come first. Whoever runs keeps a block in reserve, unless nothing runs
@@ -130,7 +130,7 @@ class Scheduler:
         """
         if self.waiting:
             return False
-        reserve = self.num_growing + num_lent
+        reserve = self.num_growing + num_reserved
         return num_blocks + reserve <= self._pool.num_free or (
             reserve == 0 and num_blocks <= self._pool.num_free
         )
@@ -162,16 +162,16 @@ class Scheduler:
             sequence = chunk.sequence
             if chunk.num_preemptions == sequence.num_preemptions:
                 sequence.num_computed += chunk.num_tokens
-                self._leave(sequence)
+                self._free_out_of_window(sequence)
             if chunk.sample:
                 sequence.num_pending -= 1
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _free_out_of_window(self, sequence: Sequence) -> None:
         """Free what the window has passed: a step in flight begins at ``num_computed`` or later."""
-        count = self._limits.num_left_blocks(sequence.num_computed)
+        count = self._limits.num_out_of_window_blocks(sequence.num_computed)
         # Of a sequence that has ended the blocks are another's to free.
-        if count > sequence.num_left_blocks and sequence in self.running:
-            self._pool.free(sequence.leave_blocks(count))
+        if count > sequence.num_out_of_window_blocks and sequence in self.running:
+            self._pool.free(sequence.drop_out_of_window_blocks(count))
 
     def _start_arrived(self) -> None:
         while self.arrived and len(self.running) < self._limits.max_num_seqs:

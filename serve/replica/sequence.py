@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from serve.request import Request, Timeline
 
-LEFT_BLOCK = 0  # stands in a block table for one that was let go: named, never read or written
+OUT_OF_WINDOW_BLOCK = (
+    0  # stands in a block table for one that was let go: named, never read or written
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -19,8 +21,8 @@ class Sequence:
     ``num_scheduled`` will be when the steps under way have run.
 
     ``block_table[i]`` holds positions ``[i * block_size, (i + 1) * block_size)``. Its first
-    ``num_left_blocks`` entries are ``LEFT_BLOCK``: an attention window has left them behind, and
-    somebody else may own them by now.
+    ``num_out_of_window_blocks`` entries are ``OUT_OF_WINDOW_BLOCK``: every attention window has
+    passed them, and another sequence may own the blocks that stood there.
     """
 
     request: Request
@@ -33,8 +35,8 @@ class Sequence:
     row: int = 0  # of the last step that sampled it
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
-    num_left_blocks: int = 0
-    stamps: Timeline = field(default_factory=Timeline)
+    num_out_of_window_blocks: int = 0
+    timeline: Timeline = field(default_factory=Timeline)
 
     @property
     def id(self) -> str:
@@ -74,24 +76,24 @@ class Sequence:
     @property
     def owned_blocks(self) -> list[int]:
         """The blocks of the table that are the sequence's own."""
-        return self.block_table[self.num_left_blocks :]
+        return self.block_table[self.num_out_of_window_blocks :]
 
-    def leave_blocks(self, count: int) -> list[int]:
+    def drop_out_of_window_blocks(self, count: int) -> list[int]:
         """Let go of the first ``count`` blocks: those among them that were owned, now the caller's.
 
         ``ValueError`` if the table has fewer.
         """
         if count > len(self.block_table):
             raise ValueError(f"{count} blocks to be left of {len(self.block_table)}")
-        left = self.block_table[self.num_left_blocks : count]
-        self.block_table[self.num_left_blocks : count] = [LEFT_BLOCK] * len(left)
-        self.num_left_blocks += len(left)
+        left = self.block_table[self.num_out_of_window_blocks : count]
+        self.block_table[self.num_out_of_window_blocks : count] = [OUT_OF_WINDOW_BLOCK] * len(left)
+        self.num_out_of_window_blocks += len(left)
         return left
 
     def take_blocks(self) -> list[int]:
         """All that the sequence owns, now the caller's; its table is empty then."""
         blocks = self.owned_blocks
-        self.block_table, self.num_left_blocks = [], 0
+        self.block_table, self.num_out_of_window_blocks = [], 0
         return blocks
 
     @property

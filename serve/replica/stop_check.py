@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from serve.replica.sequence import Sequence
 from serve.request import FinishReason
-from serve.tokenizer.detokenizer import OutputText
+from serve.tokenizer.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class StopCheck:
     """``text`` may be shown now; ``reason`` is set if the request ends with this token."""
 
     text: str
@@ -18,21 +18,21 @@ class Ending:
     stop: str | int | None = None
 
 
-def find_ending(
-    sequence: Sequence, output: OutputText, token_id: int, eos_token_ids: tuple[int, ...]
-) -> Ending:
+def check_stop(
+    sequence: Sequence, output: Detokenizer, token_id: int, eos_token_ids: tuple[int, ...]
+) -> StopCheck:
     """Feed the newest token to ``output`` and decide. Before ``min_tokens`` nothing but
     ``max_tokens`` ends a request; the text of a token that ends it by id is not shown."""
     sampling = sequence.request.sampling
     count = sequence.num_output_tokens
     if count > sampling.min_tokens:
         if token_id in sampling.stop_token_ids:
-            return Ending(output.finish(), FinishReason.STOP, token_id)
+            return StopCheck(output.finish(), FinishReason.STOP, token_id)
         if token_id in eos_token_ids and not sampling.ignore_eos:
-            return Ending(output.finish(), FinishReason.STOP)
+            return StopCheck(output.finish(), FinishReason.STOP)
     piece = output.push(token_id)
     if piece.stop is not None:
-        return Ending(piece.text, FinishReason.STOP, piece.stop)
+        return StopCheck(piece.text, FinishReason.STOP, piece.stop)
     if count >= sampling.max_tokens:
-        return Ending(piece.text + output.finish(), FinishReason.LENGTH)
-    return Ending(piece.text)
+        return StopCheck(piece.text + output.finish(), FinishReason.LENGTH)
+    return StopCheck(piece.text)

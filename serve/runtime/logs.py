@@ -6,18 +6,18 @@ import logging
 import sys
 
 from serve.config.server import ServerConfig
-from serve.topology import Place
+from serve.topology import RankInfo
 
 log = logging.getLogger("serve")
 
 
-def start_logging(config: ServerConfig, place: Place) -> None:
+def start_logging(config: ServerConfig, rank_info: RankInfo) -> None:
     """Log to stderr, every line with its rank; rank 0 says what was decided for the user."""
     logging.basicConfig(
         level=config.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s rank {place.rank} %(name)s: %(message)s",
+        format=f"%(asctime)s %(levelname)s rank {rank_info.rank} %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    if place.rank == 0:
+    if rank_info.rank == 0:
         for note in config.notes:
             log.info("%s", note)

@@ -42,7 +42,7 @@ from serve.protocol.messages import (
 from serve.replica.replica import Replica, ReplicaSettings
 from serve.replica.scheduler import SchedulerLimits
 from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from serve.topology import FRONT_END_RANK, Place, Role, Topology, build_topology
+from serve.topology import FRONT_END_RANK, RankInfo, Role, Topology, build_topology
 
 log = logging.getLogger(__name__)
 
@@ -61,22 +61,22 @@ class RankFailed(JobFailed):
     """Another rank says that it cannot go on; all connections are whole."""
 
 
-class Node:
+class RankProcess:
     """This rank's channel and worker, and on rank 0 the front end, on the running event loop."""
 
     def __init__(
         self,
         config: ServerConfig,
-        place: Place,
+        rank_info: RankInfo,
         topology: Topology,
         device: torch.device,
         control_group: dist.ProcessGroup,
     ) -> None:
-        self.config, self.place, self.topology = config, place, topology
-        self.replica = topology.replica_of(place.rank)
-        self.is_front = place.rank == FRONT_END_RANK
-        self.leads = place.rank == self.replica.leader
-        self.setup = RankSetup(config, topology, place, device)
+        self.config, self.rank_info, self.topology = config, rank_info, topology
+        self.replica = topology.replica_of(rank_info.rank)
+        self.is_front_end = rank_info.rank == FRONT_END_RANK
+        self.leads = rank_info.rank == self.replica.leader
+        self.setup = RankSetup(config, topology, rank_info, device)
         self.tell_front: Callable[[AnyMessage], None] | None = None  # on rank 0, before run()
         self._failed: asyncio.Future[JobFailed] = asyncio.get_running_loop().create_future()
         self.dismissed = asyncio.Event()  # rank 0 has said Goodbye
@@ -84,8 +84,8 @@ class Node:
         self._leaving = False
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         self.channel = ControlChannel(
-            place.rank,
-            topology.control_peers(place.rank),
+            rank_info.rank,
+            topology.control_peers(rank_info.rank),
             control_group,
             asyncio.get_running_loop(),
             on_message=self._on_message,
@@ -93,7 +93,7 @@ class Node:
             on_entry=None if self.leads else self._on_entry,
         )
         self.worker = Worker(
-            place.rank,
+            rank_info.rank,
             self.replica,
             len(topology.replicas),
             device,
@@ -129,7 +129,7 @@ class Node:
         self.worker.executor.start()
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(self.worker.beat()), group.create_task(self._raise())]
-            if self.is_front:
+            if self.is_front_end:
                 loops.append(group.create_task(self._watch()))
             await main
             for loop in loops:
@@ -155,8 +155,8 @@ class Node:
     async def last_words(self, reason: str) -> None:
         """Tell rank 0 why this rank cannot go on, and give it the time to end the job."""
         self._leaving = True
-        if not self.is_front:
-            self.channel.send(FRONT_END_RANK, Failed(self.place.rank, reason))
+        if not self.is_front_end:
+            self.channel.send(FRONT_END_RANK, Failed(self.rank_info.rank, reason))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._front_gone.wait(), FAREWELL_S)
 
@@ -169,7 +169,7 @@ class Node:
 
     def _load(self, progress: Progress) -> Loaded:
         loaded = load_rank(self.setup, progress)
-        self.worker.executor.equip(loaded.equipment)
+        self.worker.executor.attach(loaded.resources)
         return loaded
 
     def _make_replica(self, loaded: Loaded, tokenizer: Tokenizer | None) -> Replica:
@@ -200,7 +200,7 @@ class Node:
             case Failed(rank, reason):
                 self._fail(RankFailed(f"rank {rank}: {reason}"))
             case Ping(number):
-                self.channel.send(source, Pong(self.place.rank, number, time.monotonic()))
+                self.channel.send(source, Pong(self.rank_info.rank, number, time.monotonic()))
             case Report() | ReplicaReady() | Pong():
                 if self.tell_front is not None:
                     self.tell_front(message)
@@ -210,7 +210,7 @@ class Node:
                 self.worker.on_message(message)
 
     def _on_entry(self, entry: Any) -> None:
-        self.worker.executor.submit(entry)
+        self.worker.executor.enqueue(entry)
 
     def _on_lost(self, peer: int, reason: str) -> None:
         if peer == FRONT_END_RANK:
@@ -223,7 +223,7 @@ class Node:
 
     def _blame_worker(self, error: BaseException) -> None:
         if not self._leaving and not self._failed.done():
-            log.error("the worker of rank %d failed", self.place.rank, exc_info=error)
+            log.error("the worker of rank %d failed", self.rank_info.rank, exc_info=error)
             self._fail(JobFailed(f"{type(error).__name__}: {error}"))
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -248,10 +248,10 @@ class Node:
                 self._fail(JobFailed(reason))
 
 
-def join_job(config: ServerConfig, place: Place) -> Node:
+def join_job(config: ServerConfig, rank_info: RankInfo) -> RankProcess:
     """Meet the other ranks of the job and become one of its nodes, on the running event loop."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    device = pick_device(place.local_rank)
-    init_world(place, "cuda" if device.type == "cuda" else "cpu")
+    device = pick_device(rank_info.local_rank)
+    init_world(rank_info, "cuda" if device.type == "cuda" else "cpu")
     topology = build_topology(config.replica_specs, config.partition_id, mixed=config.colocated)
-    return Node(config, place, topology, device, new_control_group())
+    return RankProcess(config, rank_info, topology, device, new_control_group())

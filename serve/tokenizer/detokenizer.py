@@ -2,7 +2,7 @@
 
 ``push`` gives what may be shown after each token. Held back are the bytes of an unfinished
 character, and text that may be the beginning of a stop string. What is held is small and goes
-along in ``TextState`` when the request moves to another replica.
+along in ``DetokenizerState`` when the request moves to another replica.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from serve.protocol.messages import TextState
+from serve.protocol.messages import DetokenizerState
 from serve.request import SamplingParams
 from serve.tokenizer.tokenizer import UNKNOWN, Tokenizer
 
@@ -26,7 +26,7 @@ class TextPiece(NamedTuple):
 _NOTHING = TextPiece("")
 
 
-class OutputText:
+class Detokenizer:
     """Detokenises one output. Without a tokenizer every text is empty.
 
     The texts of all pushes and of ``finish`` joined are ``Tokenizer.decode`` of all ids, up to the
@@ -57,8 +57,8 @@ class OutputText:
 
     @classmethod
     def resume(
-        cls, tokenizer: Tokenizer | None, sampling: SamplingParams, state: TextState
-    ) -> OutputText:
+        cls, tokenizer: Tokenizer | None, sampling: SamplingParams, state: DetokenizerState
+    ) -> Detokenizer:
         """Go on where ``state`` was taken, on this replica or another."""
         output = cls(tokenizer, sampling, ())
         output._at_start = state.at_start
@@ -67,9 +67,9 @@ class OutputText:
         output._num_tokens = state.num_tokens
         return output
 
-    def state(self) -> TextState:
+    def state(self) -> DetokenizerState:
         """All that ``resume`` needs; a few bytes and at most a stop string long."""
-        return TextState(
+        return DetokenizerState(
             partial=self._partial,
             held_text=self._held,
             at_start=self._at_start,

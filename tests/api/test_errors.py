@@ -222,7 +222,7 @@ async def test_before_ready_and_draining(tokenizer: Tokenizer) -> None:
         cluster.service.set_ready(MAX_MODEL_LEN)
         body = {"prompt": "Hello", "max_tokens": 3, "stream": True}
         async with http.post(COMPLETIONS, json=body) as open_one:
-            await cluster.until(lambda: cluster.service.num_live == 1)
+            await cluster.until(lambda: cluster.service.num_active == 1)
             cluster.service.start_draining()
             await check_closed()
             cluster.release()

@@ -78,13 +78,13 @@ async def test_a_token_without_text_makes_a_chunk(
 ) -> None:
     cluster.hold_at = 0
     task = asyncio.create_task(stream(http, COMPLETIONS))
-    await cluster.until(lambda: bool(cluster.live))
-    (request_id,) = cluster.live
+    await cluster.until(lambda: bool(cluster.active))
+    (request_id,) = cluster.active
     end = {"finish_reason": FinishReason.STOP, "stop_reason": "###"}
     for index, more in enumerate(({}, end)):
         delta = Delta(request_id=request_id, first_index=index, token_ids=(5,), text="", **more)
         cluster.report(0, delta)
-    cluster.live.clear()
+    cluster.active.clear()
     choices = [chunk["choices"][0] for chunk in await task]
     assert [choice["text"] for choice in choices] in (["", ""], [""])
     assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", "###")
@@ -97,10 +97,10 @@ async def test_error_on_the_way(url: str, cluster: FakeCluster, num_seen: int) -
         answer = await client.chat.completions.create(
             model=MODEL, messages=HELLO, n=2, max_tokens=4, stream=True
         )
-        await cluster.until(lambda: all(p.num_tokens == num_seen for p in cluster.live.values()))
-        assert len(cluster.live) == 2
+        await cluster.until(lambda: all(p.num_tokens == num_seen for p in cluster.active.values()))
+        assert len(cluster.active) == 2
         cluster.service.fail_all("rank 3 is lost")
-        cluster.live.clear()
+        cluster.active.clear()
         text = ""
         with pytest.raises(openai.APIError, match="rank 3 is lost"):
             async for chunk in answer:
@@ -113,9 +113,9 @@ async def test_error_event_is_followed_by_done(
 ) -> None:
     cluster.hold_at = 1
     task = asyncio.create_task(stream(http, COMPLETIONS))
-    await cluster.until(lambda: any(p.num_tokens for p in cluster.live.values()))
+    await cluster.until(lambda: any(p.num_tokens for p in cluster.active.values()))
     cluster.service.fail_all("gone")
-    cluster.live.clear()
+    cluster.active.clear()
     chunks = await task
     assert chunks[-1] == {
         "error": {"message": "gone", "type": "InternalServerError", "param": None, "code": 500}
@@ -125,9 +125,9 @@ async def test_error_event_is_followed_by_done(
 async def test_error_without_stream(http: aiohttp.ClientSession, cluster: FakeCluster) -> None:
     cluster.hold_at = 1
     task = asyncio.create_task(http.post(COMPLETIONS, json={"prompt": "a", "n": 2}))
-    await cluster.until(lambda: len(cluster.live) == 2)
+    await cluster.until(lambda: len(cluster.active) == 2)
     cluster.service.fail_all("gone")
-    cluster.live.clear()
+    cluster.active.clear()
     async with await task as response:
         assert response.status == 500
         assert (await response.json())["error"]["message"] == "gone"
@@ -168,7 +168,7 @@ async def test_disconnect_aborts_every_choice(
 ) -> None:
     cluster.hold_at = num_seen
     _, writer = await open_request(url, path, n=3, stream=streams, max_tokens=9)
-    await cluster.until(lambda: [p.num_tokens for p in cluster.live.values()] == [num_seen] * 3)
+    await cluster.until(lambda: [p.num_tokens for p in cluster.active.values()] == [num_seen] * 3)
     writer.close()
     await cluster.until(lambda: len(cluster.aborted) == 3)
     assert sorted(cluster.aborted) == sorted(request.id for request in cluster.seen)
@@ -180,10 +180,10 @@ async def test_disconnect_while_the_last_token_comes(url: str, cluster: FakeClus
     for _ in range(20):
         cluster.hold_at = 3
         _, writer = await open_request(url, COMPLETIONS, stream=True, max_tokens=4)
-        await cluster.until(lambda: any(p.num_tokens == 3 for p in cluster.live.values()))
+        await cluster.until(lambda: any(p.num_tokens == 3 for p in cluster.active.values()))
         writer.close()
         cluster.release()
-        await cluster.until(lambda: not cluster.live)
+        await cluster.until(lambda: not cluster.active)
     cluster.assert_at_rest()
     ended = [
         line.rsplit(" ", 1)[1]
@@ -220,8 +220,8 @@ async def test_slow_reader_gets_everything(url: str, cluster: FakeCluster) -> No
         data = json.dumps(body | {"stream_options": usage}).encode()
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
         writer.write(f"{head}Connection: close\r\n\r\n".encode() + data)
-        await cluster.until(lambda: bool(cluster.live))
-        (request_id,) = cluster.live
+        await cluster.until(lambda: bool(cluster.active))
+        (request_id,) = cluster.active
         async with aiohttp.ClientSession(url) as http:
             for index in range(num_tokens):
                 last = FinishReason.LENGTH if index == num_tokens - 1 else None
@@ -233,7 +233,7 @@ async def test_slow_reader_gets_everything(url: str, cluster: FakeCluster) -> No
                 if index % 100 == 0:
                     async with http.get("/ping") as response:
                         assert response.status == 200
-        cluster.live.clear()
+        cluster.active.clear()
         received = await reader.read(-1)
         writer.close()
     payload = b"".join(received.split(b"\r\n\r\n", 1)[1].split(b"\r\n")[1::2])
@@ -263,4 +263,4 @@ async def test_many_clients_at_once(url: str, cluster: FakeCluster, seed: int) -
             assert ends == body["n"]
 
         await asyncio.gather(*(one() for _ in range(60)))
-    await cluster.until(lambda: cluster.service.num_live == 0)
+    await cluster.until(lambda: cluster.service.num_active == 0)

@@ -27,9 +27,9 @@ def sum_within_replica(tps: list[int]) -> tuple[float, tuple[int, int] | None]:
         return float(rank), None
     total = torch.tensor([float(rank)])
     dist.all_reduce(total, group=group)
-    place = dist.get_rank(group), dist.get_world_size(group)
-    assert place == (topology.tp_rank(rank), topology.replica_of(rank).tp)
-    return total.item(), place
+    rank_info = dist.get_rank(group), dist.get_world_size(group)
+    assert rank_info == (topology.tp_rank(rank), topology.replica_of(rank).tp)
+    return total.item(), rank_info
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_tp_group_has_the_ranks_of_its_replica(
     assert [total for total, _ in results] == sums
     replicas = build_topology([ReplicaSpec(tp) for tp in tps], 0, True).replicas
     alone = {replica.leader for replica in replicas if replica.tp == 1}
-    assert {rank for rank, (_, place) in enumerate(results) if place is None} == alone
+    assert {rank for rank, (_, rank_info) in enumerate(results) if rank_info is None} == alone
 
 
 def exchange_on_pairs(pairs: list[tuple[int, int]], seed: int, size: int) -> None:
@@ -142,7 +142,7 @@ def test_pairs_that_make_no_sense_are_refused(world: World, pairs: list[tuple[in
 def test_one_rank_needs_no_torchrun() -> None:
     code = (
         "from serve.comm.process_groups import *; from serve.topology import *;"
-        "init_world(read_place({}), 'cpu'); group = new_control_group();"
+        "init_world(read_rank_info({}), 'cpu'); group = new_control_group();"
         "assert dist.get_world_size(group) == 1"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -66,63 +66,63 @@ def counts(dispatcher: Dispatcher) -> list[tuple[int, int, int]]:
 def test_a_request_goes_to_the_prefill_leader_and_names_its_decode_replica() -> None:
     dispatcher = make_dispatcher()
     request = make_request()
-    assert dispatcher.submit([request]) == [Outgoing(PREFILL_LEADER, Prefill(request, DECODE))]
-    assert (dispatcher.num_live, dispatcher.num_waiting) == (1, 1)
+    assert dispatcher.dispatch([request]) == [Outgoing(PREFILL_LEADER, Prefill(request, DECODE))]
+    assert (dispatcher.num_active, dispatcher.num_waiting) == (1, 1)
 
 
 def test_a_colocated_request_stays_with_one_replica() -> None:
     dispatcher = make_dispatcher(COLOCATED)
     request = make_request()
-    assert dispatcher.submit([request]) == [Outgoing(0, Prefill(request, 0))]
+    assert dispatcher.dispatch([request]) == [Outgoing(0, Prefill(request, 0))]
     assert counts(dispatcher) == [(5, 5, 1)]
-    assert dispatcher.abort("a") == [Outgoing(0, Abort("a"))]
+    assert dispatcher.close("a") == [Outgoing(0, Abort("a"))]
     assert counts(dispatcher) == [(0, 0, 0)]
 
 
 def test_what_is_counted_from_dispatch_to_the_end() -> None:
     dispatcher = make_dispatcher()
-    dispatcher.submit([make_request()])
+    dispatcher.dispatch([make_request()])
     assert counts(dispatcher) == [(5, 0, 1), (0, 5, 1)]  # before any report
     dispatcher.on_report(report(PREFILL, delta(0)))
     assert counts(dispatcher) == [(0, 0, 1), (0, 6, 1)]
-    assert (dispatcher.num_live, dispatcher.num_waiting) == (1, 0)
+    assert (dispatcher.num_active, dispatcher.num_waiting) == (1, 0)
     dispatcher.on_report(report(DECODE, delta(1), delta(2)))
     assert counts(dispatcher) == [(0, 0, 1), (0, 8, 1)]
     dispatcher.on_report(report(DECODE, delta(3, finish_reason=FinishReason.LENGTH)))
     assert counts(dispatcher) == [(0, 0, 0), (0, 0, 0)]
-    assert (dispatcher.num_live, dispatcher.num_waiting) == (0, 0)
+    assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
 
 
 def test_too_many_are_refused_all_or_none() -> None:
     dispatcher = make_dispatcher(max_waiting=3)
-    dispatcher.submit([make_request("a"), make_request("b")])
+    dispatcher.dispatch([make_request("a"), make_request("b")])
     before = counts(dispatcher)
     with pytest.raises(TooManyWaiting, match="2 requests wait"):
-        dispatcher.submit([make_request("c"), make_request("d")])
-    assert (dispatcher.num_live, dispatcher.num_waiting) == (2, 2)
+        dispatcher.dispatch([make_request("c"), make_request("d")])
+    assert (dispatcher.num_active, dispatcher.num_waiting) == (2, 2)
     assert counts(dispatcher) == before
     dispatcher.on_report(report(PREFILL, delta(0)))  # one less waits, as many are live
-    assert len(dispatcher.submit([make_request("c"), make_request("d")])) == 2
+    assert len(dispatcher.dispatch([make_request("c"), make_request("d")])) == 2
 
 
 def test_an_abort_closes_and_tells_both_replicas_once() -> None:
     dispatcher = make_dispatcher()
-    dispatcher.submit([make_request()])
-    told = dispatcher.abort("a")
+    dispatcher.dispatch([make_request()])
+    told = dispatcher.close("a")
     assert told == [Outgoing(PREFILL_LEADER, Abort("a")), Outgoing(DECODE_LEADER, Abort("a"))]
-    assert dispatcher.abort("a") == dispatcher.abort("never seen") == []
+    assert dispatcher.close("a") == dispatcher.close("never seen") == []
     assert counts(dispatcher) == [(0, 0, 0), (0, 0, 0)]
-    assert (dispatcher.num_live, dispatcher.num_waiting) == (0, 0)
+    assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_tokens_of_a_closed_request_are_answered_with_another_abort(finished: bool) -> None:
     dispatcher = make_dispatcher()
-    dispatcher.submit([make_request("a"), make_request("b")])
+    dispatcher.dispatch([make_request("a"), make_request("b")])
     if finished:
         dispatcher.on_report(report(PREFILL, delta(0, finish_reason=FinishReason.STOP)))
     else:
-        dispatcher.abort("a")
+        dispatcher.close("a")
     late = report(DECODE, delta(1), delta(2), delta(1, id="unknown"))
     outputs, outgoing = dispatcher.on_report(late)
     assert outputs == []
@@ -131,16 +131,16 @@ def test_tokens_of_a_closed_request_are_answered_with_another_abort(finished: bo
         Outgoing(DECODE_LEADER, Abort("unknown")),
     ]
     assert dispatcher.on_report(late)[1] == outgoing  # it has not heard: again
-    assert dispatcher.num_live == 1
+    assert dispatcher.num_active == 1
 
 
 def test_decode_tokens_wait_for_token_0() -> None:
     dispatcher = make_dispatcher()
-    dispatcher.submit([make_request()])
+    dispatcher.dispatch([make_request()])
     assert dispatcher.on_report(report(DECODE, delta(1))) == ([], [])
     end = delta(2, finish_reason=FinishReason.STOP, stop_reason="x")
     assert dispatcher.on_report(report(DECODE, end)) == ([], [])
-    assert (dispatcher.num_live, dispatcher.num_waiting) == (1, 1)
+    assert (dispatcher.num_active, dispatcher.num_waiting) == (1, 1)
     outputs, outgoing = dispatcher.on_report(report(PREFILL, delta(0)))
     assert [(o.first_index, o.token_ids, o.text) for o in outputs] == [
         (0, (10,), "<0>"),
@@ -151,17 +151,17 @@ def test_decode_tokens_wait_for_token_0() -> None:
     assert [o.timeline is not None for o in outputs] == [False, False, True]
     assert outputs[-1].stop_reason == "x"
     assert outgoing == []
-    assert (dispatcher.num_live, dispatcher.num_waiting) == (0, 0)
+    assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
 
 
 def test_stamps_of_both_replicas_come_together_on_one_clock() -> None:
     clock = Clock()
     dispatcher = make_dispatcher(clock=clock)
-    dispatcher.submit([make_request()])
+    dispatcher.dispatch([make_request()])
     decode = Timeline(transfer_started_s=903.0, transfer_ended_s=904.0, decode_started_s=905.0)
-    dispatcher.on_report(report(DECODE, delta(1, stamps=decode)), offset_s=-800.0)
+    dispatcher.on_report(report(DECODE, delta(1, timeline=decode)), offset_s=-800.0)
     prefill = Timeline(prefill_queued_s=1.0, prefill_started_s=1.5, prefill_ended_s=2.0)
-    dispatcher.on_report(report(PREFILL, delta(0, stamps=prefill)), offset_s=100.0)
+    dispatcher.on_report(report(PREFILL, delta(0, timeline=prefill)), offset_s=100.0)
     clock.now_s = 110.0
     outputs, _ = dispatcher.on_report(report(DECODE, delta(2, finish_reason=FinishReason.LENGTH)))
     assert outputs[-1].timeline == Timeline(
@@ -178,7 +178,7 @@ def test_stamps_of_both_replicas_come_together_on_one_clock() -> None:
 
 def test_when_the_job_fails_every_request_ends_with_the_reason() -> None:
     dispatcher = make_dispatcher()
-    dispatcher.submit([make_request("a"), make_request("b")])
+    dispatcher.dispatch([make_request("a"), make_request("b")])
     dispatcher.on_report(report(PREFILL, delta(0)))
     outputs = dispatcher.fail_all("rank 3 is gone")
     assert [(o.request_id, o.first_index, o.token_ids) for o in outputs] == [
@@ -187,7 +187,7 @@ def test_when_the_job_fails_every_request_ends_with_the_reason() -> None:
     ]
     assert {(o.finish_reason, o.error) for o in outputs} == {(FinishReason.ERROR, "rank 3 is gone")}
     assert counts(dispatcher) == [(0, 0, 0), (0, 0, 0)]
-    assert (dispatcher.num_live, dispatcher.num_waiting) == (0, 0)
+    assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
     assert dispatcher.fail_all("again") == []
 
 

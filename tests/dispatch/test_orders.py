@@ -76,13 +76,13 @@ class Cluster:
             )
             for i in range(self.rng.randint(1, 3))
         ]
-        before = (self.dispatcher.num_live, self.dispatcher.num_waiting)
+        before = (self.dispatcher.num_active, self.dispatcher.num_waiting)
         try:
-            outgoing = self.dispatcher.submit(group)
+            outgoing = self.dispatcher.dispatch(group)
         except TooManyWaiting:
             self.num_refused += 1
             assert before[1] + len(group) > MAX_WAITING
-            assert (self.dispatcher.num_live, self.dispatcher.num_waiting) == before
+            assert (self.dispatcher.num_active, self.dispatcher.num_waiting) == before
             return
         assert before[1] + len(group) <= MAX_WAITING
         self.requests |= {request.id: request for request in group}
@@ -92,7 +92,7 @@ class Cluster:
     def abort(self) -> None:
         """Some client goes away, perhaps after its answer."""
         request_id = self.rng.choice(list(self.requests))
-        outgoing = self.dispatcher.abort(request_id)
+        outgoing = self.dispatcher.close(request_id)
         if outgoing:
             self.aborted.add(request_id)
         self._send(outgoing)
@@ -170,25 +170,27 @@ class Cluster:
             token_ids=(index + 100,),
             text=f"<{index}>",
             finish_reason=FinishReason.LENGTH if last else None,
-            stamps=self._stamps(peer, index) if first else None,
+            timeline=self._timeline(peer, index) if first else None,
         )
 
-    def _stamps(self, peer: Peer, index: int) -> Timeline:
+    def _timeline(self, peer: Peer, index: int) -> Timeline:
         now_s = self.clock() + CLOCK_SKEW_S * peer.id
         return Timeline(prefill_ended_s=now_s) if index == 0 else Timeline(decode_started_s=now_s)
 
     # --- what must hold -----------------------------------------------------------------------
 
     def _check_counts(self) -> None:
-        live = [r for r in self.requests if r not in self.aborted and not self._ended(r)]
-        waiting = [r for r in live if not self.outputs[r]]
-        assert self.dispatcher.num_live == len(live)
+        active = [r for r in self.requests if r not in self.aborted and not self._ended(r)]
+        waiting = [r for r in active if not self.outputs[r]]
+        assert self.dispatcher.num_active == len(active)
         assert self.dispatcher.num_waiting == len(waiting)
         prompts = {id: len(request.prompt_ids) for id, request in self.requests.items()}
-        given = {id: sum(len(o.token_ids) for o in self.outputs[id]) for id in live}
+        given = {id: sum(len(o.token_ids) for o in self.outputs[id]) for id in active}
         states = self.dispatcher.states
         assert sum(s.num_prefill_tokens for s in states) == sum(prompts[r] for r in waiting)
-        assert sum(s.num_decode_tokens for s in states) == sum(prompts[r] + given[r] for r in live)
+        assert sum(s.num_decode_tokens for s in states) == sum(
+            prompts[r] + given[r] for r in active
+        )
 
     def _ended(self, request_id: str) -> bool:
         outputs = self.outputs[request_id]
@@ -210,13 +212,13 @@ def check_answers(cluster: Cluster) -> None:
         assert len(tokens) == request.sampling.max_tokens
         timeline = outputs[-1].timeline
         assert outputs[-1].finish_reason is FinishReason.LENGTH and timeline is not None
-        stamps = [
+        timeline = [
             timeline.arrived_s,
             timeline.prefill_ended_s,
             timeline.decode_started_s,
             timeline.finished_s,
         ]
-        came = [stamp for stamp in stamps if stamp is not None]
+        came = [stamp for stamp in timeline if stamp is not None]
         assert came == sorted(came) and len(came) >= 3
 
 
@@ -228,7 +230,7 @@ def test_every_request_is_answered_once_in_order(shape: str, policy: str, seed: 
     cluster.run()
     check_answers(cluster)
     # Nothing is left behind, neither here nor there.
-    assert (cluster.dispatcher.num_live, cluster.dispatcher.num_waiting) == (0, 0)
+    assert (cluster.dispatcher.num_active, cluster.dispatcher.num_waiting) == (0, 0)
     for state in cluster.dispatcher.states:
         assert (state.num_prefill_tokens, state.num_decode_tokens, state.num_requests) == (0, 0, 0)
     assert not any(peer.jobs for peer in cluster.peers)

@@ -141,7 +141,7 @@ async def test_tokens_after_an_abort_are_answered_with_another() -> None:
     (stream,) = cluster.service.submit([make_request("a")])
     await cluster.until(lambda: stream.num_tokens == 1)
     cluster.service.abort("a")
-    cluster.live["a"] = object()  # type: ignore[assignment]  # the decode replica had not heard
+    cluster.active["a"] = object()  # type: ignore[assignment]  # the decode replica had not heard
     cluster.report(1, make_delta("a", 1))
     assert cluster.aborted == ["a", "a"]
     assert len(await read(stream)) == 1
@@ -159,7 +159,7 @@ async def test_submit_takes_all_or_none() -> None:
     (stream,) = cluster.service.submit([make_request("a")])
     with pytest.raises(ValueError, match="is live"):
         cluster.service.submit([make_request("b"), make_request("a")])
-    assert cluster.service.num_live == 1
+    assert cluster.service.num_active == 1
     cluster.release()
     assert (await read(stream))[-1].finish_reason is FinishReason.LENGTH
     cluster.service.submit([make_request("a")])  # an id may come again after its end
@@ -217,5 +217,5 @@ async def test_a_held_end_does_not_end_a_request_early() -> None:
     cluster.report(0, make_delta("a", 0))
     (output,) = await read(stream)
     assert (output.text, output.finish_reason) == (texts(3), FinishReason.LENGTH)
-    cluster.live.clear()
+    cluster.active.clear()
     cluster.assert_at_rest()

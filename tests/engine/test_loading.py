@@ -8,7 +8,7 @@ import torch
 from serve.config.server import parse_args
 from serve.engine import loading
 from serve.engine.rank_setup import RankSetup
-from serve.topology import Place, build_topology
+from serve.topology import RankInfo, build_topology
 
 
 def test_a_device_that_is_too_small_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +24,7 @@ def test_a_device_that_is_too_small_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(loading, "build_model", build_model)
     config = parse_args(["--mode", "colocated"], 1)
     topology = build_topology(config.replica_specs, 0, mixed=True)
-    setup = RankSetup(config, topology, Place(0, 1, 0, 1), torch.device("cpu"))
+    setup = RankSetup(config, topology, RankInfo(0, 1, 0, 1), torch.device("cpu"))
     with pytest.raises(ValueError) as caught:
         loading.load_rank(setup, lambda done, total: None)
     text = str(caught.value)

@@ -64,10 +64,10 @@ import ctypes
 import os
 
 import serve.launch
-from serve.topology import read_place
+from serve.topology import read_rank_info
 from serve.device import pick_device
 
-print(pick_device(read_place(os.environ).local_rank))
+print(pick_device(read_rank_info(os.environ).local_rank))
 mode = ctypes.c_int()
 assert ctypes.CDLL("libcuda.so.1").cuModuleGetLoadingMode(ctypes.byref(mode)) == 0
 assert mode.value == 1  # CU_MODULE_EAGER_LOADING

@@ -136,10 +136,10 @@ def test_decodes_go_on_beside_a_long_prompt() -> None:
 def test_a_newcomer_waits_for_blocks_that_the_running_ones_may_need() -> None:
     pool = BlockPool(4)
     scheduler = Scheduler(pool, SchedulerLimits(8, 64, True, block_size=4))
-    assert scheduler.can_reserve(4, num_lent=0), "an idle pool is all the newcomer's"
+    assert scheduler.can_reserve(4, num_reserved=0), "an idle pool is all the newcomer's"
     scheduler.add(make_sequence(0, 4, 9))
-    assert not scheduler.can_reserve(1, num_lent=0), "who waits here comes first"
+    assert not scheduler.can_reserve(1, num_reserved=0), "who waits here comes first"
     scheduler.schedule()
-    assert scheduler.can_reserve(2, num_lent=0)
-    assert not scheduler.can_reserve(3, num_lent=0)
-    assert not scheduler.can_reserve(2, num_lent=1)
+    assert scheduler.can_reserve(2, num_reserved=0)
+    assert not scheduler.can_reserve(3, num_reserved=0)
+    assert not scheduler.can_reserve(2, num_reserved=1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from serve.protocol.messages import AnyMessage, Offer, Push
 from serve.replica.block_pool import BlockPool
 from serve.replica.scheduler import Batch, Chunk, Scheduler, SchedulerLimits
-from serve.replica.sequence import LEFT_BLOCK, Sequence
+from serve.replica.sequence import OUT_OF_WINDOW_BLOCK, Sequence
 from serve.request import Request, SamplingParams
 from tests.support.simulation import Cluster, storm
 
@@ -47,27 +47,27 @@ def test_what_is_left_is_what_nobody_reads(window: int, block_size: int) -> None
     for position in range(70):
         unread = [p for p in range(position) if p <= position - kept]
         whole = sum((p + 1) % block_size == 0 for p in unread)
-        assert limits.num_left_blocks(position) == whole
+        assert limits.num_out_of_window_blocks(position) == whole
         assert position == 0 or whole < -(-position // block_size)
 
 
 def test_nothing_is_left_where_a_layer_sees_everything() -> None:
-    assert make_limits(None).num_left_blocks(10_000) == 0
+    assert make_limits(None).num_out_of_window_blocks(10_000) == 0
 
 
 def test_a_sequence_lets_go_of_a_block_once() -> None:
     sequence = make_sequence(10, 1)
     sequence.block_table = [5, 0, 7]
-    assert sequence.leave_blocks(1) == [5]
-    assert sequence.leave_blocks(1) == []
-    assert sequence.leave_blocks(2) == [0], "a real block 0 is a block"
-    assert sequence.leave_blocks(1) == [] and sequence.num_left_blocks == 2
-    assert sequence.block_table == [LEFT_BLOCK, LEFT_BLOCK, 7]
+    assert sequence.drop_out_of_window_blocks(1) == [5]
+    assert sequence.drop_out_of_window_blocks(1) == []
+    assert sequence.drop_out_of_window_blocks(2) == [0], "a real block 0 is a block"
+    assert sequence.drop_out_of_window_blocks(1) == [] and sequence.num_out_of_window_blocks == 2
+    assert sequence.block_table == [OUT_OF_WINDOW_BLOCK, OUT_OF_WINDOW_BLOCK, 7]
     assert sequence.owned_blocks == [7]
     with pytest.raises(ValueError, match="4 blocks to be left of 3"):
-        sequence.leave_blocks(4)
+        sequence.drop_out_of_window_blocks(4)
     assert sequence.take_blocks() == [7]
-    assert sequence.block_table == [] and sequence.num_left_blocks == 0
+    assert sequence.block_table == [] and sequence.num_out_of_window_blocks == 0
     assert sequence.take_blocks() == []
 
 
@@ -119,8 +119,8 @@ class Steps:
         assert len(set(owned)) == len(owned)
         assert len(owned) + self.pool.num_free == self.pool.num_blocks
         for sequence in self.scheduler.running:
-            left = sequence.block_table[: sequence.num_left_blocks]
-            assert left == [LEFT_BLOCK] * len(left)
+            left = sequence.block_table[: sequence.num_out_of_window_blocks]
+            assert left == [OUT_OF_WINDOW_BLOCK] * len(left)
         for batch in self.in_flight:
             for chunk in batch.chunks:
                 self._check_reads(chunk)
@@ -132,7 +132,7 @@ class Steps:
         if chunk.num_preemptions != sequence.num_preemptions or window is None:
             return
         first_read = max(0, chunk.start - window + 1)
-        assert sequence.num_left_blocks <= first_read // BLOCK_SIZE
+        assert sequence.num_out_of_window_blocks <= first_read // BLOCK_SIZE
         end = chunk.start + chunk.num_tokens
         assert len(sequence.block_table) * BLOCK_SIZE >= end
 
@@ -200,20 +200,20 @@ def test_a_preempted_sequence_begins_with_all_its_blocks_again() -> None:
     old, young = make_sequence(12, 20, 0), make_sequence(24, 8, 1)
     young.token_ids.append(0)
     young.num_computed = young.num_scheduled = 24
-    young.block_table = [LEFT_BLOCK, LEFT_BLOCK, *steps.pool.allocate(5)]
-    young.num_left_blocks = 2
+    young.block_table = [OUT_OF_WINDOW_BLOCK, OUT_OF_WINDOW_BLOCK, *steps.pool.allocate(5)]
+    young.num_out_of_window_blocks = 2
     steps.scheduler.add(old)
     steps.scheduler.add_arrived(young)
     num_left = []
     while not steps.preempted:
-        num_left.append(young.num_left_blocks)
+        num_left.append(young.num_out_of_window_blocks)
         assert steps.plan()
         steps.finish()
     assert steps.preempted == [young] and num_left[-1] == 3
-    assert young.block_table == [] and young.num_left_blocks == 0
+    assert young.block_table == [] and young.num_out_of_window_blocks == 0
     while young.num_scheduled == 0:
         assert steps.plan() or steps.finish()
-    assert young.num_left_blocks == 0 and len(young.owned_blocks) == 8
+    assert young.num_out_of_window_blocks == 0 and len(young.owned_blocks) == 8
     while steps.plan() or steps.finish():
         pass
     assert steps.num_ended == 2 and steps.pool.num_free == 9
@@ -274,7 +274,7 @@ def test_what_the_first_decoded_token_does_not_see_stays_behind(
     num_free: list[int] = []
 
     def note_free() -> None:
-        if cluster.nodes[1].replica._incoming.num_lent:
+        if cluster.nodes[1].replica._incoming.num_reserved:
             num_free.append(cluster.nodes[1].pool.num_free)
 
     cluster.submit(request)

@@ -22,10 +22,10 @@ from serve.engine.loading import find_routes
 from serve.engine.rank_setup import RankSetup
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams
-from serve.runtime.rank import Node
+from serve.runtime.rank import RankProcess
 from serve.runtime.server import follow
 from serve.runtime.startup import fit_max_model_len, make_front
-from serve.topology import Place, Topology, build_topology
+from serve.topology import RankInfo, Topology, build_topology
 
 
 class Job(msgspec.Struct):
@@ -59,13 +59,13 @@ def serve_case(argv: list[str], num_ranks: int, jobs: bytes) -> bytes | None:
     config = parse_args(argv, num_ranks)
     topology = build_topology(config.replica_specs, config.partition_id, config.partition_id == 0)
     control_group = new_control_group()
-    place = Place(rank, num_ranks, rank, num_ranks)
+    rank_info = RankInfo(rank, num_ranks, rank, num_ranks)
     if rank >= num_ranks:
-        _stand_by(RankSetup(config, topology, place, pick_device(place.local_rank)))
+        _stand_by(RankSetup(config, topology, rank_info, pick_device(rank_info.local_rank)))
         return None
     decoded = msgspec.msgpack.decode(jobs, type=list[Job])
     try:
-        return asyncio.run(_run(config, topology, place, control_group, decoded))
+        return asyncio.run(_run(config, topology, rank_info, control_group, decoded))
     finally:
         gc.collect()  # the caches of one case should not meet those of the next
 
@@ -80,23 +80,25 @@ def _stand_by(setup: RankSetup) -> None:
 async def _run(
     config: ServerConfig,
     topology: Topology,
-    place: Place,
+    rank_info: RankInfo,
     control_group: dist.ProcessGroup,
     jobs: list[Job],
 ) -> bytes | None:
-    node = Node(config, place, topology, pick_device(place.local_rank), control_group)
+    process = RankProcess(
+        config, rank_info, topology, pick_device(rank_info.local_rank), control_group
+    )
     results: list[CaseResult] = []
-    await node.run(_lead(node, jobs, results) if place.rank == 0 else follow(node))
+    await process.run(_lead(process, jobs, results) if rank_info.rank == 0 else follow(process))
     return msgspec.msgpack.encode(results[0]) if results else None
 
 
-async def _lead(node: Node, jobs: list[Job], results: list[CaseResult]) -> None:
-    front = make_front(node.config, node.topology, Metrics("test"), node.channel.send)
+async def _lead(process: RankProcess, jobs: list[Job], results: list[CaseResult]) -> None:
+    front = make_front(process.config, process.topology, Metrics("test"), process.channel.send)
     changed = asyncio.Event()
-    node.tell_front = _announce(front.on_message, changed)
-    await node.load(await node.load_tokenizer(), lambda done, total: None)
+    process.tell_front = _announce(front.on_message, changed)
+    await process.load(await process.load_tokenizer(), lambda done, total: None)
     front.service.set_ready(
-        fit_max_model_len(node.config, node.setup.block_size, await front.gather())
+        fit_max_model_len(process.config, process.setup.block_size, await front.gather())
     )
     requests = [
         Request(id=f"job-{i}", prompt_ids=job.prompt_ids, sampling=job.sampling)
@@ -111,7 +113,7 @@ async def _lead(node: Node, jobs: list[Job], results: list[CaseResult]) -> None:
     preemptions = sum(report.num_preemptions for report in _LOADS.values())
     results.append(CaseResult(list(answers), front.service.cluster(), preemptions))
     _LOADS.clear()
-    await node.leave()
+    await process.leave()
 
 
 _LOADS: dict[int, Any] = {}  # by replica, as last reported; one case at a time

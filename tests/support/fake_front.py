@@ -13,7 +13,7 @@ from serve.api.settings import ApiSettings
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Output, Overloaded, Service, Stream, Unavailable
 from serve.request import FinishReason, Request, Timeline
-from serve.tokenizer.detokenizer import OutputText
+from serve.tokenizer.detokenizer import Detokenizer
 from serve.tokenizer.tokenizer import UNKNOWN, Tokenizer
 
 VOCAB_SIZE = 300
@@ -73,7 +73,7 @@ class FakeService:
         self.requests: list[Request] = []  # all that ever came
         self.submitted: asyncio.Queue[Request] = asyncio.Queue()
         self.aborted: asyncio.Queue[str] = asyncio.Queue()  # only what was live
-        self._texts: dict[str, OutputText] = {}
+        self._texts: dict[str, Detokenizer] = {}
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         self.check_open()
@@ -134,7 +134,7 @@ class FakeService:
         stream = Stream(request)
         self.live[request.id] = stream
         self.requests.append(request)
-        self._texts[request.id] = OutputText(
+        self._texts[request.id] = Detokenizer(
             cast(Tokenizer, FakeTokenizer()), request.sampling, request.prompt_ids
         )
         return stream

@@ -22,7 +22,7 @@ from serve.protocol.messages import (
     Unpack,
 )
 from serve.replica.replica import Replica
-from serve.replica.sequence import LEFT_BLOCK
+from serve.replica.sequence import OUT_OF_WINDOW_BLOCK
 from serve.request import Request
 
 VOCAB_SIZE = 1009
@@ -111,7 +111,7 @@ class Node:
         self.pool = self.replica._pool
         self.cache: list[Block] = [[None] * self.block_size for _ in range(self.pool.num_blocks)]
         if self.model.window is not None:
-            assert self.pool.allocate(1) == [LEFT_BLOCK]
+            assert self.pool.allocate(1) == [OUT_OF_WINDOW_BLOCK]
         free = self.pool.free
 
         def free_and_wipe(blocks: Iterable[int]) -> None:
@@ -145,7 +145,7 @@ class Node:
             assert not self.pool._is_free[block], f"block {block} is used and free"
 
     def _check(self, block: int) -> None:
-        assert block != LEFT_BLOCK or self.model.window is None, "a placeholder is used"
+        assert block != OUT_OF_WINDOW_BLOCK or self.model.window is None, "a placeholder is used"
 
     # --- what the GPU does --------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ class FakeCluster:
         self.app = create_app(self.service, tokenizer, self.metrics, settings)
         self.hold_at: int | None = None  # tokens after which requests wait for ``release``
         self.stop_at: int | None = None  # tokens after which they end with "stop"
-        self.live: dict[str, Progress] = {}
+        self.active: dict[str, Progress] = {}
         self.aborted: list[str] = []
         self.seen: list[Request] = []
         self._changed = asyncio.Event()
@@ -103,10 +103,10 @@ class FakeCluster:
         match message:
             case Prefill(request, decode_replica):
                 self.seen.append(request)
-                self.live[request.id] = Progress(request, decode_replica, end_at=self.stop_at)
-                self._start(self.live[request.id], rank)
+                self.active[request.id] = Progress(request, decode_replica, end_at=self.stop_at)
+                self._start(self.active[request.id], rank)
             case Abort(request_id):
-                if self.live.pop(request_id, None) is not None:
+                if self.active.pop(request_id, None) is not None:
                     self.aborted.append(request_id)
             case _:
                 raise AssertionError(f"rank 0 sent {message} to rank {rank}")
@@ -115,12 +115,12 @@ class FakeCluster:
     def release(self) -> None:
         """Let all held requests run to their end."""
         self.hold_at = None
-        for progress in self.live.values():
+        for progress in self.active.values():
             self._start(progress, progress.decode_replica)
 
     def report(self, replica_id: int, *deltas: Delta) -> None:
         """Let a replica tell rank 0 something."""
-        load = ReplicaLoad(num_blocks=NUM_BLOCKS, num_free_blocks=60, num_running=len(self.live))
+        load = ReplicaLoad(num_blocks=NUM_BLOCKS, num_free_blocks=60, num_running=len(self.active))
         self.service.on_report(Report(replica_id, load, deltas, num_step_tokens=len(deltas)))
         self._changed.set()
 
@@ -132,9 +132,9 @@ class FakeCluster:
 
     def assert_at_rest(self) -> None:
         """Nothing is remembered of any request."""
-        assert self.service.num_live == 0
+        assert self.service.num_active == 0
         assert self.dispatcher.num_waiting == 0
-        assert not self.live
+        assert not self.active
         for state in self.dispatcher.states:
             assert (state.num_prefill_tokens, state.num_decode_tokens) == (0, 0)
             assert state.num_requests == 0
@@ -148,12 +148,12 @@ class FakeCluster:
         """One token of one request, if it is still wanted."""
         progress.running = False
         request, index = progress.request, progress.num_tokens
-        if self.live.get(request.id) is not progress or index == self.hold_at:
+        if self.active.get(request.id) is not progress or index == self.hold_at:
             return
         progress.num_tokens += 1
         reason = _reason(progress)
         if reason is not None:
-            del self.live[request.id]
+            del self.active[request.id]
         self.report(replica_id, make_delta(request.id, index, reason))
         if reason is None:
             self._start(progress, progress.decode_replica)
@@ -177,7 +177,7 @@ def make_delta(request_id: str, index: int, reason: FinishReason | None = None) 
         token_ids=(FIRST_ID + index,),
         text=f" t{index}",
         finish_reason=reason,
-        stamps=stamps,
+        timeline=stamps,
     )
 
 

@@ -212,9 +212,9 @@ def _live(connection: Connection[Any, Any], stacks: str, environ: dict[str, str]
 
 def _join() -> None:
     from serve.comm.process_groups import init_world
-    from serve.topology import read_place
+    from serve.topology import read_rank_info
 
-    init_world(read_place(os.environ), "cpu")
+    init_world(read_rank_info(os.environ), "cpu")
 
 
 def _call(path: str, args: tuple[Any, ...]) -> _Answer:

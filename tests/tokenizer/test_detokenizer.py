@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.protocol.messages import TextState
+from serve.protocol.messages import DetokenizerState
 from serve.request import SamplingParams
-from serve.tokenizer.detokenizer import OutputText, TextPiece
+from serve.tokenizer.detokenizer import Detokenizer, TextPiece
 from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer.test_tokenizer import smollm2, train_sentencepiece
 
@@ -62,11 +62,11 @@ def _run(
     handovers: frozenset[int] = frozenset(),
 ) -> tuple[str, str | None, int]:
     """All text, the stop string, and the number of tokens it took."""
-    output = OutputText(tokenizer, sampling, prompt_ids)
+    output = Detokenizer(tokenizer, sampling, prompt_ids)
     text = ""
     for count, token_id in enumerate(ids, 1):
         if count in handovers:
-            output = OutputText.resume(tokenizer, sampling, output.state())
+            output = Detokenizer.resume(tokenizer, sampling, output.state())
         piece = output.push(token_id)
         text += piece.text
         if piece.stop is not None:
@@ -88,9 +88,9 @@ def test_joined_pieces_are_the_whole_decoded(
 def test_half_a_character_is_held_and_an_invalid_byte_is_shown() -> None:
     ids = smollm2().encode("🙂")
     assert len(ids) > 1
-    output = OutputText(smollm2(), _params(), ())
+    output = Detokenizer(smollm2(), _params(), ())
     assert [output.push(i).text for i in ids] == [""] * (len(ids) - 1) + ["🙂"]
-    output = OutputText(smollm2(), _params(), ())
+    output = Detokenizer(smollm2(), _params(), ())
     assert output.push(ids[0]).text == ""
     assert output.push(smollm2().encode("x")[0]).text == "\ufffdx"
     assert output.push(ids[0]).text == ""
@@ -99,14 +99,14 @@ def test_half_a_character_is_held_and_an_invalid_byte_is_shown() -> None:
 
 
 def test_every_unknown_id_makes_text_at_once() -> None:
-    output = OutputText(smollm2(), _params(), ())
+    output = Detokenizer(smollm2(), _params(), ())
     assert [output.push(i).text for i in (VOCAB, 10**9)] == ["\ufffd", "\ufffd"]
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
-    output = OutputText(None, _params(stop=("x",)), (1, 2))
+    output = Detokenizer(None, _params(stop=("x",)), (1, 2))
     assert output.push(3) == TextPiece("", None)
-    assert OutputText.resume(None, _params(), output.state()).finish() == ""
+    assert Detokenizer.resume(None, _params(), output.state()).finish() == ""
 
 
 # --- sentencepiece's first space ----------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_stop_strings_against_a_naive_search(
 )
 def test_no_more_is_held_than_may_become_a_stop_string(words: list[str], stop: list[str]) -> None:
     tokenizer = smollm2()
-    output = OutputText(tokenizer, _params(stop=tuple(stop)), ())
+    output = Detokenizer(tokenizer, _params(stop=tuple(stop)), ())
     for token_id in (i for word in words for i in tokenizer.encode(word)):
         piece = output.push(token_id)
         if piece.stop is not None:
@@ -202,7 +202,7 @@ def test_no_more_is_held_than_may_become_a_stop_string(words: list[str], stop: l
 def test_a_stop_string_across_tokens_is_never_shown() -> None:
     tokenizer = smollm2()
     ids = tokenizer.encode("The answer: END") + tokenizer.encode("ING here")
-    output = OutputText(tokenizer, _params(stop=("ENDING",)), ())
+    output = Detokenizer(tokenizer, _params(stop=("ENDING",)), ())
     pieces = []
     for token_id in ids:
         pieces.append(output.push(token_id))
@@ -214,7 +214,7 @@ def test_a_stop_string_across_tokens_is_never_shown() -> None:
 
 def test_a_false_alarm_is_shown_in_the_end() -> None:
     tokenizer = smollm2()
-    output = OutputText(tokenizer, _params(stop=("ENDING",)), ())
+    output = Detokenizer(tokenizer, _params(stop=("ENDING",)), ())
     text = "".join(output.push(i).text for i in tokenizer.encode("an END"))
     assert text == "an "
     assert output.finish() == "END"
@@ -222,10 +222,10 @@ def test_a_false_alarm_is_shown_in_the_end() -> None:
 
 def test_state_stays_small() -> None:
     tokenizer = smollm2()
-    output = OutputText(tokenizer, _params(stop=("zzz",)), ())
+    output = Detokenizer(tokenizer, _params(stop=("zzz",)), ())
     for token_id in tokenizer.encode("word 🙂 " * 500):
         output.push(token_id)
         state = output.state()
-        assert isinstance(state, TextState)
+        assert isinstance(state, DetokenizerState)
         assert len(state.partial) <= 3
         assert len(state.held_text) <= 2

@@ -13,13 +13,13 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import LlamaTokenizer
 
 from serve.request import SamplingParams
-from serve.tokenizer.detokenizer import OutputText
+from serve.tokenizer.detokenizer import Detokenizer
 from serve.tokenizer.tokenizer import Tokenizer
 from tests.support.sentencepiece_models import MODELS, TEXTS, load, model, processor, random_texts
 
 
 def assert_incremental(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
-    output = OutputText(tokenizer, SamplingParams(max_tokens=1, skip_special_tokens=skip), ())
+    output = Detokenizer(tokenizer, SamplingParams(max_tokens=1, skip_special_tokens=skip), ())
     pushed = "".join(output.push(i).text for i in ids) + output.finish()
     assert pushed == tokenizer.decode(ids, skip)
 
