@@ -257,7 +257,8 @@ def _tree_of(**sources: str) -> dict[str, Module]:
 def test_offences_are_found(name: str, source: str, reason: str) -> None:
     others = {"serve__engine__runner": "", "serve__model__llama": ""}
     offences = find_offences(_tree_of(**{**others, name: source}))
-    assert len(offences) == 1 and reason in offences[0]
+    assert len(offences) == 1
+    assert reason in offences[0]
 
 
 def test_what_a_row_allows_is_no_offence() -> None:

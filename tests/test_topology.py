@@ -68,7 +68,8 @@ def test_ranks_and_peers_agree(topology: Topology) -> None:
     assert ranks == list(range(topology.world_size))
     for rank in ranks:
         peers = topology.control_peers(rank)
-        assert rank not in peers and list(peers) == sorted(set(peers))
+        assert rank not in peers
+        assert list(peers) == sorted(set(peers))
         assert all(rank in topology.control_peers(peer) for peer in peers)
         assert rank in topology.replica_of(rank).ranks
         assert rank == 0 or {0, topology.replica_of(rank).leader} - {rank} <= set(peers)

@@ -38,7 +38,8 @@ def round_robin(given: PolicyInput) -> Choice:
 
 def least_num_unfinished_tokens(given: PolicyInput) -> Choice:
     """The prefill replica with the fewest prompt tokens to compute, the decode replica with the
-    smallest context to read; where they are equal, each in turn."""
+    smallest context to read; where they are equal, each in turn.
+    """
 
     def rotated(candidates: list[ReplicaState]) -> list[ReplicaState]:
         start = given.number % len(candidates)

@@ -22,7 +22,8 @@ def check_stop(
     sequence: Sequence, output: Detokenizer, token_id: int, eos_token_ids: tuple[int, ...]
 ) -> StopCheck:
     """Feed the newest token to ``output`` and decide. Before ``min_tokens`` nothing but
-    ``max_tokens`` ends a request; the text of a token that ends it by id is not shown."""
+    ``max_tokens`` ends a request; the text of a token that ends it by id is not shown.
+    """
     sampling = sequence.request.sampling
     count = sequence.num_output_tokens
     if count > sampling.min_tokens:

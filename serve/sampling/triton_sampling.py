@@ -39,7 +39,8 @@ def _gumbel(bits):
 @triton.jit
 def _rough_gumbel(bits):
     """The same to about 1e-5, float32, at a tenth of the time: with the series of the logarithm
-    where one minus the uniform number is small, and would be lost in rounding."""
+    where one minus the uniform number is small, and would be lost in rounding.
+    """
     uniform = (bits.to(tl.float32) + 0.5) * 2.220446049250313e-16
     rest = ((0xFFFFFFFFFFFFF - bits).to(tl.float32) + 0.5) * 2.220446049250313e-16
     series = 1 / 4 + rest * (1 / 5 + rest * (1 / 6 + rest * (1 / 7)))

@@ -96,7 +96,8 @@ def _load_gguf(path: Path) -> PreTrainedTokenizerFast:
 
 def _split_digits(backend: tokenizers.Tokenizer, path: Path) -> None:
     """Restore the splitting at digits, which transformers leaves out for these vocabularies: it
-    reads ``"a  12"`` as ``a, ' ', ' ', 1, 2``; the model was trained on ``a, '  ', 1, 2``."""
+    reads ``"a  12"`` as ``a, ' ', ' ', 1, 2``; the model was trained on ``a, '  ', 1, 2``.
+    """
     from tokenizers import pre_tokenizers
 
     if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):

@@ -69,7 +69,8 @@ async def test_recorded_bodies(path: str, ask: dict[str, Any]) -> None:
     assert all(request.sampling.max_tokens == 4 for request in service.requests)
     asked = ask.get("stream_options") or {}
     if asked.get("include_usage"):
-        assert body[-1]["choices"] == [] and body[-1]["usage"]["completion_tokens"] == 4
+        assert body[-1]["choices"] == []
+        assert body[-1]["usage"]["completion_tokens"] == 4
         running = [chunk["usage"]["completion_tokens"] for chunk in body[:-1] if "usage" in chunk]
         assert running == (sorted(running) if asked.get("continuous_usage_stats") else [])
     elif ask.get("stream"):
@@ -194,7 +195,8 @@ async def test_the_rest_is_refused_by_name(field: str, value: object) -> None:
     for path, ask in ((COMPLETIONS, {"prompt": "hi"}), (CHAT, {"messages": PLAIN})):
         status, body, service = await post(ask | {field: value}, path)
         assert status == 400, body
-        assert body["error"]["param"] == field and body["error"]["type"] == "BadRequestError"
+        assert body["error"]["param"] == field
+        assert body["error"]["type"] == "BadRequestError"
         assert not service.requests
 
 
@@ -257,7 +259,8 @@ async def test_sampling_arrives_as_asked() -> None:
     for name, value in asked.items():
         got = getattr(sampling, name)
         assert (list(got) if isinstance(got, tuple) else got) == value, name
-    assert sampling.stop == ("zz",) and sampling.logit_bias == {5: -100.0, 7: 3.5}
+    assert sampling.stop == ("zz",)
+    assert sampling.logit_bias == {5: -100.0, 7: 3.5}
 
 
 async def test_what_a_request_leaves_open_is_as_the_model_recommends() -> None:
@@ -284,7 +287,8 @@ async def test_max_tokens_is_cut_to_the_context() -> None:
 async def test_the_largest_seed_and_n() -> None:
     _, _, service = await post({"prompt": "hi", "seed": 2**63 - 1, "n": 2, "max_tokens": 1})
     seeds = [request.sampling.seed for request in service.requests]
-    assert len(set(seeds)) == 2 and all(-(2**63) <= seed < 2**63 for seed in seeds)
+    assert len(set(seeds)) == 2
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
 
 
 async def test_token_ids_and_timeline_in_an_answer() -> None:

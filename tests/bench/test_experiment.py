@@ -57,7 +57,8 @@ def test_defaults_and_both_spellings() -> None:
             serve_options={"max_model_len": 512, "enable-chunked-prefill": False},
         )
     )
-    assert experiment.goals == [0.9, 0.99] and experiment.gpus == 1
+    assert experiment.goals == [0.9, 0.99]
+    assert experiment.gpus == 1
     assert (experiment.rates.bisect, experiment.rates.stop_below) == (3, 0.5)
     assert experiment.workload == Workload(input_len=64, output_len=16, token_ids=(5, 9))
     assert experiment.serve_options == {"max-model-len": 512, "enable-chunked-prefill": False}
@@ -96,7 +97,8 @@ def test_defaults_and_both_spellings() -> None:
 def test_mistakes_name_the_key(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ExperimentError) as failed:
         decode(content(**changes))
-    assert named in str(failed.value) and "\n" not in str(failed.value)
+    assert named in str(failed.value)
+    assert "\n" not in str(failed.value)
 
 
 def test_every_split_of_four() -> None:
@@ -183,7 +185,8 @@ def test_a_copy_for_every_gpu_and_one_that_runs_already() -> None:
     )
     assert [launch.gpus for launch in found["each"].launches] == [range(i, i + 1) for i in range(3)]
     assert found["there"].base_urls == ("http://a:1", "http://b:2")
-    assert found["there"].launches == () and found["there"].num_gpus == 2
+    assert found["there"].launches == ()
+    assert found["there"].num_gpus == 2
 
 
 def test_load_command() -> None:
@@ -310,7 +313,8 @@ def test_shipped_requests_fit_the_server(path: Path, tmp_path: Path) -> None:
     trace = _trace(tmp_path, 1000) if path.stem == "mooncake" else None
     experiment = read_experiment(path, trace=trace)
     limit = experiment.serve_options["max-model-len"]
-    assert isinstance(limit, int) and max(_total_lengths(experiment)) <= limit
+    assert isinstance(limit, int)
+    assert max(_total_lengths(experiment)) <= limit
 
 
 def _total_lengths(experiment: Experiment) -> list[int]:

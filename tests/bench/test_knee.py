@@ -26,7 +26,8 @@ def measure(
     """The rates in the order in which they are measured."""
     points: dict[float, float] = {}
     while (rate := next_rate(points, values, goal, bisect, stop_below, extend)) is not None:
-        assert rate not in points and rate > 0
+        assert rate not in points
+        assert rate > 0
         points[rate] = attainment(rate)
         assert len(points) <= len(values) + extend + bisect
     return list(points)
@@ -133,7 +134,8 @@ def test_the_bracket_shrinks_around_a_knee(values: list[float], knee: float, bis
         low = goodput(points, GOAL) or 0.0
         high = min((rate for rate in points if rate > knee), default=None)
         if high is None:
-            assert not halving and low == max(values) <= knee
+            assert not halving
+            assert low == max(values) <= knee
             return
         assert low <= knee < high
         widths.append(high - low)

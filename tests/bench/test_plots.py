@@ -83,9 +83,11 @@ def test_a_sweep_has_the_papers_figures(tmp_path: Path) -> None:
     assert_drawn(draw_sweep("both ways", series, [0.9, 0.99], tmp_path), stems)
     found = texts(tmp_path / "attainment.svg")
     assert "both ways" in found
-    assert "colocated" in found and "1P+1D" in found
+    assert "colocated" in found
+    assert "1P+1D" in found
     assert "offered rate per GPU [req/s/GPU]" in found
-    assert "90 %" in found and "99 %" in found
+    assert "90 %" in found
+    assert "99 %" in found
 
 
 def test_points_measured_elsewhere_are_named_beside_ours(tmp_path: Path) -> None:

@@ -73,10 +73,12 @@ def test_a_sweep_measures_once(tmp_path: Path) -> None:
     first = points(folder)
     assert set(first) == {"pair/rate-20.json", "pair/rate-40.json"}
     run = json.loads(first["pair/rate-20.json"])
-    assert run["workload"]["rate"] == 20 and run["objectives"] == {"ttft_s": 60, "tpot_s": 60}
+    assert run["workload"]["rate"] == 20
+    assert run["objectives"] == {"ttft_s": 60, "tpot_s": 60}
     assert len(set(run["target"]["base_urls"])) == 2
     pair = summary(folder)["pair"]
-    assert pair["status"] == "complete" and [one["rate"] for one in pair["points"]] == [20, 40]
+    assert pair["status"] == "complete"
+    assert [one["rate"] for one in pair["points"]] == [20, 40]
     assert pair["goodput"]["0.9"] == {"rps": 40, "per_gpu_rps": 10, "knee_found": False}
     assert "| pair | 4 | ≥ 40 | ≥ 10 |" in (folder / "summary.md").read_text()
     assert (folder / "plots" / "attainment.png").read_bytes().startswith(PNG)
@@ -113,7 +115,8 @@ def test_one_server_failing_does_not_stop_the_others(
     assert [found[one["name"]]["status"] for one in servers] == [
         "failed", "failed", "failed", "complete", "complete",
     ]  # fmt: skip
-    assert "status 1" in found["broken"]["failure"] and "today" in found["broken"]["failure"]
+    assert "status 1" in found["broken"]["failure"]
+    assert "today" in found["broken"]["failure"]
     assert str(folder / "servers" / "broken.log") in found["broken"]["failure"]
     assert "/no/such/program" in found["missing"]["failure"]
     assert f"status {DIED}" in found["dying"]["failure"]
@@ -124,7 +127,8 @@ def test_one_server_failing_does_not_stop_the_others(
     assert found["refusing"]["points"][0]["num_errors"] == 6
     assert found["well"]["goodput"]["0.9"]["rps"] == 20
     text = (folder / "summary.md").read_text()
-    assert "| refusing | 1 | < 10 |" in text and "out of luck" in text
+    assert "| refusing | 1 | < 10 |" in text
+    assert "out of luck" in text
     assert "out of luck" in capfd.readouterr().err
 
 
@@ -140,7 +144,8 @@ def test_ctrl_c_leaves_what_is_done(tmp_path: Path) -> None:
     with running(command) as sweep:
         server = psutil.Process(int(fifo.read_text()))  # waits for the request that is held
         children = psutil.Process(sweep.pid).children(recursive=True)
-        assert server in children and len(children) > 1
+        assert server in children
+        assert len(children) > 1
         sweep.send_signal(signal.SIGINT)
         output, _ = sweep.communicate()
         assert sweep.returncode == INTERRUPTED, output
@@ -186,7 +191,8 @@ def test_only_one_sweep_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[
         fifo.read_text()
         with pytest.raises(SystemExit) as ended:
             main(command)
-        assert ended.value.code == 2 and "another sweep" in capsys.readouterr().err
+        assert ended.value.code == 2
+        assert "another sweep" in capsys.readouterr().err
         sweep.terminate()  # the same as Ctrl-C
         sweep.communicate()
         assert sweep.returncode == INTERRUPTED
@@ -247,7 +253,8 @@ def test_a_child_ends_with_all_it_started(tmp_path: Path, leader_is_gone: bool) 
     started = [psutil.Process(pid) for pid in pids]
     if leader_is_gone:
         child.signal(signal.SIGKILL)
-        assert first_ended([child], 20) is child and child.status() == -signal.SIGKILL
+        assert first_ended([child], 20) is child
+        assert child.status() == -signal.SIGKILL
     child.signal(signal.SIGTERM)
     child.end(0.2)
     assert not psutil.wait_procs(started, timeout=20)[1]
@@ -267,7 +274,8 @@ def test_the_shipped_smoke_experiment(tmp_path: Path) -> None:
     found = summary(folder)
     assert list(found) == ["colocated", "1P+1D"]
     for one in found.values():
-        assert one["status"] == "complete" and one["num_gpus"] == 2
+        assert one["status"] == "complete"
+        assert one["num_gpus"] == 2
         assert [point["rate"] for point in one["points"]] == [2, 4]
         assert all(point["num_errors"] == 0 for point in one["points"])
         assert all(point["num_requests"] == 12 for point in one["points"])

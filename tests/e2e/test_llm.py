@@ -88,4 +88,5 @@ def test_a_wrong_option_is_one_line(tmp_path: Path) -> None:
     done = generate(tmp_path, model, 1, "--replica-spec", "3,1")
     assert done.returncode == 1, "torchrun's own"
     errors = [line for line in done.stderr.splitlines() if line.startswith("serve: error:")]
-    assert len(errors) == 1 and "--replica-spec" in errors[0]
+    assert len(errors) == 1
+    assert "--replica-spec" in errors[0]

@@ -78,7 +78,8 @@ def test_chat(sdk: OpenAI) -> None:
     assert message.role == "assistant"
     assert "Paris" in (message.content or "")
     assert done.choices[0].finish_reason == "stop"
-    assert done.usage is not None and done.usage.completion_tokens < 20
+    assert done.usage is not None
+    assert done.usage.completion_tokens < 20
 
 
 def test_content_in_parts(sdk: OpenAI) -> None:
@@ -141,7 +142,8 @@ def test_streamed_chat(sdk: OpenAI) -> None:
     assert "Paris" in "".join(choice.delta.content or "" for choice in choices)
     assert choices[-1].finish_reason == "stop"
     assert not chunks[-1].choices
-    assert chunks[-1].usage is not None and chunks[-1].usage.prompt_tokens > 5
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.prompt_tokens > 5
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -151,7 +153,8 @@ def test_choices_are_seeded_one_by_one(sdk: OpenAI) -> None:
             model=MODEL, prompt=ONCE_UPON, max_tokens=10, temperature=1.0, n=n, seed=seed
         )
         assert [choice.index for choice in done.choices] == list(range(n))
-        assert done.usage is not None and done.usage.completion_tokens <= 10 * n
+        assert done.usage is not None
+        assert done.usage.completion_tokens <= 10 * n
         return [choice.text for choice in done.choices]
 
     three = sample(3, 7)
@@ -186,7 +189,8 @@ def test_stop_across_tokens(sdk: OpenAI, stream: bool) -> None:
     if not stream:
         choice = sdk.completions.create(**ask, stop=[stop, "never"]).choices[0]
         assert (choice.text, choice.finish_reason) == (expected, "stop")
-        assert choice.model_extra is not None and choice.model_extra["stop_reason"] == stop
+        assert choice.model_extra is not None
+        assert choice.model_extra["stop_reason"] == stop
         return
     chunks = list(sdk.completions.create(**ask, stop=stop, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
@@ -208,14 +212,16 @@ def test_an_answer_that_may_not_end(sdk: OpenAI, extra: dict[str, Any]) -> None:
         model=MODEL, messages=QUESTION, temperature=0, max_completion_tokens=14, extra_body=extra
     )
     assert done.choices[0].finish_reason == "length"
-    assert done.usage is not None and done.usage.completion_tokens == 14
+    assert done.usage is not None
+    assert done.usage.completion_tokens == 14
 
 
 def test_models(sdk: OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == [MODEL]
     card = sdk.models.retrieve(MODEL)
     assert card.object == "model"
-    assert card.model_extra is not None and card.model_extra["max_model_len"] == CONTEXT
+    assert card.model_extra is not None
+    assert card.model_extra["max_model_len"] == CONTEXT
     with pytest.raises(openai.NotFoundError):
         sdk.models.retrieve("another/model")
 

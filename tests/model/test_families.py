@@ -109,7 +109,8 @@ def test_checkpoints_of_the_bare_model(
     variant: str, prefix: str, with_head: bool, tmp_path: Path
 ) -> None:
     """As GPT-2, some of OPT and embedding models are published: names without their beginning,
-    masks, .bin files; a head that is tied may be there as well."""
+    masks, .bin files; a head that is tied may be there as well.
+    """
     if variant == "internlm2":
         llama = write_llama_checkpoint(tmp_path / "llama", seed=5)
         source, reference = write_internlm2(tmp_path / "full", llama), load_reference(llama)
@@ -159,6 +160,8 @@ def test_attention_to_what_follows_is_refused(variant: str, tmp_path: Path) -> N
 
 def test_longrope_depends_on_the_context_that_is_served(tmp_path: Path) -> None:
     config = load_model_config(str(write_variant(tmp_path, "phi3, longrope beyond", seed=1)))
-    assert config.rope is not None and config.rope.is_long
+    assert config.rope is not None
+    assert config.rope.is_long
     short = config.for_context(4).rope
-    assert short is not None and not short.is_long
+    assert short is not None
+    assert not short.is_long

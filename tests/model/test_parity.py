@@ -91,7 +91,8 @@ def run_greedy(
         chosen = rng.sample(active, rng.randint(1, len(active)))
         step = Step(number, tuple(generation.next(block_size) for generation in chosen))
         logits = model(build_forward_batch(step, block_size, "cpu"), cache)
-        assert logits is not None and logits.dtype == torch.float32
+        assert logits is not None
+        assert logits.dtype == torch.float32
         sampling = [g for g, s in zip(chosen, step.sequences, strict=True) if s.sample]
         assert logits.shape == (len(sampling), config.vocab_size)
         for generation, row in zip(sampling, logits, strict=True):
@@ -188,7 +189,8 @@ def test_smollm2_from_gguf() -> None:
     path = smollm2_gguf()
     config, model = load(path)
     assert (config.num_heads, config.num_kv_heads, config.rope.theta) == (9, 3, 100000.0)
-    assert config.eos_token_ids == (2,) and config.tie_word_embeddings
+    assert config.eos_token_ids == (2,)
+    assert config.tie_word_embeddings
     reference = load_reference(path)
     expected_weights = reference.state_dict()
     for name, parameter in model.named_parameters():

@@ -75,7 +75,9 @@ def run_rank(rank: int, size: int, init: str, jobs: list[tuple[str, tuple[int, .
             got = logits_of(path, tp)
             if tp.is_leader:
                 for ours, alone in zip(got, logits_of(path, TensorParallel(0, 1)), strict=True):
-                    assert ours is not None and alone is not None and ours.dtype == torch.float32
+                    assert ours is not None
+                    assert alone is not None
+                    assert ours.dtype == torch.float32
                     # Sums over ranks round differently, in proportion to the largest terms.
                     assert ours.shape == alone.shape
                     largest = max(map(abs, alone.flatten().tolist()), default=0.0)

@@ -44,7 +44,8 @@ def fault(path: Path, load_format: str = "auto") -> str:
     with pytest.raises(ValueError) as caught:
         build(path, load_format)
     message = str(caught.value)
-    assert "\n" not in message and str(path) in message
+    assert "\n" not in message
+    assert str(path) in message
     return message
 
 
@@ -237,7 +238,8 @@ def test_the_head_of_one_rank_gives_all_logits() -> None:
     head = ParallelLMHead(7, 4, TensorParallel(0, 1), Placement(torch.float32, torch.device("cpu")))
     torch.nn.init.ones_(head.weight)
     logits = head(torch.ones(2, 4))
-    assert logits is not None and logits.tolist() == [[4.0] * 7] * 2
+    assert logits is not None
+    assert logits.tolist() == [[4.0] * 7] * 2
 
 
 # --- GGUF -----------------------------------------------------------------------------------------
@@ -309,7 +311,9 @@ def test_gguf_parts(tmp_path: Path, size: int) -> None:
     path = tmp_path / "model.gguf"
     expected = write_gguf(path, source, rope_freqs=[1.0 + i for i in range(8)])
     config = load_model_config(str(path))
-    assert config.eos_token_ids == (3, 5) and config.attention_bias and config.head_dim == 16
+    assert config.eos_token_ids == (3, 5)
+    assert config.attention_bias
+    assert config.head_dim == 16
     assert config.rope.frequency_factors == tuple(1.0 + i for i in range(8))
     for rank in range(size):
         part = part_of(config, rank, size)

@@ -40,8 +40,11 @@ def test_defaults(tmp_path: Path) -> None:
     config = load_model_config(write(tmp_path))
     assert (config.num_kv_heads, config.head_dim, config.dtype) == (4, 16, "bfloat16")
     assert config.rope == RopeConfig(10000.0)
-    assert config.eos_token_ids == (2,) and config.max_position_embeddings == 128
-    assert not (config.tie_word_embeddings or config.attention_bias or config.mlp_bias)
+    assert config.eos_token_ids == (2,)
+    assert config.max_position_embeddings == 128
+    assert not (config.tie_word_embeddings)
+    assert not (config.attention_bias)
+    assert not (config.mlp_bias)
 
 
 def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
@@ -90,11 +93,13 @@ def test_mistrals_layers_have_a_window(tmp_path: Path) -> None:
     config = load_model_config(str(tmp_path))
     assert (config.architecture, config.num_kv_heads) == ("llama", 2)
     assert config.max_position_embeddings == 512
-    assert config.windows == (96,) * config.num_layers and config.max_window == 96
+    assert config.windows == (96,) * config.num_layers
+    assert config.max_window == 96
     mistral: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "num_key_value_heads": None}
     for window in (None, 128):  # none, and one that covers the whole context
         config = load_model_config(write(tmp_path, **mistral, sliding_window=window))
-        assert config.max_position_embeddings == 128 and config.max_window is None
+        assert config.max_position_embeddings == 128
+        assert config.max_window is None
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -122,7 +127,8 @@ def test_refused_in_one_line(tmp_path: Path, case: str) -> None:
     changes, message = REFUSED[case]
     with pytest.raises(ValueError) as caught:
         load_model_config(write(tmp_path, **changes))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 

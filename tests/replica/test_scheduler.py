@@ -113,7 +113,8 @@ def test_the_youngest_gives_way() -> None:
         finish_step(scheduler, pool, batch)
     assert preempted == [young]
     assert scheduler.running == [old]
-    assert young.block_table == [] and young.num_computed == 0
+    assert young.block_table == []
+    assert young.num_computed == 0
 
 
 def test_decodes_go_on_beside_a_long_prompt() -> None:
@@ -128,7 +129,8 @@ def test_decodes_go_on_beside_a_long_prompt() -> None:
     while long.num_output_tokens == 0:
         batch = scheduler.schedule()
         assert batch is not None
-        assert batch.chunks[0].sequence is short and batch.chunks[0].num_tokens == 1
+        assert batch.chunks[0].sequence is short
+        assert batch.chunks[0].num_tokens == 1
         finish_step(scheduler, pool, batch)
     assert short.num_output_tokens == 1 + -(-60 // 7)
 

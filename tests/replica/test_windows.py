@@ -61,13 +61,15 @@ def test_a_sequence_lets_go_of_a_block_once() -> None:
     assert sequence.drop_out_of_window_blocks(1) == [5]
     assert sequence.drop_out_of_window_blocks(1) == []
     assert sequence.drop_out_of_window_blocks(2) == [0], "a real block 0 is a block"
-    assert sequence.drop_out_of_window_blocks(1) == [] and sequence.num_out_of_window_blocks == 2
+    assert sequence.drop_out_of_window_blocks(1) == []
+    assert sequence.num_out_of_window_blocks == 2
     assert sequence.block_table == [OUT_OF_WINDOW_BLOCK, OUT_OF_WINDOW_BLOCK, 7]
     assert sequence.owned_blocks == [7]
     with pytest.raises(ValueError, match="4 blocks to be left of 3"):
         sequence.drop_out_of_window_blocks(4)
     assert sequence.take_blocks() == [7]
-    assert sequence.block_table == [] and sequence.num_out_of_window_blocks == 0
+    assert sequence.block_table == []
+    assert sequence.num_out_of_window_blocks == 0
     assert sequence.take_blocks() == []
 
 
@@ -176,7 +178,8 @@ def test_a_long_answer_needs_no_more_blocks_than_its_window() -> None:
     most = 0
     while steps.plan() or steps.finish():
         most = max(most, len(sequence.owned_blocks))
-    assert steps.num_ended == 1 and not steps.preempted
+    assert steps.num_ended == 1
+    assert not steps.preempted
     # Seven positions before the token, and two tokens in flight.
     assert most <= 2 + -(-(7 + 2) // BLOCK_SIZE) - 1
     assert steps.pool.num_free == 5
@@ -209,14 +212,18 @@ def test_a_preempted_sequence_begins_with_all_its_blocks_again() -> None:
         num_left.append(young.num_out_of_window_blocks)
         assert steps.plan()
         steps.finish()
-    assert steps.preempted == [young] and num_left[-1] == 3
-    assert young.block_table == [] and young.num_out_of_window_blocks == 0
+    assert steps.preempted == [young]
+    assert num_left[-1] == 3
+    assert young.block_table == []
+    assert young.num_out_of_window_blocks == 0
     while young.num_scheduled == 0:
         assert steps.plan() or steps.finish()
-    assert young.num_out_of_window_blocks == 0 and len(young.owned_blocks) == 8
+    assert young.num_out_of_window_blocks == 0
+    assert len(young.owned_blocks) == 8
     while steps.plan() or steps.finish():
         pass
-    assert steps.num_ended == 2 and steps.pool.num_free == 9
+    assert steps.num_ended == 2
+    assert steps.pool.num_free == 9
 
 
 # --- clusters ---------------------------------------------------------------------------------

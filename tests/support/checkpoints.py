@@ -124,7 +124,7 @@ def smollm2_gguf() -> Path:
 
 
 def load_reference(path: Path | str) -> PreTrainedModel:
-    """transformers' own float32 model of a checkpoint: a directory, or a .gguf file."""
+    """Transformers' own float32 model of a checkpoint: a directory, or a .gguf file."""
     path = Path(path)
     options: dict[str, Any] = {"dtype": torch.float32}
     if path.suffix == ".gguf":

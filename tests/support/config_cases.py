@@ -43,5 +43,6 @@ def refusal(model: Path, text: str, world_size: int = 2) -> str:
     with pytest.raises(ConfigError) as caught:
         parse(model, text, world_size)
     message = str(caught.value)
-    assert message and "\n" not in message
+    assert message
+    assert "\n" not in message
     return message

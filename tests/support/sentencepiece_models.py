@@ -99,7 +99,7 @@ def model(name: str) -> bytes:
 
 
 def processor(data: bytes, **normalizer: bool) -> sentencepiece.SentencePieceProcessor:
-    """sentencepiece's own tokenizer, with fields of its normalizer changed."""
+    """Sentencepiece's own tokenizer, with fields of its normalizer changed."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(data)
     for key, value in normalizer.items():
         setattr(proto.normalizer_spec, key, value)

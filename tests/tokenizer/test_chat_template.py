@@ -102,7 +102,8 @@ def test_named_templates_without_a_default_leave_the_choice(
     assert not load_tokenizer(str(path), str(path), None).has_chat_template
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "rag, tool_use" in record.message and "--chat-template" in record.message
+    assert "rag, tool_use" in record.message
+    assert "--chat-template" in record.message
     caplog.clear()
     given = load_tokenizer(str(path), str(path), "given {{ messages[0].content }}")
     assert given.render_chat([{"role": "user", "content": "x"}]) == "given x"

@@ -178,7 +178,8 @@ def test_internlm2(name: str, tmp_path: Path) -> None:
     prompt = tokenizer.render_chat([{"role": "user", "content": "how are you?"}])
     assert prompt == "<s><|im_start|>user\nhow are you?<|im_end|>\n"
     ids = tokenizer.encode(prompt, False)
-    assert ids[:2] == [1, special["<|im_start|>"]] and special["<|im_end|>"] in ids
+    assert ids[:2] == [1, special["<|im_start|>"]]
+    assert special["<|im_end|>"] in ids
 
 
 @pytest.mark.parametrize("legacy", [True, False])
