@@ -8,11 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import openai
 import pytest
 from openai import OpenAI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -30,7 +29,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint whose tokens are bytes, with a chat template."""
+    """Write a random checkpoint whose tokens are bytes, with a chat template."""
     folder = write_llama_checkpoint(
         tmp_path_factory.mktemp("examples") / "bytes",
         seed=3, vocab_size=257, eos_token_id=256, max_position_embeddings=512,
@@ -47,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_example(*command: str) -> list[str]:
-    """What ``command`` prints, line by line; it must succeed."""
+    """Run ``command``, which must succeed; return the lines that it prints."""
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ, stdin=subprocess.DEVNULL, capture_output=True,
         text=True, timeout=TIMEOUT_S, check=False,
