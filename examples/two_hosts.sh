@@ -10,8 +10,8 @@
 #
 # Environment: NNODES (2), NPROC_PER_NODE (gpu: one rank per GPU), MASTER_PORT (29500), PYTHON.
 #
-#   host a$ examples/two_hosts.sh 10.0.0.1 0 --model /models/llama-3-8b --host 0.0.0.0
-#   host b$ examples/two_hosts.sh 10.0.0.1 1 --model /models/llama-3-8b --host 0.0.0.0
+#   host a$ examples/two_hosts.sh 10.0.0.1 0 --model /models/llama-3-8b --host 0.0.0.0 --api-key "$KEY"
+#   host b$ examples/two_hosts.sh 10.0.0.1 1 --model /models/llama-3-8b --host 0.0.0.0 --api-key "$KEY"
 #
 # HTTP is served by rank 0, on the host with node rank 0. Stop the job there: SIGTERM or Ctrl-C to
 # that torchrun drains the server, and the ranks on the other hosts end with it.
