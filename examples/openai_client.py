@@ -67,7 +67,8 @@ def handle_an_error(client: OpenAI, model: str) -> None:
     try:
         client.completions.create(model=model, prompt="Hello", temperature=3.0)
     except openai.BadRequestError as error:
-        print(f"refused: {error.status_code}, {error.param}: {error.body['message']}")
+        reason = error.body["message"] if isinstance(error.body, dict) else error.message
+        print(f"refused: {error.status_code}, {error.param}: {reason}")
 
 
 def main() -> None:
