@@ -213,7 +213,8 @@ class DecodeGraphs:
 
     def _fill(self, step: Step, size: int) -> None:
         sequences, block_size = step.sequences, self._block_size
-        counts = [-(-(sequence.start + 1) // block_size) for sequence in sequences]
+        num_blocks_for = self._kv_cache.layout.num_blocks_for
+        counts = [num_blocks_for(sequence.start + 1) for sequence in sequences]
         blocks = _array(
             chain.from_iterable(s.block_table[:n] for s, n in zip(sequences, counts, strict=True)),
             np.int32,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from serve.model.layers import Shard
 from serve.model.weights.gguf import GGUFCheckpoint
+from serve.model_config.file import read_json
 
 
 class Checkpoint(Protocol):
@@ -168,7 +168,7 @@ def _files(directory: Path, name: str) -> dict[Path, list[str] | None]:
     if not index.is_file():
         return {}
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         files: dict[Path, list[str] | None] = {}
         for tensor, file in weight_map.items():
             if Path(file).name != file:
