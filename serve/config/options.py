@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from serve.model_config.fields import DTYPES
+
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 GENERATION_CONFIGS = ("auto", "none")
 MODES = ("disaggregated", "colocated")
@@ -177,7 +178,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="How requests are sampled that leave it open: auto, by the temperature, top_p, top_k, "
         "min_p and repetition_penalty in the model's generation_config.json; none, as the OpenAI "
         "API does. Default: %(default)s.")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="auto", metavar="TYPE",
+    add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE",
         help="Type of weights, activations and KV cache: auto, float32, bfloat16 or float16. auto "
         "is float32 on a CPU; on a GPU the checkpoint's own, or bfloat16 where that is float32. "
         "Default: %(default)s.")  # fmt: skip

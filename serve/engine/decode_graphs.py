@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from serve.kv.cache import KVCache
 from serve.model.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch
-from serve.model.kernels.triton_decode import slice_tables, take_up
+from serve.model.kernels.triton_decode import fill_in, slice_tables
 from serve.protocol.messages import Step
 from serve.sampling.sampler import plain_parameters
 from serve.sampling.triton_sampling import sample_plain
@@ -149,7 +149,7 @@ class DecodeGraphs:
         self._graphs[size] = graph
 
     def _forward(self, inputs: Inputs, size: int) -> None:
-        token_ids = take_up(inputs.token_ids, self._sampled, self.token_ids[:size])
+        token_ids = fill_in(inputs.token_ids, self._sampled, self.token_ids[:size])
         batch = ForwardBatch(token_ids, inputs.positions, self._metadata(inputs, size), None)
         logits: Tensor | None = self._model(batch, self._kv_cache)
         if logits is not None:
@@ -213,7 +213,8 @@ class DecodeGraphs:
 
     def _fill(self, step: Step, size: int) -> None:
         sequences, block_size = step.sequences, self._block_size
-        counts = [-(-(sequence.start + 1) // block_size) for sequence in sequences]
+        num_blocks_for = self._kv_cache.layout.num_blocks_for
+        counts = [num_blocks_for(sequence.start + 1) for sequence in sequences]
         blocks = _array(
             chain.from_iterable(s.block_table[:n] for s, n in zip(sequences, counts, strict=True)),
             np.int32,

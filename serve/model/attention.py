@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache; the torch version, which is the reference for faster ones."""
+"""Attention over the paged KV cache in plain torch: the reference for the faster versions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from serve.model.forward_batch import AttentionMetadata
+from serve.model_config.kv_layout import num_blocks_for
 
-# Positions gathered at a time for decode rows: 1 GiB for 8 KV heads of 128 in a 16-bit type.
+# Positions gathered at a time for decode rows: keys and values of 8 KV heads of 128 dimensions in
+# a 16-bit type then take 1 GiB.
 MAX_GATHERED_POSITIONS = 2**18
 
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a layer weighs positions."""
+    """How a layer scores positions."""
 
-    scale: float | None = None  # of scores; None: 1 / sqrt(head_dim)
-    window: int | None = None  # positions that a token sees, its own counted; None: all before
+    scale: float | None = None  # factor on scores; None: 1 / sqrt(head_dim)
+    window: int | None = None  # positions a token attends to, itself included; None: all before
     softcap: float | None = None  # scores become cap * tanh(score / cap)
 
 
@@ -29,7 +31,7 @@ PLAIN = Scoring()
 
 
 class Attention(Protocol):
-    """What a model calls in every layer; chosen once, at start."""
+    """The attention function of every layer; ``choose_attention`` selects it once, at start."""
 
     def __call__(
         self,
@@ -39,12 +41,13 @@ class Attention(Protocol):
         metadata: AttentionMetadata,
         scoring: Scoring = PLAIN,
     ) -> Tensor:
-        """Each query's mix of the values at positions up to its own.
+        """Attend from each query to the positions up to its own.
 
-        ``q``: ``[num_tokens, num_heads, head_dim]``, and as often as ``metadata.num_copies`` says.
-        ``k_cache``, ``v_cache``: ``[num_blocks, block_size, num_kv_heads, head_dim]``, the new
-        tokens already in; what lies before every window does not count, but may be read, and must
-        be finite. Query head ``i`` reads KV head ``i // (num_heads // num_kv_heads)``. Returns
+        ``q`` is ``[num_copies * num_tokens, num_heads, head_dim]``, copy after copy (see
+        ``AttentionMetadata.num_copies``). ``k_cache`` and ``v_cache`` are
+        ``[num_blocks, block_size, num_kv_heads, head_dim]`` and already contain the new tokens.
+        Blocks before every window do not affect the result, but may be read, so they must be
+        finite. Query head ``i`` uses KV head ``i // (num_heads // num_kv_heads)``. Returns
         ``[num_tokens, num_heads, head_dim]``.
         """
         ...
@@ -57,20 +60,20 @@ def torch_attention(
     metadata: AttentionMetadata,
     scoring: Scoring = PLAIN,
 ) -> Tensor:
-    """Gather and scaled dot product: prefill sequences one by one, decode rows together."""
+    """Gather KV, then scaled dot product: prefills one by one, neighbouring decodes together."""
     out = torch.empty_like(q)
     row = 0
     lengths = metadata.query_lengths
-    for single, run in groupby(range(len(lengths)), key=lambda index: lengths[index] == 1):
+    for is_decode, run in groupby(range(len(lengths)), key=lambda index: lengths[index] == 1):
         indices = list(run)
-        if single:  # neighbouring decode rows: one slice of everything, no index to copy
+        if is_decode:  # neighbouring decode rows are slices of q and metadata: no copies
             stop = row + len(indices)
             out[row:stop] = _decode(q[row:stop], k_cache, v_cache, metadata, indices, scoring)
             row = stop
             continue
         for index in indices:
             stop = row + lengths[index]
-            first = _first_seen(metadata.key_lengths[index] - lengths[index], scoring.window)
+            first = _window_start(metadata.key_lengths[index] - lengths[index], scoring.window)
             keys = _history(k_cache, metadata, index, first)
             values = _history(v_cache, metadata, index, first)
             out[row:stop] = _prefill(q[row:stop], keys, values, scoring)
@@ -78,28 +81,34 @@ def torch_attention(
     return out
 
 
-def _first_seen(position: int, window: int | None) -> int:
-    """The first position that a token at ``position`` sees."""
+def _window_start(position: int, window: int | None) -> int:
+    """Return the first position that a token at ``position`` attends to."""
     return 0 if window is None else max(0, position + 1 - window)
 
 
 def _history(cache: Tensor, metadata: AttentionMetadata, index: int, first: int) -> Tensor:
-    """One sequence's keys or values from ``first`` on, ``[length, num_kv_heads, head_dim]``."""
+    """Gather one sequence's keys or values from position ``first`` on.
+
+    Returns ``[length - first, num_kv_heads, head_dim]``.
+    """
     length, block_size = metadata.key_lengths[index], cache.shape[1]
     begin = first // block_size
-    blocks = metadata.block_tables[index, begin : -(-length // block_size)]
+    blocks = metadata.block_tables[index, begin : num_blocks_for(length, block_size)]
     start = begin * block_size
     return cache[blocks].flatten(0, 1)[first - start : length - start]
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """Causal attention of the last ``len(q)`` of ``k``'s positions over those before."""
+    """Attend causally from the last ``len(q)`` positions of ``k`` to all up to each.
+
+    ``q`` is ``[new, num_heads, head_dim]``, ``k`` and ``v`` ``[total, num_kv_heads, head_dim]``.
+    """
     group = q.shape[1] // k.shape[1]
     new, total = q.shape[0], k.shape[0]
     mask = None
     window = scoring.window
     if new < total or (window is not None and window < total):
-        # Row i is position total - new + i.
+        # [new, total]; row i is position total - new + i
         mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
         if window is not None:
             mask = mask.triu(total - new - window + 1)
@@ -114,7 +123,10 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
-    """Softmax of the scores over the positions of ``mask`` (None: causal), times the values."""
+    """Weigh values by the softmax of scores over the positions in ``mask`` (None: causal).
+
+    ``q`` is ``[..., queries, head_dim]``; ``k`` and ``v`` are ``[..., positions, head_dim]``.
+    """
     if scoring.softcap is None:
         return functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scoring.scale
@@ -135,7 +147,7 @@ def _decode(
     indices: list[int],
     scoring: Scoring,
 ) -> Tensor:
-    """One query per sequence, for neighbouring sequences ``indices``; ``q`` has their rows."""
+    """Attend for neighbouring decode sequences ``indices``; row ``i`` of ``q`` is one query."""
     longest = max(metadata.key_lengths[index] for index in indices)
     step = max(1, MAX_GATHERED_POSITIONS // longest)
     parts = []
@@ -157,16 +169,16 @@ def _decode_rows(
     scoring: Scoring,
 ) -> Tensor:
     block_size, num_kv_heads = k_cache.shape[1:3]
-    at = torch.arange(longest, device=q.device)  # positions
-    valid = at < lengths[:, None]  # [rows, longest]
+    positions = torch.arange(longest, device=q.device)  # [longest]
+    valid = positions < lengths[:, None]  # [rows, longest]
     if scoring.window is not None:
-        valid &= at >= lengths[:, None] - scoring.window
-    # Beyond what it sees a sequence reads its own last position again, never another's memory:
-    # what is masked out is still multiplied by zero, and a NaN there would spread.
-    at = at.where(valid, lengths[:, None] - 1)
-    blocks, offsets = tables.gather(1, at // block_size), at % block_size
+        valid &= positions >= lengths[:, None] - scoring.window
+    # Masked positions read the sequence's own last position, never the memory of another sequence,
+    # because a masked value is still multiplied by 0 and a NaN would survive that.
+    positions = positions.where(valid, lengths[:, None] - 1)  # [rows, longest]
+    blocks, offsets = tables.gather(1, positions // block_size), positions % block_size
     keys = k_cache[blocks, offsets].transpose(1, 2)  # [rows, num_kv_heads, longest, head_dim]
     values = v_cache[blocks, offsets].transpose(1, 2)
-    # The heads of a group are the queries of one KV head.
+    # Query heads of one group become queries of their KV head: [rows, num_kv_heads, group, dim].
     grouped = q.view(len(q), num_kv_heads, -1, q.shape[-1])
     return _mix(grouped, keys, values, valid[:, None, None, :], scoring).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are stored transposed, as GPT-2 has them (Conv1D)."""
+"""Linear layers whose weights GPT-2 stores transposed (Conv1D in transformers)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serve.model.layers import Placement, Range, Shard, ShardedLayer
 
 
 class ColumnParallelConv1D(ShardedLayer):
-    """``ColumnParallelLinear`` with its weight stored transposed, and a bias (GPT-2)."""
+    """``ColumnParallelLinear`` with weight ``[in_features, out_features]``, always with a bias."""
 
     weight: nn.Parameter
     bias: nn.Parameter
@@ -21,12 +21,12 @@ class ColumnParallelConv1D(ShardedLayer):
         super().__init__({"weight": weight, "bias": bias}, place)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[num_tokens, in_features]`` to ``[num_tokens, local columns]``."""
+        """Map ``[num_tokens, in_features]`` to ``[num_tokens, local_out_features]``."""
         return torch.addmm(self.bias, x, self.weight)
 
 
 class RowParallelConv1D(ShardedLayer):
-    """``RowParallelLinear`` with its weight stored transposed, and a bias (GPT-2)."""
+    """``RowParallelLinear`` with weight ``[in_features, out_features]``, always with a bias."""
 
     weight: nn.Parameter
     bias: nn.Parameter
@@ -39,7 +39,10 @@ class RowParallelConv1D(ShardedLayer):
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[num_tokens, local rows]`` to ``[num_tokens, out_features]``, equal on all ranks."""
+        """Map ``[num_tokens, local_in_features]`` to ``[num_tokens, out_features]``.
+
+        The result is the same on all ranks.
+        """
         if self.tp.size == 1:
             return torch.addmm(self.bias, x, self.weight)
         summand = self.tp.summand((len(x), self.weight.shape[1]), x.dtype)

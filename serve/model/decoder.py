@@ -1,21 +1,26 @@
-"""What the families' decoders share: attention around the cache, feed-forward, stack and head.
+"""The decoder that families share: attention with the KV cache, feed-forward, layers, LM head.
 
-A layer is given what the layer before adds to the residual stream, and returns what it adds itself:
-each addition is made by the norm that follows, in one kernel with it.
+The residual stream is one tensor that each norm updates in place. A layer receives the output of
+the sublayer before it, not yet added, and returns its own output, not yet added either. The next
+norm adds it, because addition and norm are one kernel on a GPU.
+
+Module paths equal checkpoint keys: ``model.layers.0.self_attn.q_proj`` below loads the tensor
+``model.layers.0.self_attn.q_proj.weight``. Most families use the names of ``DecoderLayer``,
+``Decoder`` and ``CausalLM``. A family with other names derives from ``AttentionLayer``, ``Layer``
+and ``Stack`` and defines its own (see ``gpt2``).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from serve.comm.tensor_parallel import TensorParallel
 from serve.kv.cache import KVCache
-from serve.model.attention import Attention, Scoring
+from serve.model.attention import Scoring
+from serve.model.build import Build
 from serve.model.forward_batch import AttentionMetadata, ForwardBatch
 from serve.model.kernels import ops
 from serve.model.kernels.head_norms import HeadNorms
@@ -23,66 +28,29 @@ from serve.model.layers import (
     ColumnParallelLinear,
     FusedLinear,
     ParallelLMHead,
-    Placement,
-    Range,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
 from serve.model.rope import RotaryEmbedding
-from serve.model_config.config import ModelConfig
-from serve.model_config.kv_layout import shard_kv_heads
 
-Rotation = tuple[Tensor, Tensor]  # cosine and sine, each [num_tokens, rotary_dim / 2]
+Rotation = tuple[Tensor, Tensor]  # cosine and sine, each [num_tokens, rotary_dim / 2], float32
 Projection = Callable[[Tensor], Tensor]
 Part = Callable[..., Tensor]
-Parts = tuple[Part, Part, Part, Part]  # see Layer
-
-
-@dataclass(frozen=True, slots=True)
-class Build:
-    """What the layers of one model are made from."""
-
-    config: ModelConfig
-    tp: TensorParallel
-    place: Placement
-    attention: Attention
-
-    @property
-    def queries(self) -> Range:
-        """The rows of this rank's query heads."""
-        return Range.even(self.config.num_heads * self.config.head_dim, self.tp)
-
-    @property
-    def kv_heads(self) -> tuple[int, ...]:
-        """The KV heads that they read."""
-        config, tp = self.config, self.tp
-        return shard_kv_heads(config.num_heads, config.num_kv_heads, tp.size, tp.rank)
-
-    @property
-    def keys(self) -> Range:
-        """The rows of those."""
-        return Range.heads(self.config.num_kv_heads, self.config.head_dim, self.kv_heads)
-
-    @property
-    def qkv(self) -> Range:
-        """Queries, keys and values where a checkpoint has them as one, in this order."""
-        return self.queries.and_then(self.keys, self.keys)
-
-    @property
-    def inner(self) -> Range:
-        """This rank's share of the feed-forward layer."""
-        return Range.even(self.config.intermediate_size, self.tp)
+Parts = tuple[Part, Part, Part, Part]  # see Layer.parts
 
 
 class AttentionLayer(nn.Module, ABC):
-    """Attention of the query heads of this rank; the family names its projections."""
+    """Attention of this rank's query heads. A family defines the projections under its own names.
+
+    With ``config.qk_norm`` it has the norms ``q_norm`` and ``k_norm``.
+    """
 
     q_norm: RMSNorm
     k_norm: RMSNorm
 
-    def __init__(self, build: Build, layer: int, *, around_one: bool = False) -> None:
-        """``around_one``: see ``RMSNorm``, for the norms of queries and keys if there are any."""
+    def __init__(self, build: Build, layer: int, *, unit_offset: bool = False) -> None:
+        """``unit_offset`` applies to the norms of queries and keys; see ``RMSNorm``."""
         super().__init__()
         config, window = build.config, build.config.window_of(layer)
         self._layer, self._attention = layer, build.attention
@@ -90,44 +58,53 @@ class AttentionLayer(nn.Module, ABC):
         self._has_norms = config.qk_norm
         if config.qk_norm:
             size, eps = config.head_dim, config.norm_eps
-            self.q_norm = RMSNorm(size, eps, build.place, around_one=around_one)
-            self.k_norm = RMSNorm(size, eps, build.place, around_one=around_one)
+            self.q_norm = RMSNorm(size, eps, build.place, unit_offset=unit_offset)
+            self.k_norm = RMSNorm(size, eps, build.place, unit_offset=unit_offset)
 
     @abstractmethod
     def projections(self) -> tuple[Projection, Projection]:
-        """To queries, keys and values side by side, and from the heads' results."""
+        """Return the input projection and the output projection.
+
+        The first maps hidden states ``[num_tokens, hidden]`` to queries, keys and values side by
+        side: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``. The second maps attention
+        results ``[num_tokens, num_heads * head_dim]`` to ``[num_tokens, hidden]``, summed over
+        ranks.
+        """
 
     def forward(
         self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
     ) -> Tensor:
-        """``[num_tokens, hidden]`` to the same."""
+        """Map ``[num_tokens, hidden]`` to the same shape; new keys and values go to the cache."""
         project_in, project_out = self.projections()
+        # No local variable holds an intermediate, so that its memory is free for the next one.
         return project_out(self._attend(project_in(x), rotation, metadata, kv_cache))
 
     def _attend(
-        self, qkv: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
+        self,
+        qkv: Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        kv_cache: KVCache,
     ) -> Tensor:
-        """Projections side by side (see ``ops.rope_write``) to ``[num_tokens, heads * head_dim]``.
-
-        The new keys and values go into the cache.
-        """
         k_cache, v_cache = kv_cache.layer(self._layer)
         slots, copies = metadata.slot_mapping, metadata.num_copies(self._scoring.window)
+        # [copies * num_tokens, num_heads, head_dim]
         q = ops.rope_write(qkv, *rotation, k_cache, v_cache, slots, copies, self._norms())
-        return self._attention(q, k_cache, v_cache, metadata, self._scoring).flatten(1)
+        out = self._attention(q, k_cache, v_cache, metadata, self._scoring)
+        return out.flatten(1)  # [num_tokens, num_heads * head_dim]
 
     def _norms(self) -> HeadNorms | None:
         if not self._has_norms:
             return None
         q_norm, k_norm = self.q_norm, self.k_norm
-        return HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps, q_norm.around_one)
+        return HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps, q_norm.unit_offset)
 
 
 class SelfAttention(AttentionLayer):
-    """With a projection each for queries, keys and values, computed as one product."""
+    """Attention with separate projections for queries, keys and values, run as one product."""
 
-    def __init__(self, build: Build, layer: int, *, around_one: bool = False) -> None:
-        super().__init__(build, layer, around_one=around_one)
+    def __init__(self, build: Build, layer: int, *, unit_offset: bool = False) -> None:
+        super().__init__(build, layer, unit_offset=unit_offset)
         config, tp, place = build.config, build.tp, build.place
         bias, size, queries = config.attention_bias, config.hidden_size, build.queries
         self.q_proj = ColumnParallelLinear(size, queries, bias, place)
@@ -137,12 +114,11 @@ class SelfAttention(AttentionLayer):
         self.o_proj = RowParallelLinear(queries, size, config.attention_output_bias, tp, place)
 
     def projections(self) -> tuple[Projection, Projection]:
-        """See ``AttentionLayer``."""
         return self._qkv, self.o_proj
 
 
 class GatedMLP(nn.Module):
-    """The gated feed-forward layer."""
+    """The gated feed-forward layer: ``down(activation(gate(x)) * up(x))``."""
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -155,47 +131,22 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(build.inner, size, bias, build.tp, place)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[num_tokens, hidden]`` to the same."""
+        """Map ``[num_tokens, hidden]`` to the same shape."""
+        # [num_tokens, 2 * inner], then [num_tokens, inner], then [num_tokens, hidden]. No local
+        # variable holds an intermediate, because memory peaks here.
         out: Tensor = self.down_proj(ops.gate(self._gate_up(x), self._activation))
         return out
 
 
-class Stack(nn.Module):
-    """Layers over a residual stream."""
-
-    def __init__(self, build: Build) -> None:
-        super().__init__()
-        config = build.config
-        self._ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
-        device, dim = build.place.device, config.head_dim
-        self._rotary = {rope: RotaryEmbedding(rope, dim, device) for rope in set(self._ropes)}
-
-    def run(
-        self,
-        residual: Tensor,  # [num_tokens, hidden], overwritten
-        layers: Iterable[nn.Module],
-        norm: nn.Module,
-        batch: ForwardBatch,
-        kv_cache: KVCache,
-    ) -> Tensor:
-        """The states of the sampled tokens, ``[num_sampled, hidden]``."""
-        rotations = {rope: rotary(batch.positions) for rope, rotary in self._rotary.items()}
-        x: Tensor | None = None
-        for rope, layer in zip(self._ropes, layers, strict=True):
-            x = layer(x, residual, rotations[rope], batch.attention, kv_cache)
-        if batch.sample_indices is not None:
-            x = None if x is None else x[batch.sample_indices]
-            residual = residual[batch.sample_indices]
-        states: Tensor = norm(x, residual)
-        return states
-
-
 class Layer(nn.Module, ABC):
-    """Attention, then feed-forward, each on a normed copy and added; the family names its parts."""
+    """One decoder layer with norms before attention and before feed-forward.
+
+    A family defines the modules under its own names and returns them from ``parts``.
+    """
 
     @abstractmethod
     def parts(self) -> Parts:
-        """A norm, attention, a norm, feed-forward."""
+        """Return the first norm, attention, the second norm and feed-forward, in this order."""
 
     def forward(
         self,
@@ -205,19 +156,22 @@ class Layer(nn.Module, ABC):
         metadata: AttentionMetadata,
         kv_cache: KVCache,
     ) -> Tensor | None:
-        """What this layer adds to ``residual``, where ``x`` of the layer before is added first.
+        """Add ``x`` to ``residual`` in place and return what this layer adds to it next.
 
-        All ``[num_tokens, hidden]``.
+        ``x`` is the output of the layer before (None in the first layer). ``x``, ``residual`` and
+        the result are ``[num_tokens, hidden]``. None means that nothing is left to add.
         """
         first_norm, attention, second_norm, feed_forward = self.parts()
+        # ``x`` is reassigned on purpose: it frees each intermediate before the feed-forward layer,
+        # where memory peaks.
         x = first_norm(x, residual)
         x = attention(x, rotation, metadata, kv_cache)
-        x = second_norm(x, residual)  # what attention gave is let go before memory is at its peak
+        x = second_norm(x, residual)
         return feed_forward(x)
 
 
 class DecoderLayer(Layer):
-    """By the names of most families."""
+    """A layer with the module names that most families use."""
 
     def __init__(self, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
@@ -228,12 +182,42 @@ class DecoderLayer(Layer):
         self.mlp = mlp
 
     def parts(self) -> Parts:
-        """See ``Layer``."""
         return self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp
 
 
+class Stack(nn.Module):
+    """A stack of layers over one residual stream, with the rotation of each layer."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        config = build.config
+        self._ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
+        device, dim = build.place.device, config.head_dim
+        # Layers with the same rotation share its cosines and sines.
+        self._rotary = {rope: RotaryEmbedding(rope, dim, device) for rope in set(self._ropes)}
+
+    def run(
+        self,
+        residual: Tensor,  # [num_tokens, hidden], overwritten
+        layers: Iterable[nn.Module],
+        norm: nn.Module,
+        batch: ForwardBatch,
+        kv_cache: KVCache,
+    ) -> Tensor:
+        """Run ``layers`` and the final ``norm``; return states ``[num_sampled, hidden]``."""
+        rotations = {rope: rotary(batch.positions) for rope, rotary in self._rotary.items()}
+        x: Tensor | None = None  # [num_tokens, hidden]
+        for rope, layer in zip(self._ropes, layers, strict=True):
+            x = layer(x, residual, rotations[rope], batch.attention, kv_cache)
+        if batch.sample_indices is not None:  # only sampled tokens need logits
+            x = None if x is None else x[batch.sample_indices]
+            residual = residual[batch.sample_indices]
+        states: Tensor = norm(x, residual)  # [num_sampled, hidden]
+        return states
+
+
 class Decoder(Stack):
-    """From token ids to the last layer's hidden states, by the names of most families."""
+    """Token ids to final hidden states, with the module names that most families use."""
 
     def __init__(self, build: Build, layers: Iterable[nn.Module], norm: RMSNorm) -> None:
         super().__init__(build)
@@ -242,24 +226,25 @@ class Decoder(Stack):
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, size, build.tp, place)
         self.layers = nn.ModuleList(layers)
         self.norm = norm
-        # As a number of the activations' type, which is what the families' own code multiplies by.
+        # Rounded to the activations' type first, as the families' own code does.
         self._scale = torch.tensor(config.embedding_scale, dtype=place.dtype).item()
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
-        """The states of the sampled tokens, ``[num_sampled, hidden]``."""
-        residual = self.embed_tokens(batch.token_ids)
+        """Return the final states of the sampled tokens, ``[num_sampled, hidden]``."""
+        residual = self.embed_tokens(batch.token_ids)  # [num_tokens, hidden]
         if self._scale != 1.0:
             residual = residual * self._scale
         return self.run(residual, self.layers, self.norm, batch, kv_cache)
 
 
 class CausalLM(nn.Module, ABC):
-    """A language model by the names of most families; its layers are the family's.
+    """A language model with the module names that most families use.
 
-    Parameters are uninitialised until weights are loaded.
+    A family defines ``make_layer``, and ``make_norm`` if its norms differ. Parameters are
+    uninitialised until ``load_weights`` fills them.
     """
 
-    base_prefix = "model"  # which checkpoints of the bare model go without
+    base_prefix = "model"  # checkpoints of the bare model lack this prefix in their keys
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -270,14 +255,14 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def make_layer(self, build: Build, layer: int) -> nn.Module:
-        """One layer, called as ``Layer`` is."""
+        """Make layer number ``layer``; its ``forward`` takes the arguments of ``Layer.forward``."""
 
     def make_norm(self, build: Build) -> RMSNorm:
-        """The norm after the last layer."""
+        """Make the norm after the last layer."""
         return RMSNorm(build.config.hidden_size, build.config.norm_eps, build.place)
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor | None:
-        """Logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, else None."""
+        """Return logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, None elsewhere."""
         logits: Tensor | None = self.lm_head(self.model(batch, kv_cache))
         if logits is not None and self._logit_softcap is not None:
             logits = logits.div_(self._logit_softcap).tanh_().mul_(self._logit_softcap)
@@ -285,7 +270,7 @@ class CausalLM(nn.Module, ABC):
 
 
 def make_head(build: Build, embedding: VocabParallelEmbedding) -> ParallelLMHead:
-    """The layer from states to logits; its weights are those of ``embedding`` if they are tied."""
+    """Make the LM head; it shares the weights of ``embedding`` if the config ties them."""
     config = build.config
     size = config.embedding_size or config.hidden_size
     head = ParallelLMHead(config.vocab_size, size, build.tp, build.place)

@@ -1,8 +1,9 @@
 """Attention through flash-attn: version 4 on Hopper and newer, version 2 on Ampere and Ada.
 
-Both read the paged cache where it lies. Version 4 does not split the positions of one sequence over
-the GPU on Hopper, so a decode batch that is too small to fill it is split here: each row becomes
-several sequences over slices of its blocks, and the results are combined by their log-sum-exps.
+Both read the paged cache in place. On Hopper version 4 does not split the positions of one sequence
+over the multiprocessors, so a decode batch too small to fill the GPU is split here, as in
+Flash-Decoding: each row becomes several rows over slices of its blocks, and their results are
+combined by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from serve.model.attention import PLAIN, Attention, Scoring, torch_attention
 from serve.model.forward_batch import AttentionMetadata
 from serve.model.kernels import ops
 
-# Above 128 the tiles of version 4 hold the rows of a paged cache only where 64 divides the heads,
-# and heads of an odd multiple of 8 only where a tile is a block.
+# Paged caches restrict version 4: head_dim above 128 must be a multiple of 64, and an odd multiple
+# of 8 needs a tile as long as a block.
 HEAD_DIMS = {4: (*range(16, 129, 16), 192, 256), 2: range(8, 257, 8)}
-BLOCK_SIZES = {4: 64, 2: 256}  # whole multiples of these
-_MIN_SEQLEN_Q = 256  # above the rows of one tile
-# The public function of version 4 cannot be told its tile. The one that it chooses on Hopper, made
-# for prefill, pads a decode row's few query heads to 128 and leaves room for one row at a time on a
-# multiprocessor: it takes 1.2 times as long as this one at 256 rows of 1024 positions.
+BLOCK_SIZES = {4: 64, 2: 256}  # block_size must be a multiple
+_MIN_SEQLEN_Q = 256  # more than the rows of one tile
+# The public function of version 4 takes no tile size. The tile it chooses on Hopper is for prefill:
+# it pads the few query heads of a decode row to 128 and leaves room for one row at a time on a
+# multiprocessor. With 256 rows of 1024 positions it takes 1.2 times as long as this one.
 _HOPPER_TILE = (64, 128)
 
 
 class FlashAttention:
-    """Version 4 (``flash_attn.cute``)."""
+    """flash-attn 4 (``flash_attn.cute``)."""
 
     def __init__(self, decode_tile: tuple[int, int] | None) -> None:
-        """``decode_tile``: query rows and positions; None: as the library chooses."""
+        """``decode_tile`` is (query rows, positions) for decode; None: the library's choice."""
         self._run: Any = importlib.import_module("flash_attn.cute.interface")._flash_attn_fwd
         self._decode_tile = decode_tile
 
@@ -44,7 +45,7 @@ class FlashAttention:
         metadata: AttentionMetadata,
         scoring: Scoring = PLAIN,
     ) -> Tensor:
-        """See ``Attention``. Decode rows and prefill rows are two calls: their tiles differ."""
+        """See ``Attention``. Decodes and prefills are separate calls, as their tiles differ."""
         count = metadata.num_decodes
         if count * metadata.num_copies(scoring.window) == len(q):
             return self._decode(q, k_cache, v_cache, metadata, scoring)
@@ -68,7 +69,7 @@ class FlashAttention:
             v_cache,
             cu_seqlens_q=metadata.cu_seqlens_prefill,
             seqused_k=metadata.seqlens_k[count:],
-            # Short prompts would be another kernel, compiled when the first of them comes.
+            # Below one tile it is another kernel, compiled when the first short prompt comes.
             max_seqlen_q=max(metadata.max_seqlen_q, _MIN_SEQLEN_Q),
             max_seqlen_k=metadata.max_seqlen_k,
             page_table=metadata.block_tables[count:],
@@ -92,10 +93,10 @@ class FlashAttention:
                 metadata.seqlens_k[:count],
                 metadata.block_tables[:count],
             )
-            most = metadata.max_seqlen_k
-            return self._decode_rows(q, k_cache, v_cache, *rows, most, scoring)[0]
+            max_seqlen_k = metadata.max_seqlen_k
+            return self._decode_rows(q, k_cache, v_cache, *rows, max_seqlen_k, scoring)[0]
         out, lse = self._decode_rows(
-            q,  # a copy for each split already
+            q,  # [count * num_decodes, num_heads, head_dim]: rope_write has made the copies
             k_cache,
             v_cache,
             splits.cu_seqlens_q,
@@ -120,7 +121,10 @@ class FlashAttention:
         *,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Results and, if asked for, log-sum-exps ``[num_heads, num_rows]``."""
+        """Return ``[num_rows, num_heads, head_dim]`` and, with ``return_lse``, log-sum-exps.
+
+        Log-sum-exps are ``[num_heads, num_rows]``, float32.
+        """
         out, lse, *_ = self._run(
             q,
             k_cache,
@@ -138,7 +142,7 @@ class FlashAttention:
 
 
 def _options(scoring: Scoring) -> dict[str, Any]:
-    """As version 4 spells them; a query's own position does not count in its window."""
+    """Return version 4's arguments. Its window does not count the query's own position."""
     options: dict[str, Any] = {"softmax_scale": scoring.scale, "softcap": scoring.softcap}
     if scoring.window is not None:
         options |= {"window_size_left": scoring.window - 1, "window_size_right": 0}
@@ -146,7 +150,7 @@ def _options(scoring: Scoring) -> dict[str, Any]:
 
 
 class FlashAttention2:
-    """Version 2 (``flash_attn``), which splits by itself."""
+    """flash-attn 2 (``flash_attn``), which splits long decode rows itself."""
 
     def __init__(self) -> None:
         self._run: Any = importlib.import_module("flash_attn").flash_attn_varlen_func
@@ -159,7 +163,6 @@ class FlashAttention2:
         metadata: AttentionMetadata,
         scoring: Scoring = PLAIN,
     ) -> Tensor:
-        """See ``Attention``."""
         left = -1 if scoring.window is None else scoring.window - 1
         out: Tensor = self._run(
             q,
@@ -179,11 +182,11 @@ class FlashAttention2:
 
 
 def preferred_block_size(device: torch.device) -> int:
-    """Tokens in a block of the KV cache where the user does not say."""
+    """Return the default block size (tokens per block) of the KV cache."""
     if device.type == "cpu":
         return 16
     if torch.cuda.get_device_capability(device)[0] >= 9:
-        # One tile of a decode row: it is then loaded by the copy engine of the multiprocessor.
+        # A block that equals a decode tile is loaded by the multiprocessor's copy engine (TMA).
         return 128
     return 256
 
@@ -191,10 +194,10 @@ def preferred_block_size(device: torch.device) -> int:
 def choose_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
 ) -> tuple[Attention, str]:
-    """The attention for this device, and its name for the log.
+    """Choose the attention function for this device; return it with its name for the log.
 
-    The torch version, which is exact and slow, serves the CPU and float32. ``ValueError`` if the
-    package that the GPU needs is missing or ``block_size`` is not one that it reads.
+    The torch version, exact and slow, serves the CPU and float32. Raises ``ValueError`` if the
+    package for the GPU is missing, or does not support ``head_dim`` or ``block_size``.
     """
     if device.type == "cpu":
         return torch_attention, "torch"
@@ -204,18 +207,18 @@ def choose_attention(
     version = 4 if major >= 9 else 2
     if head_dim not in HEAD_DIMS[version]:
         raise ValueError(
-            f"flash-attn {version} has no paged heads of {head_dim} dimensions; --dtype float32 "
-            "does without it"
+            f"flash-attn {version} does not support head_dim {head_dim} with a paged KV cache; use "
+            "--dtype float32, which runs without it"
         )
     unit = BLOCK_SIZES[version]
     if block_size % unit:
-        raise ValueError(f"flash-attn {version} reads blocks of a multiple of {unit} tokens")
+        raise ValueError(f"flash-attn {version} needs a --block-size that is a multiple of {unit}")
     package, extra = {4: ("flash_attn.cute", "gpu"), 2: ("flash_attn", "gpu-fa2")}[version]
     try:
         importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
-            f"attention on this GPU needs the package of the extra {extra!r}: {error}"
+            f"attention on this GPU needs the optional dependencies serve[{extra}]: {error}"
         ) from error
     if version == 2:
         return FlashAttention2(), "flash-attn 2"

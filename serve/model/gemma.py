@@ -1,44 +1,36 @@
-"""Gemma 2 and 3 (text): norms before and after each part, whose weights count from one."""
+"""Gemma 2 and 3 (text): norms before and after each sublayer, which scale by ``1 + weight``."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from serve.kv.cache import KVCache
-from serve.model.decoder import (
-    Build,
-    CausalLM,
-    GatedMLP,
-    Layer,
-    Parts,
-    Rotation,
-    SelfAttention,
-)
+from serve.model.build import Build
+from serve.model.decoder import CausalLM, GatedMLP, Layer, Parts, Rotation, SelfAttention
 from serve.model.forward_batch import AttentionMetadata
 from serve.model.layers import RMSNorm
 
 
 class GemmaLayer(Layer):
-    """One layer: attention and feed-forward are normed before and after."""
+    """One decoder layer: attention and feed-forward each have a norm before and a norm after."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
         self.input_layernorm = make_norm(build)
-        self.self_attn = SelfAttention(build, layer, around_one=True)
+        self.self_attn = SelfAttention(build, layer, unit_offset=True)
         self.post_attention_layernorm = make_norm(build)
         self.pre_feedforward_layernorm = make_norm(build)
         self.mlp = GatedMLP(build)
         self.post_feedforward_layernorm = make_norm(build)
 
     def parts(self) -> Parts:
-        """See ``Layer``."""
         first_norm, second_norm = self.input_layernorm, self.pre_feedforward_layernorm
         return first_norm, self._attend, second_norm, self._feed_forward
 
     def _attend(
         self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: KVCache
     ) -> Tensor:
-        x = self.self_attn(x, rotation, metadata, kv_cache)
+        x = self.self_attn(x, rotation, metadata, kv_cache)  # [num_tokens, hidden]
         out: Tensor = self.post_attention_layernorm(None, x)
         return out
 
@@ -48,18 +40,15 @@ class GemmaLayer(Layer):
 
 
 class GemmaForCausalLM(CausalLM):
-    """The language model."""
+    """Gemma 2 and 3."""
 
     def make_layer(self, build: Build, layer: int) -> nn.Module:
-        """See ``CausalLM``."""
         return GemmaLayer(build, layer)
 
     def make_norm(self, build: Build) -> RMSNorm:
-        """See ``CausalLM``."""
         return make_norm(build)
 
 
 def make_norm(build: Build) -> RMSNorm:
-    """A norm as all of Gemma's are."""
     config = build.config
-    return RMSNorm(config.hidden_size, config.norm_eps, build.place, around_one=True)
+    return RMSNorm(config.hidden_size, config.norm_eps, build.place, unit_offset=True)

@@ -1,23 +1,23 @@
-"""GPT-2: learned positions, LayerNorm, a GELU between two products, weights stored transposed."""
+"""GPT-2: learned positions, LayerNorm, GELU, and weights stored transposed.
+
+An example of a family whose checkpoint keys are not the usual ones: it defines every module itself.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from serve.kv.cache import KVCache
+from serve.model.build import Build
 from serve.model.conv1d import ColumnParallelConv1D, RowParallelConv1D
-from serve.model.decoder import AttentionLayer, Build, Layer, Parts, Projection, Stack, make_head
+from serve.model.decoder import AttentionLayer, Layer, Parts, Projection, Stack, make_head
 from serve.model.forward_batch import ForwardBatch
 from serve.model.kernels import ops
-from serve.model.layers import (
-    LayerNorm,
-    PositionEmbedding,
-    VocabParallelEmbedding,
-)
+from serve.model.layers import LayerNorm, PositionEmbedding, VocabParallelEmbedding
 
 
 class GPT2Attention(AttentionLayer):
-    """Queries, keys and values are one projection."""
+    """Attention whose queries, keys and values are one checkpoint tensor."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__(build, layer)
@@ -26,12 +26,11 @@ class GPT2Attention(AttentionLayer):
         self.c_proj = RowParallelConv1D(build.queries, size, build.tp, place)
 
     def projections(self) -> tuple[Projection, Projection]:
-        """See ``AttentionLayer``."""
         return self.c_attn, self.c_proj
 
 
 class GPT2MLP(nn.Module):
-    """The feed-forward layer."""
+    """The feed-forward layer, without a gate."""
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -41,13 +40,13 @@ class GPT2MLP(nn.Module):
         self.c_proj = RowParallelConv1D(build.inner, size, build.tp, place)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[num_tokens, hidden]`` to the same."""
+        """Map ``[num_tokens, hidden]`` to the same shape."""
         out: Tensor = self.c_proj(ops.activate(self.c_fc(x), self._activation))
         return out
 
 
 class GPT2Layer(Layer):
-    """One layer."""
+    """One decoder layer."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
@@ -58,12 +57,11 @@ class GPT2Layer(Layer):
         self.mlp = GPT2MLP(build)
 
     def parts(self) -> Parts:
-        """See ``Layer``."""
         return self.ln_1, self.attn, self.ln_2, self.mlp
 
 
 class GPT2Model(Stack):
-    """From token ids to the last layer's hidden states."""
+    """Token ids to final hidden states."""
 
     def __init__(self, build: Build) -> None:
         super().__init__(build)
@@ -75,15 +73,16 @@ class GPT2Model(Stack):
         self.ln_f = LayerNorm(size, config.norm_eps, place)
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
-        """The states of the sampled tokens, ``[num_sampled, hidden]``."""
+        """Return the final states of the sampled tokens, ``[num_sampled, hidden]``."""
+        # [num_tokens, hidden]
         residual = self.wte(batch.token_ids) + self.wpe(batch.positions)
         return self.run(residual, self.h, self.ln_f, batch, kv_cache)
 
 
 class GPT2LMHeadModel(nn.Module):
-    """The language model."""
+    """GPT-2."""
 
-    base_prefix = "transformer"  # which checkpoints of the bare model go without
+    base_prefix = "transformer"  # checkpoints of the bare model lack this prefix in their keys
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -91,6 +90,6 @@ class GPT2LMHeadModel(nn.Module):
         self.lm_head = make_head(build, self.transformer.wte)
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor | None:
-        """Logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, else None."""
+        """Return logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, None elsewhere."""
         logits: Tensor | None = self.lm_head(self.transformer(batch, kv_cache))
         return logits

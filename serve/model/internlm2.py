@@ -1,11 +1,12 @@
-"""InternLM2 and 2.5: Llama's layers by other names, queries, keys and values interleaved."""
+"""InternLM2 and 2.5: Llama's layers under other names; queries, keys and values interleaved."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from serve.kv.cache import KVCache
-from serve.model.decoder import AttentionLayer, Build, Layer, Parts, Projection, Stack, make_head
+from serve.model.build import Build
+from serve.model.decoder import AttentionLayer, Layer, Parts, Projection, Stack, make_head
 from serve.model.forward_batch import ForwardBatch
 from serve.model.kernels import ops
 from serve.model.layers import (
@@ -18,39 +19,38 @@ from serve.model.layers import (
 )
 
 
-def interleaved(build: Build) -> Range:
-    """This rank's queries, keys and values in ``wqkv``.
+def interleaved_qkv(build: Build) -> Range:
+    """Return this rank's rows of ``wqkv``: its queries, then its keys, then its values.
 
-    There, one KV head after another, its query heads come first, then its key, then its value.
+    The checkpoint groups the rows by KV head: its query heads, then its key, then its value.
     """
     config, tp = build.config, build.tp
-    group = config.num_heads // config.num_kv_heads
+    group = config.num_heads // config.num_kv_heads  # query heads per KV head
     per_rank = config.num_heads // tp.size
     queries = range(tp.rank * per_rank, (tp.rank + 1) * per_rank)
-    places = [head // group * (group + 2) + head % group for head in queries]
-    places += [head * (group + 2) + group for head in build.kv_heads]
-    places += [head * (group + 2) + group + 1 for head in build.kv_heads]
+    stored = [head // group * (group + 2) + head % group for head in queries]
+    stored += [head * (group + 2) + group for head in build.kv_heads]
+    stored += [head * (group + 2) + group + 1 for head in build.kv_heads]
     num_heads = config.num_kv_heads * (group + 2)
-    return Range.heads(num_heads, config.head_dim, tuple(places))
+    return Range.heads(num_heads, config.head_dim, tuple(stored))
 
 
 class InternLM2Attention(AttentionLayer):
-    """Queries, keys and values are one projection."""
+    """Attention whose queries, keys and values are one checkpoint tensor, interleaved."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__(build, layer)
         config, place = build.config, build.place
         size, bias = config.hidden_size, config.attention_bias
-        self.wqkv = ColumnParallelLinear(size, interleaved(build), bias, place)
+        self.wqkv = ColumnParallelLinear(size, interleaved_qkv(build), bias, place)
         self.wo = RowParallelLinear(build.queries, size, bias, build.tp, place)
 
     def projections(self) -> tuple[Projection, Projection]:
-        """See ``AttentionLayer``."""
         return self.wqkv, self.wo
 
 
 class InternLM2MLP(nn.Module):
-    """The gated feed-forward layer."""
+    """The gated feed-forward layer: ``w1`` is the gate, ``w3`` up and ``w2`` down."""
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class InternLM2MLP(nn.Module):
         self.w2 = RowParallelLinear(inner, size, False, build.tp, place)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[num_tokens, hidden]`` to the same."""
+        """Map ``[num_tokens, hidden]`` to the same shape."""
         out: Tensor = self.w2(ops.gate(self._gate_up(x), self._activation))
         return out
 
 
 class InternLM2Layer(Layer):
-    """One layer."""
+    """One decoder layer."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
@@ -79,12 +79,11 @@ class InternLM2Layer(Layer):
         self.feed_forward = InternLM2MLP(build)
 
     def parts(self) -> Parts:
-        """See ``Layer``."""
         return self.attention_norm, self.attention, self.ffn_norm, self.feed_forward
 
 
 class InternLM2Model(Stack):
-    """From token ids to the last layer's hidden states."""
+    """Token ids to final hidden states."""
 
     def __init__(self, build: Build) -> None:
         super().__init__(build)
@@ -95,15 +94,15 @@ class InternLM2Model(Stack):
         self.norm = RMSNorm(size, config.norm_eps, place)
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
-        """The states of the sampled tokens, ``[num_sampled, hidden]``."""
-        residual = self.tok_embeddings(batch.token_ids)
+        """Return the final states of the sampled tokens, ``[num_sampled, hidden]``."""
+        residual = self.tok_embeddings(batch.token_ids)  # [num_tokens, hidden]
         return self.run(residual, self.layers, self.norm, batch, kv_cache)
 
 
 class InternLM2ForCausalLM(nn.Module):
-    """The language model."""
+    """InternLM2 and 2.5."""
 
-    base_prefix = "model"  # which checkpoints of the bare model go without
+    base_prefix = "model"  # checkpoints of the bare model lack this prefix in their keys
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -111,6 +110,6 @@ class InternLM2ForCausalLM(nn.Module):
         self.output = make_head(build, self.model.tok_embeddings)
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor | None:
-        """Logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, else None."""
+        """Return logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, None elsewhere."""
         logits: Tensor | None = self.output(self.model(batch, kv_cache))
         return logits

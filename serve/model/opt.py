@@ -1,13 +1,13 @@
-"""OPT: learned positions from row 2 on, ReLU, LayerNorm before or (350m) after each part."""
+"""OPT: learned positions, ReLU, LayerNorm before each sublayer (OPT-350m: after each)."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from serve.kv.cache import KVCache
+from serve.model.build import Build
 from serve.model.decoder import (
     AttentionLayer,
-    Build,
     Layer,
     Parts,
     Projection,
@@ -28,11 +28,11 @@ from serve.model.layers import (
     VocabParallelEmbedding,
 )
 
-_POSITION_OFFSET = 2
+_POSITION_OFFSET = 2  # the table has two unused rows before position 0
 
 
 class OPTAttention(AttentionLayer):
-    """With a projection each for queries, keys and values, all with biases."""
+    """Attention with separate projections for queries, keys and values, all with biases."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__(build, layer)
@@ -44,12 +44,11 @@ class OPTAttention(AttentionLayer):
         self.out_proj = RowParallelLinear(build.queries, size, True, build.tp, place)
 
     def projections(self) -> tuple[Projection, Projection]:
-        """See ``AttentionLayer``."""
         return self._qkv, self.out_proj
 
 
 class OPTLayer(Layer):
-    """One layer: attention, then feed-forward, each normed before it or, added, after it."""
+    """One decoder layer, with norms before its sublayers or after their residual additions."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
@@ -63,7 +62,7 @@ class OPTLayer(Layer):
         self.final_layer_norm = LayerNorm(size, eps, place)
 
     def parts(self) -> Parts:
-        """See ``Layer``; where the norms come first."""
+        """Return the modules in the order of norms first; ``forward`` handles the other order."""
         norms = self.self_attn_layer_norm, self.final_layer_norm
         return norms[0], self.self_attn, norms[1], self._feed_forward
 
@@ -75,10 +74,10 @@ class OPTLayer(Layer):
         metadata: AttentionMetadata,
         kv_cache: KVCache,
     ) -> Tensor | None:
-        """See ``Layer``; None if all has been added already."""
+        """See ``Layer.forward``. Return None with norms last: they leave nothing to add."""
         if self._norms_first:
             return super().forward(x, residual, rotation, metadata, kv_cache)
-        x = self.self_attn(residual, rotation, metadata, kv_cache)
+        x = self.self_attn(residual, rotation, metadata, kv_cache)  # [num_tokens, hidden]
         residual.copy_(self.self_attn_layer_norm(x, residual))
         x = self._feed_forward(residual)
         residual.copy_(self.final_layer_norm(x, residual))
@@ -90,14 +89,14 @@ class OPTLayer(Layer):
 
 
 class OPTDecoder(Stack):
-    """From token ids to the last layer's hidden states."""
+    """Token ids to final hidden states. OPT-350m projects embeddings in and states out."""
 
     def __init__(self, build: Build) -> None:
         super().__init__(build)
         config, tp, place = build.config, build.tp, build.place
         size, positions = config.hidden_size, config.max_position_embeddings
-        narrow = config.embedding_size or size
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, narrow, tp, place)
+        embedding_size = config.embedding_size or size
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, embedding_size, tp, place)
         self.embed_positions = PositionEmbedding(positions, size, _POSITION_OFFSET, place)
         layers = range(config.num_layers)
         self.layers = nn.ModuleList(OPTLayer(build, layer) for layer in layers)
@@ -105,22 +104,22 @@ class OPTDecoder(Stack):
             LayerNorm(size, config.norm_eps, place) if config.has_final_norm else NoNorm()
         )
         self.project_in, self.project_out = None, None
-        if narrow != size:  # on every rank whole
-            self.project_in = ColumnParallelLinear(narrow, Range.all(size), False, place)
-            self.project_out = ColumnParallelLinear(size, Range.all(narrow), False, place)
+        if embedding_size != size:  # replicated: every rank holds the whole weights
+            self.project_in = ColumnParallelLinear(embedding_size, Range.all(size), False, place)
+            self.project_out = ColumnParallelLinear(size, Range.all(embedding_size), False, place)
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
-        """The states of the sampled tokens, ``[num_sampled, embedding_size]``."""
-        residual = self.embed_tokens(batch.token_ids)
+        """Return the final states of the sampled tokens, ``[num_sampled, embedding_size]``."""
+        residual = self.embed_tokens(batch.token_ids)  # [num_tokens, embedding_size]
         if self.project_in is not None:
             residual = self.project_in(residual)
-        residual = residual + self.embed_positions(batch.positions)
+        residual = residual + self.embed_positions(batch.positions)  # [num_tokens, hidden]
         states = self.run(residual, self.layers, self.final_layer_norm, batch, kv_cache)
         return states if self.project_out is None else self.project_out(states)
 
 
 class OPTModel(nn.Module):
-    """The decoder under the name that checkpoints give it."""
+    """A level of module path that the checkpoint keys have: ``model.decoder``."""
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -128,9 +127,9 @@ class OPTModel(nn.Module):
 
 
 class OPTForCausalLM(nn.Module):
-    """The language model."""
+    """OPT."""
 
-    base_prefix = "model.decoder"  # of which checkpoints of bare models lack "model", or all
+    base_prefix = "model.decoder"  # checkpoints of the bare model lack "model." or all of it
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -138,6 +137,6 @@ class OPTForCausalLM(nn.Module):
         self.lm_head = make_head(build, self.model.decoder.embed_tokens)
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor | None:
-        """Logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, else None."""
+        """Return logits ``[num_sampled, vocab_size]`` on the leader of ``tp``, None elsewhere."""
         logits: Tensor | None = self.lm_head(self.model.decoder(batch, kv_cache))
         return logits

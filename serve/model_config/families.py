@@ -1,4 +1,8 @@
-"""What each family calls things in config.json, its defaults and its quirks: one function each."""
+"""Read config.json of each family: its key names, defaults and quirks, one function per family.
+
+A new family adds one function here and one entry in ``FAMILIES``. Keys that change results and are
+not supported are refused with ``Fields.only``, so that no checkpoint is silently served wrong.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ _MLP_ACTIVATIONS = _GELU_TANH | {"gelu": "gelu", "relu": "relu"}
 
 
 def parse_config(data: dict[str, Any]) -> ModelConfig:
-    """The description that a config.json's ``data`` gives; ``ValueError`` with one line."""
+    """Parse the content of config.json. Raises ``ValueError`` with one line if unsupported."""
     names = data.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
         supported = ", ".join(FAMILIES)
@@ -29,12 +33,12 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
     if data.get("quantization_config") is not None:
         raise ValueError("quantization_config is not supported; supported: plain weights, GGUF")
     fields = Fields(data)
-    fields.only("is_causal", True)  # embedding models see what follows as well
+    fields.only("is_causal", True)  # false for embedding models, which also attend to later tokens
     return FAMILIES[names[0]](fields)
 
 
 def _llama(fields: Fields) -> ModelConfig:
-    # Llama's flag covers all four projections.
+    # Llama's flag covers all four projections (q, k, v, o).
     bias = fields.flag("attention_bias")
     return describe_decoder(
         "llama",
@@ -46,13 +50,13 @@ def _llama(fields: Fields) -> ModelConfig:
 
 
 def _mistral(fields: Fields) -> ModelConfig:
-    """No biases, whatever the config says; a window unless it is null, also where it is missing."""
+    """Read Mistral: no biases, and a default window that only an explicit null switches off."""
     window = read_window(fields, "sliding_window", 4096)
     return describe_decoder("llama", fields, num_kv_heads=8, positions=131072, window=window)
 
 
 def _smollm3(fields: Fields) -> ModelConfig:
-    """Every fourth layer does not rotate; a window would be on those."""
+    """Read SmolLM 3: by default every fourth layer is not rotated; windows are refused."""
     num_layers = fields.count("num_hidden_layers")
     interval = fields.count("no_rope_layer_interval", 4)
     rotated = fields.get("no_rope_layers")
@@ -78,13 +82,13 @@ def _smollm3(fields: Fields) -> ModelConfig:
 
 
 def _qwen2(fields: Fields) -> ModelConfig:
-    """Queries, keys and values have biases; of a window only the last layers would make use."""
+    """Read Qwen 2: q, k and v have biases; a window, if any, is on the last layers only."""
     windows = _qwen_windows(fields)
     return describe_decoder("llama", fields, positions=32768, attention_bias=True, windows=windows)
 
 
 def _qwen3(fields: Fields) -> ModelConfig:
-    """Queries and keys are normed; the heads' size is not what the hidden size says."""
+    """Read Qwen 3: queries and keys are normed; ``head_dim`` is 128 by default."""
     bias = fields.flag("attention_bias")
     return describe_decoder(
         "llama",
@@ -111,7 +115,7 @@ def _qwen_windows(fields: Fields) -> tuple[int | None, ...]:
 
 
 def _phi3(fields: Fields) -> ModelConfig:
-    """Old names of LongRoPE are "su" and "yarn" here; newer models rotate part of a head."""
+    """Read Phi-3 and Phi-4: "su" and "yarn" are old names of LongRoPE; a head may rotate partly."""
     scaling = fields.get("rope_scaling") or fields.get("rope_parameters", {})
     if isinstance(scaling, dict):
         scaling = dict[str, Any](original_max_position_embeddings=4096) | scaling
@@ -126,32 +130,33 @@ def _phi3(fields: Fields) -> ModelConfig:
 
 
 def _gemma2(fields: Fields) -> ModelConfig:
-    """Every other layer has a window."""
+    """Read Gemma 2: every other layer has a window, beginning with the first."""
     types = ["full_attention" if layer % 2 else "sliding_attention" for layer in layers_of(fields)]
     cap = _softcap(fields, "attn_logit_softcapping", 50.0)
     return _gemma(fields, types, attention_softcap=cap, logit_softcap=30.0)
 
 
 def _gemma3(fields: Fields) -> ModelConfig:
-    """Five of six layers have a window and a rotation of their own; queries and keys are normed.
+    """Read Gemma 3: five of six layers have a window and their own rotation; q and k are normed.
 
-    ``attn_logit_softcapping`` is Gemma 2's: a Gemma 3 may name it, but does not cap its scores.
+    ``attn_logit_softcapping`` belongs to Gemma 2. A Gemma 3 config may contain it, but the model
+    does not cap its attention scores.
     """
     pattern = fields.count("sliding_window_pattern", 6)
     types = [
         "sliding_attention" if (i + 1) % pattern else "full_attention" for i in layers_of(fields)
     ]
     size, positions = fields.count("head_dim", 256), fields.count("max_position_embeddings", 131072)
-    given = fields.get("rope_parameters", {})
+    parameters = fields.get("rope_parameters", {})
     kinds = {"full_attention", "sliding_attention"}
-    if not isinstance(given, dict) or set(given) - kinds:
-        raise ValueError(f"rope_parameters {given} are not by the kind of a layer's attention")
-    whole = given.get("full_attention") or fields.get("rope_scaling", {})
-    near = given.get("sliding_attention", {})
+    if not isinstance(parameters, dict) or set(parameters) - kinds:
+        raise ValueError(f"rope_parameters {parameters} has other keys than {sorted(kinds)}")
+    scaling = parameters.get("full_attention") or fields.get("rope_scaling", {})
+    local_scaling = parameters.get("sliding_attention", {})
     theta = fields.number("rope_local_base_freq", 10000.0)
-    local, _ = read_rope(Fields({}), positions, size, theta=theta, parameters=near)
-    # Its scaling is within max_position_embeddings already.
-    rope, _ = read_rope(fields, positions, size, theta=1e6, parameters=whole)
+    local, _ = read_rope(Fields({}), positions, size, theta=theta, parameters=local_scaling)
+    # max_position_embeddings already includes the scaling, so the scaled length is ignored.
+    rope, _ = read_rope(fields, positions, size, theta=1e6, parameters=scaling)
     return _gemma(
         fields, types, qk_norm=True, rope=rope, local_rope=local, max_position_embeddings=positions
     )
@@ -162,7 +167,7 @@ def _gemma(
     types: list[str],
     *,
     logit_softcap: float | None = None,
-    **changes: Any,
+    **overrides: Any,
 ) -> ModelConfig:
     fields.only("use_bidirectional_attention", False)
     window = fields.count("sliding_window", 4096)
@@ -174,7 +179,7 @@ def _gemma(
         num_kv_heads=4,
         head_dim=256,
         positions=8192,
-        rope_options={"parameters": {}} if "rope" in changes else None,
+        rope_options={"parameters": {}} if "rope" in overrides else None,
         windows=windows_by_type(fields, window, types),
         activation=fields.choice("hidden_activation", _GELU_TANH, "gelu_pytorch_tanh"),
         tie_word_embeddings=fields.flag("tie_word_embeddings", True),
@@ -183,12 +188,12 @@ def _gemma(
         attention_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
         logit_softcap=_softcap(fields, "final_logit_softcapping", logit_softcap),
         embedding_scale=hidden_size**0.5,
-        **changes,
+        **overrides,
     )
 
 
 def _softcap(fields: Fields, key: str, default: float | None) -> float | None:
-    """A cap that null switches off."""
+    """Read a soft cap; an explicit null means none, a missing key ``default``."""
     if fields.is_null(key) or fields.get(key, default) is None:
         return None
     return fields.number(key, default)
@@ -199,7 +204,7 @@ def _internlm2(fields: Fields) -> ModelConfig:
 
 
 def _gpt2(fields: Fields) -> ModelConfig:
-    """Names of its own; as many KV heads as heads."""
+    """Read GPT-2: its own key names, and multi-head attention (as many KV heads as heads)."""
     fields.only("scale_attn_weights", True)
     fields.only("scale_attn_by_inverse_layer_idx", False)
     fields.only("add_cross_attention", False)
@@ -224,12 +229,12 @@ def _gpt2(fields: Fields) -> ModelConfig:
 
 
 def _opt(fields: Fields) -> ModelConfig:
-    """Positions are learned; 350m has narrower embeddings, and its norms after each part."""
+    """Read OPT: learned positions; OPT-350m has narrow embeddings and norms after each sublayer."""
     fields.only("enable_bias", True)
     fields.only("layer_norm_elementwise_affine", True)
     hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    narrow = fields.count("word_embed_proj_dim", hidden_size)
-    first = fields.flag("do_layer_norm_before", True)
+    embedding_size = fields.count("word_embed_proj_dim", hidden_size)
+    norms_first = fields.flag("do_layer_norm_before", True)
     return ModelConfig(
         architecture="opt",
         vocab_size=fields.count("vocab_size"),
@@ -246,9 +251,9 @@ def _opt(fields: Fields) -> ModelConfig:
         dtype=fields.dtype(),
         eos_token_ids=fields.token_ids("eos_token_id"),
         activation=fields.choice("activation_function", _MLP_ACTIVATIONS, "relu"),
-        embedding_size=None if narrow == hidden_size else narrow,
-        norms_first=first,
-        has_final_norm=first and not fields.flag("_remove_final_layer_norm"),
+        embedding_size=None if embedding_size == hidden_size else embedding_size,
+        norms_first=norms_first,
+        has_final_norm=norms_first and not fields.flag("_remove_final_layer_norm"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint's description lies on disk: config.json, or the header of a GGUF file."""
+"""Read a checkpoint's ModelConfig from disk: config.json, or the header of a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from serve.model_config.gguf_header import read_gguf_config
 
 
 def load_model_config(path: str) -> ModelConfig:
-    """The description of the checkpoint at ``path``: a directory with config.json, or a .gguf file.
+    """Read the config of the checkpoint at ``path``: a directory with config.json, or a .gguf file.
 
-    Raises ``ValueError`` with one line for whatever is missing, malformed or not supported.
+    Raises ``ValueError`` with one line if a value is missing, malformed or not supported.
     """
     source = Path(path)
     try:
@@ -25,20 +25,21 @@ def load_model_config(path: str) -> ModelConfig:
 
 
 def read_generation_config(path: Path) -> dict[str, Any]:
-    """generation_config.json of a directory; empty if it has none, or ``path`` is a file."""
+    """Read generation_config.json of a directory; ``{}`` if it has none or ``path`` is a file."""
     file = path / "generation_config.json"
-    return _read_json(file) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def _read_directory(directory: Path) -> dict[str, Any]:
-    """config.json, with the end tokens of generation_config.json where that names any."""
-    data = _read_json(directory / "config.json")
+    """Read config.json; end tokens in generation_config.json take precedence over its own."""
+    data = read_json(directory / "config.json")
     eos = read_generation_config(directory).get("eos_token_id")
     data["eos_token_id"] = data.get("eos_token_id") if eos is None else eos
     return data
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ``ValueError`` with one line that names the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A GGUF header of the llama architecture, told in the terms of config.json. No torch."""
+"""Translate the header of a GGUF file (llama architecture) to the keys of config.json. No torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_MISTAKES = (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError)
+_READ_ERRORS = (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError)
 _END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_FILE_TYPES = {0: "float32", 1: "float16"}  # llama.cpp's file types; the others: bfloat16
-# Keys that would change the numbers and that we do not honour, with the values that change nothing.
+_FILE_TYPES = {0: "float32", 1: "float16"}  # by llama.cpp's file type; any other: bfloat16
+# Keys that change results and are not supported, each with the values that have no effect.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "expert_count": (None, 0),
     "attention.sliding_window": (None, 0),
@@ -29,19 +29,19 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """The memory-mapped file; ``ValueError`` with one line if it is not a GGUF file."""
-    import gguf  # beside torch-free code: only a GGUF file pays for it
+    """Memory-map the file. Raises ``ValueError`` with one line if it is not a GGUF file."""
+    import gguf  # imported late: slow to import, and only GGUF files need it
 
     if not path.is_file():
         raise ValueError("the file does not exist")
     try:
         return gguf.GGUFReader(str(path))
-    except _MISTAKES as error:
+    except _READ_ERRORS as error:
         raise ValueError(f"not a readable GGUF file: {error}") from None
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
-    """What config.json would say of the model in ``path``; ``ValueError`` if it is none of ours."""
+    """Return the model in ``path`` as config.json. Raises ``ValueError`` if it is unsupported."""
     try:
         return gguf_config(open_gguf(path))
     except KeyError as error:
@@ -49,7 +49,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
 
 
 def gguf_config(reader: GGUFReader) -> dict[str, Any]:
-    """The same for an open file; ``KeyError`` names a header key that is not there."""
+    """Return an open file as config.json. Raises ``KeyError`` that names a missing header key."""
     values = {
         name: field.contents()
         for name, field in reader.fields.items()
@@ -57,7 +57,7 @@ def gguf_config(reader: GGUFReader) -> dict[str, Any]:
     }
     architecture = values.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"GGUF architecture {architecture!r} is not supported: llama is")
+        raise ValueError(f"GGUF architecture {architecture!r} is not supported; supported: llama")
     if values.get("split.count", 1) > 1:
         raise ValueError("this is one part of a split GGUF file; merge the parts first")
     for key, neutral in _NEUTRAL.items():
@@ -97,7 +97,7 @@ def _translate(values: dict[str, Any], reader: GGUFReader) -> dict[str, Any]:
 
 
 def _rope(values: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """The rope parameters; llama3's scaling comes as a tensor of divisors, one per frequency."""
+    """Return the rope parameters; GGUF stores llama3 scaling as one divisor per frequency."""
     rope: dict[str, Any] = {"rope_theta": values.get("llama.rope.freq_base", 10000.0)}
     kind = values.get("llama.rope.scaling.type", "none")
     if kind != "none":

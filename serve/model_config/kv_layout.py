@@ -1,4 +1,4 @@
-"""What one block of a rank's KV cache looks like, as plain numbers."""
+"""KVLayout: shape and size of one block of a rank's KV cache, as plain numbers. No torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 class KVLayout:
     """One block: ``[num_layers, num_planes, block_size, len(kv_heads), head_dim]``, contiguous.
 
-    ``kv_heads`` holds the model's ids of the heads this rank keeps, in the rank's own order. A head
-    may be kept by several ranks, and by one rank more than once (see ``shard_kv_heads``). The
-    planes of a layer are its keys and its values; a latent that both are computed from would be one
-    plane of one head. Memory accounting and transfers know no more than this.
+    ``kv_heads`` are the model-wide indices of the heads this rank stores, in the rank's order.
+    Several ranks may store the same head, and one rank may store it more than once (see
+    ``shard_kv_heads``). A layer has two planes, keys and values; a shared latent (as in MLA) would
+    be one plane with one head. Memory accounting and KV transfers use nothing but this layout.
     """
 
     num_layers: int
@@ -31,20 +31,25 @@ class KVLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block on this rank."""
+        """Size of one block on this rank."""
         return math.prod(self.block_shape) * self.element_bytes
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold ``num_tokens`` tokens."""
-        return -(-num_tokens // self.block_size)
+        """Return how many blocks ``num_tokens`` tokens need."""
+        return num_blocks_for(num_tokens, self.block_size)
+
+
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)
 
 
 def shard_kv_heads(num_heads: int, num_kv_heads: int, tp: int, tp_rank: int) -> tuple[int, ...]:
-    """The KV heads that the query heads of ``tp_rank`` read, in local order.
+    """Return the KV heads that rank ``tp_rank`` stores, in local order.
 
-    Query heads are split evenly. Where the KV heads divide over the ranks, or the ranks over the KV
-    heads, every rank keeps each head that it reads once. Otherwise the groups straddle ranks, and a
-    rank keeps one KV head per query head, so that attention sees one group size.
+    Query heads are split evenly over ``tp`` ranks. If one of ``tp`` and ``num_kv_heads`` divides
+    the other, a rank stores each KV head that its query heads read once. Otherwise a group of query
+    heads may straddle two ranks. Then a rank stores one KV head per query head, because attention
+    needs a uniform group size. Raises ``ValueError`` if ``tp`` does not divide ``num_heads``.
     """
     if num_heads % tp:
         raise ValueError(f"tp {tp} does not divide {num_heads} query heads")

@@ -1,4 +1,4 @@
-"""RopeConfig: how positions rotate queries and keys, as config.json says it in two forms."""
+"""RopeConfig: how positions rotate queries and keys, read from both forms of config.json."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ _KEYS = (
     | {"low_freq_factor", "high_freq_factor", "frequency_factors", "partial_rotary_factor"}
     | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
     | {"short_factor", "long_factor"}
-    | {"finetuned"}  # says how the checkpoint was made, nothing about how to run it
+    | {"finetuned"}  # says how the checkpoint was made; has no effect on inference
 )
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """How positions rotate queries and keys."""
+    """Parameters of rotary position embedding (RoPE, arXiv:2104.09864) and its context scaling."""
 
     theta: float
     type: str = "default"  # default, linear, dynamic, llama3, yarn, longrope
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0  # context of the pretraining, before scaling
+    original_max_position_embeddings: int = 0  # context length of pretraining
     attention_factor: float | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
-    # Divisors, one per frequency: GGUF's rope_freqs, and LongRoPE's for contexts within the
-    # pretraining's.
+    # Divisors, one per frequency: GGUF's rope_freqs, or LongRoPE's short factors, which apply
+    # up to the context length of pretraining.
     frequency_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()  # LongRoPE's for longer contexts
-    is_long: bool = False  # the context that is served is one: its rotation is that of all prompts
-    rotary_dim: int = 0  # how much of a head is rotated, from its beginning; 0: all
+    long_factors: tuple[float, ...] = ()  # LongRoPE's divisors for longer contexts
+    is_long: bool = False  # the served context is long: then even short prompts use long_factors
+    rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
 
 
 def read_rope(
@@ -52,35 +52,31 @@ def read_rope(
     types: tuple[str, ...] = ROPE_TYPES,
     partial: bool = False,
 ) -> tuple[RopeConfig, int]:
-    """The rotation, and the number of positions it makes usable.
+    """Read the rotation; return it with the number of positions that the scaled model can serve.
 
-    Both forms are read: ``rope_parameters``, and ``rope_scaling`` beside ``rope_theta``; unless
-    ``parameters`` are given. ``theta`` is what the family takes where nothing is said, ``types``
-    what it knows, and ``partial`` whether it can rotate part of a head.
+    config.json has the parameters either in ``rope_parameters`` or in ``rope_scaling`` beside
+    ``rope_theta``; ``parameters`` replaces both. ``theta`` is the family's default base, ``types``
+    are the scaling types it supports, and ``partial`` tells whether it may rotate part of a head.
+    Raises ``ValueError`` for an unknown key or type, because ignoring it would change the output.
     """
     if parameters is None:
         parameters = fields.get("rope_scaling") or fields.get("rope_parameters", {})
-    if not isinstance(parameters, Mapping) or set(parameters) - _KEYS:
-        is_map = isinstance(parameters, Mapping)
-        unknown = sorted(set(parameters) - _KEYS) if is_map else parameters
-        raise ValueError(f"rope parameters {unknown} are not supported")
-    scaling = Fields(parameters)
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type not in types:
-        supported = ", ".join(types)
-        raise ValueError(f"rope type {rope_type!r} is not supported; supported: {supported}")
-    rotary_dim = _rotary_dim(fields, scaling, head_dim) if partial else _all_of_it(fields, scaling)
+    scaling, rope_type = _check(parameters, types)
+    rotary_dim = _rotary_dim(fields, scaling, head_dim, partial)
     theta = scaling.number("rope_theta", fields.number("rope_theta", theta))
     original = _original_positions(fields, scaling, max_positions)
     factors = scaling.numbers("frequency_factors")
     if factors and (rope_type != "default" or len(factors) != head_dim // 2):
-        raise ValueError("rope frequency factors fit neither head_dim nor this rope type")
+        raise ValueError(
+            f"rope type {rope_type} with {len(factors)} frequency factors is not supported; "
+            f"supported: type default with {head_dim // 2}, half of head_dim"
+        )
     match rope_type:
         case "default":
             rope = RopeConfig(theta, frequency_factors=factors, rotary_dim=rotary_dim)
             return rope, max_positions
         case "linear" | "dynamic":
-            # Here max_position_embeddings is the context of the pretraining.
+            # For these types max_position_embeddings is the context of pretraining.
             factor = scaling.number("factor")
             rope = RopeConfig(
                 theta, rope_type, factor, original_max_position_embeddings=max_positions
@@ -96,16 +92,27 @@ def read_rope(
             return replace(rope, rotary_dim=rotary_dim), max_positions
 
 
-def _all_of_it(fields: Fields, scaling: Fields) -> int:
-    for holder in (scaling, fields):
-        value = holder.get("partial_rotary_factor")
-        if value not in (None, 1, 1.0):
-            raise ValueError(f"partial_rotary_factor {value} is not supported; supported: 1.0")
-    return 0
+def _check(parameters: Any, types: tuple[str, ...]) -> tuple[Fields, str]:
+    """Return the parameters and their type, if every key and the type are known."""
+    if not isinstance(parameters, Mapping) or set(parameters) - _KEYS:
+        is_map = isinstance(parameters, Mapping)
+        unknown = sorted(set(parameters) - _KEYS) if is_map else parameters
+        raise ValueError(f"rope parameters {unknown} are not supported")
+    scaling = Fields(parameters)
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type not in types:
+        supported = ", ".join(types)
+        raise ValueError(f"rope type {rope_type!r} is not supported; supported: {supported}")
+    return scaling, rope_type
 
 
-def _rotary_dim(fields: Fields, scaling: Fields, head_dim: int) -> int:
+def _rotary_dim(fields: Fields, scaling: Fields, head_dim: int, partial: bool) -> int:
+    """Return how many dimensions of a head are rotated; 0 stands for all."""
     key = "partial_rotary_factor"
+    if not partial:
+        for holder in (scaling, fields):
+            holder.only(key, 1.0)
+        return 0
     size = int(head_dim * scaling.number(key, fields.number(key, 1.0)))
     if size % 2 or not 0 < size <= head_dim:
         raise ValueError(f"{key} leaves {size} of {head_dim} dimensions to rotate")
@@ -113,7 +120,7 @@ def _rotary_dim(fields: Fields, scaling: Fields, head_dim: int) -> int:
 
 
 def _original_positions(fields: Fields, scaling: Fields, max_positions: int) -> int:
-    """The pretraining's context; a value beside the rope parameters outranks one in them."""
+    """Return the context of pretraining; a top-level value wins over one in ``scaling``."""
     key = "original_max_position_embeddings"
     holder = fields if fields.get(key) is not None else scaling
     return holder.count(key, max_positions)
@@ -148,7 +155,7 @@ def _longrope(
     if len(short) != size // 2 or len(long) != size // 2:
         raise ValueError(
             f"rope short_factor and long_factor have {len(short)} and {len(long)} numbers; "
-            f"{size // 2} are wanted"
+            f"each must have {size // 2}"
         )
     return RopeConfig(
         theta,

@@ -211,8 +211,8 @@ def test_norms(num_rows: int, size: int, dtype: torch.dtype) -> None:
         return wide * scale * weight.double()
 
     assert_near(ops.rms_norm(residual, weight, 1e-5), exact(residual), dtype)
-    around_one = ops.rms_norm(residual, weight - 1, 1e-5, around_one=True)
-    assert_near(around_one, exact(residual), dtype)
+    unit_offset = ops.rms_norm(residual, weight - 1, 1e-5, unit_offset=True)
+    assert_near(unit_offset, exact(residual), dtype)
     total = residual + x
     normed = ops.add_rms_norm(x, residual, weight, 1e-5)
     torch.testing.assert_close(residual, total, rtol=0, atol=0)
@@ -242,7 +242,7 @@ def test_tokens_of_the_step_before_are_taken_up() -> None:
     sampled = torch.randint(1000, (300,), device=GPU)
     token_ids = torch.randint(-300, 1000, (300,), device=GPU)
     out = torch.empty_like(token_ids)
-    assert kernels.take_up(token_ids, sampled, out) is out
+    assert kernels.fill_in(token_ids, sampled, out) is out
     torch.testing.assert_close(out, fill_in(token_ids, sampled))
 
 
@@ -300,22 +300,22 @@ def test_packing(dim: int, heads: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.testing.assert_close(target, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("around_one", [None, False, True])
+@pytest.mark.parametrize("unit_offset", [None, False, True])
 @pytest.mark.parametrize("rotary", [128, 96, 64])
 def test_part_of_a_head_is_rotated_and_all_of_it_normed(
-    rotary: int, around_one: bool | None
+    rotary: int, unit_offset: bool | None
 ) -> None:
     heads, kv_heads, dim, num_tokens = 8, 2, 128, 9
     qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * dim, device=GPU)
     angles = torch.randn(num_tokens, rotary // 2, device=GPU)
     weights = torch.randn(2, dim, device=GPU)
-    norms = None if around_one is None else HeadNorms(*weights, 1e-5, around_one)
+    norms = None if unit_offset is None else HeadNorms(*weights, 1e-5, unit_offset)
     slots = torch.randperm(2 * BLOCK_SIZE, device=GPU)[:num_tokens]
     cache = torch.zeros(2, 2, 2, BLOCK_SIZE, kv_heads, dim, device=GPU)
     caches = cache[:, 1, 0], cache[:, 1, 1]
     q = ops.rope_write(qkv, angles.cos(), angles.sin(), *caches, slots, 1, norms)
     expected = cache.cpu().zero_()
-    on_cpu = None if norms is None else HeadNorms(*weights.cpu(), 1e-5, bool(around_one))
+    on_cpu = None if norms is None else HeadNorms(*weights.cpu(), 1e-5, bool(unit_offset))
     args = qkv.cpu(), angles.cpu().cos(), angles.cpu().sin()
     q_cpu = ops.rope_write(*args, expected[:, 1, 0], expected[:, 1, 1], slots.cpu(), 1, on_cpu)
     torch.testing.assert_close(q.cpu(), q_cpu, rtol=1e-5, atol=1e-5)

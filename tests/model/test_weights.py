@@ -155,7 +155,7 @@ def test_broken_indices(tmp_path: Path) -> None:
     index = path / "model.safetensors.index.json"
     good = index.read_text()
     index.write_text(good.replace("model.norm.weight", "model.norm.other"))
-    assert "lacks what its index promises: model.norm.other" in fault(path)
+    assert "lacks tensors that its index lists: model.norm.other" in fault(path)
     index.write_text(good.replace("model-00001", "../model-00001"))
     assert "is not a file name" in fault(path)
     index.write_text(good.replace("model-00001", "model-00009"))
@@ -170,7 +170,7 @@ def test_formats_and_places_that_do_not_fit(tmp_path: Path) -> None:
     assert "cannot be loaded as gguf" in fault(path, "gguf")
     (path / "model.safetensors").unlink()
     assert "no model.safetensors" in fault(path)
-    with pytest.raises(ValueError, match="load format 'onnx' is not known"):
+    with pytest.raises(ValueError, match="load format 'onnx' is not supported"):
         open_checkpoint(str(path), "onnx")
 
 

@@ -1,4 +1,4 @@
-"""HeadNorms: what queries and keys are normed with before they are rotated."""
+"""HeadNorms: the weights that norm queries and keys, head by head, before the rotation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """The norms of queries and keys, head by head: weights ``[head_dim]``."""
+    """The RMS norms of queries and keys; both weights are ``[head_dim]``. See ``ops.rms_norm``."""
 
     query: Tensor
     key: Tensor
     eps: float
-    around_one: bool = False
+    unit_offset: bool = False

@@ -1,4 +1,4 @@
-"""The small formulas between matrix products and attention; one kernel each on a GPU."""
+"""All operations but attention: torch formulas on a CPU, one Triton kernel each on a GPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from serve.model.kernels.head_norms import HeadNorms
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """``x`` (``[num_tokens, in_features]``) times the transpose of ``weight``, plus ``bias``.
+    """Multiply ``x`` (``[num_tokens, in_features]``) by the transpose of ``weight``, add ``bias``.
 
-    Into ``out``, if given, which goes without a bias.
+    ``weight`` is ``[out_features, in_features]``. Returns ``[num_tokens, out_features]``, written
+    to ``out`` if it is given; ``out`` and ``bias`` exclude each other.
     """
     if x.is_cuda:
         from serve.model.kernels import triton_ops
@@ -26,36 +27,43 @@ def linear(
     return torch.mm(x, weight.t(), out=out)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, around_one: bool = False) -> Tensor:
-    """``x`` (``[num_tokens, size]``) scaled to unit mean square in float32, times ``weight``.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
+    """Scale ``x`` (``[..., size]``) to unit mean square in float32, then by ``weight``.
 
-    ``around_one``: times ``1 + weight``, in float32, too (Gemma).
+    The norm is RMSNorm (arXiv:1910.07467). With ``unit_offset`` the factor is ``1 + weight``, and
+    the product is float32, too (Gemma).
     """
     if x.is_cuda:
         from serve.model.kernels import triton_ops
 
-        return triton_ops.rms_norm(x, weight, eps, around_one=around_one)
+        return triton_ops.rms_norm(x, weight, eps, unit_offset=unit_offset)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if around_one:
+    if unit_offset:
         return (wide * (1.0 + weight.float())).to(x.dtype)
     return weight * wide.to(x.dtype)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, around_one: bool = False
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 ) -> Tensor:
-    """The norm of ``residual + x``, which ``residual`` becomes."""
+    """Add ``x`` to ``residual`` in place and return the RMS norm of the sum.
+
+    All are ``[num_tokens, size]``.
+    """
     if x.is_cuda:
         from serve.model.kernels import triton_ops
 
-        return triton_ops.add_rms_norm(x, residual, weight, eps, around_one=around_one)
+        return triton_ops.add_rms_norm(x, residual, weight, eps, unit_offset=unit_offset)
     residual += x
-    return rms_norm(residual, weight, eps, around_one=around_one)
+    return rms_norm(residual, weight, eps, unit_offset=unit_offset)
 
 
 def gate(gate_up: Tensor, activation: str) -> Tensor:
-    """``[num_tokens, 2 * size]``, the gates first, to ``activation(gate) * up``."""
+    """Return ``activation(gate) * up``, ``[num_tokens, size]``.
+
+    ``gate_up`` is ``[num_tokens, 2 * size]``, gate first.
+    """
     if gate_up.is_cuda:
         from serve.model.kernels import triton_ops
 
@@ -65,7 +73,7 @@ def gate(gate_up: Tensor, activation: str) -> Tensor:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """silu, gelu, gelu_tanh or relu, element by element. ``ValueError`` for another."""
+    """Apply silu, gelu, gelu_tanh or relu. Raises ``ValueError`` for another activation."""
     match activation:
         case "silu":
             return functional.silu(x)
@@ -75,7 +83,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
             return functional.gelu(x, approximate="tanh")
         case "relu":
             return functional.relu(x)
-    raise ValueError(f"activation {activation!r} is not known")
+    raise ValueError(f"activation {activation!r} is not supported")
 
 
 def rope_write(
@@ -88,15 +96,19 @@ def rope_write(
     num_copies: int = 1,
     norms: HeadNorms | None = None,
 ) -> Tensor:
-    """Turn queries and keys; keys and values go to their slots, the queries are returned.
+    """Rotate queries and keys, write keys and values to the cache, and return the queries.
 
-    Where a key or a value is no number, 0 is kept: attention multiplies what a row may not see by
-    0, and a block that goes to another sequence would spoil that one, too.
+    With ``norms`` queries and keys are normed before the rotation. NaN and infinity are written as
+    0, because attention multiplies masked positions by 0: a NaN would survive that, also in another
+    sequence that reuses the block.
 
-    ``qkv``: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``; ``cos`` and ``sin``:
-    ``[num_tokens, rotary_dim / 2]``, float32: what of a head is beyond stays as it is; the caches
-    ``[num_blocks, block_size, num_kv_heads, head_dim]``, strided; ``slot_mapping``:
-    ``[num_tokens]``, int64. With ``norms`` queries and keys are normed before they are turned.
+    Arguments:
+    - ``qkv``: ``[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]``
+    - ``cos``, ``sin``: ``[num_tokens, rotary_dim / 2]``, float32; dimensions of a head beyond
+      ``rotary_dim`` are not rotated
+    - ``k_cache``, ``v_cache``: ``[num_blocks, block_size, num_kv_heads, head_dim]``, strided
+    - ``slot_mapping``: ``[num_tokens]``, int64, ``block * block_size + offset`` of each token
+
     Returns ``[num_copies * num_tokens, num_heads, head_dim]``, copy after copy.
     """
     if qkv.is_cuda:
@@ -105,12 +117,12 @@ def rope_write(
         caches = k_cache, v_cache
         return triton_rope.rope_write(qkv, cos, sin, *caches, slot_mapping, num_copies, norms)
     block_size, num_kv_heads, dim = k_cache.shape[1:]
-    heads = qkv.view(len(qkv), -1, dim)
+    heads = qkv.view(len(qkv), -1, dim)  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
     num_heads = heads.shape[1] - 2 * num_kv_heads
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if norms is not None:
-        q = rms_norm(q, norms.query, norms.eps, around_one=norms.around_one)
-        k = rms_norm(k, norms.key, norms.eps, around_one=norms.around_one)
+        q = rms_norm(q, norms.query, norms.eps, unit_offset=norms.unit_offset)
+        k = rms_norm(k, norms.key, norms.eps, unit_offset=norms.unit_offset)
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     k_cache[blocks, offsets] = _finite(rotate(k, cos, sin))
     v_cache[blocks, offsets] = _finite(v)
@@ -122,7 +134,10 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` (``[num_tokens, num_heads, head_dim]``) turned; dimension i pairs with i + half."""
+    """Rotate ``x`` (``[num_tokens, num_heads, head_dim]``).
+
+    Dimension ``i`` pairs with ``i + rotary_dim / 2``.
+    """
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     half = cos.shape[-1]
     first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -130,10 +145,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def combine_splits(parts: Tensor, lse: Tensor, num_splits: int) -> Tensor:
-    """One attention result of those over disjoint positions.
+    """Combine attention over disjoint splits of the positions (as in Flash-Decoding).
 
-    ``parts``: ``[num_splits * num_rows, num_heads, head_dim]``, split after split; ``lse``:
-    ``[num_heads, num_splits * num_rows]``, float32, -inf where a split has no position.
+    ``parts`` is ``[num_splits * num_rows, num_heads, head_dim]``, split after split. ``lse`` holds
+    the log-sum-exps ``[num_heads, num_splits * num_rows]``, float32, -inf where a split has no
+    position. Returns ``[num_rows, num_heads, head_dim]``.
     """
     if parts.is_cuda:
         from serve.model.kernels import triton_decode

@@ -1,4 +1,4 @@
-"""A decode step's inputs, and the splits of its long rows, in Triton."""
+"""Inputs of a decode step and split-KV decoding (as in Flash-Decoding), in Triton."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve.model.kernels.triton_launch import LAUNCH, await_kernel_before
+from serve.model.kernels.triton_launch import LAUNCH, wait_for_previous_kernel
 
 
 @triton.jit(
     do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["token_ptr", "sampled_ptr"]
 )
-def _take_up_kernel(token_ptr, sampled_ptr, out_ptr, num_rows, BLOCK: tl.constexpr):
+def _fill_in_kernel(token_ptr, sampled_ptr, out_ptr, num_rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < num_rows
     token = tl.load(token_ptr + row, valid, 0)
@@ -21,9 +21,9 @@ def _take_up_kernel(token_ptr, sampled_ptr, out_ptr, num_rows, BLOCK: tl.constex
     tl.store(out_ptr + row, tl.where(token < 0, sampled, token), valid)
 
 
-def take_up(token_ids: Tensor, sampled: Tensor, out: Tensor) -> Tensor:
-    """``serve.model.forward_batch.fill_in`` as one kernel, into ``out``: ``[num_rows]``, int64."""
-    _take_up_kernel[(triton.cdiv(len(out), 128),)](token_ids, sampled, out, len(out), BLOCK=128)
+def fill_in(token_ids: Tensor, sampled: Tensor, out: Tensor) -> Tensor:
+    """See ``serve.model.forward_batch.fill_in``. Writes to ``out`` (``[num_rows]``, int64)."""
+    _fill_in_kernel[(triton.cdiv(len(out), 128),)](token_ids, sampled, out, len(out), BLOCK=128)
     return out
 
 
@@ -31,35 +31,31 @@ def take_up(token_ids: Tensor, sampled: Tensor, out: Tensor) -> Tensor:
 def _combine_kernel(
     parts_ptr, lse_ptr, out_ptr, num_rows, num_heads,
     NUM_SPLITS: tl.constexpr, SPLITS_BLOCK: tl.constexpr,
-    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        await_kernel_before()
+    if USE_PDL:
+        wait_for_previous_kernel()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split = tl.arange(0, SPLITS_BLOCK)
     total = NUM_SPLITS * num_rows
     lse = tl.load(
         lse_ptr + head * total + split * num_rows + row, split < NUM_SPLITS, float("-inf")
     )
-    # A split without positions has no weight, whatever stands in its part.
+    # A split without positions has weight 0 and its part is not read, as it may hold NaN.
     weight = tl.exp(lse - tl.max(lse, 0))
     weight = tl.where(lse == float("-inf"), 0.0, weight)
     weight = weight / tl.sum(weight, 0)
-    at = tl.arange(0, DIM_BLOCK)[None, :]
-    place = ((split[:, None] * num_rows + row) * num_heads + head) * DIM + at
-    used = (split[:, None] < NUM_SPLITS) & (at < DIM) & (weight[:, None] > 0)
+    offs = tl.arange(0, DIM_BLOCK)[None, :]
+    place = ((split[:, None] * num_rows + row) * num_heads + head) * DIM + offs
+    used = (split[:, None] < NUM_SPLITS) & (offs < DIM) & (weight[:, None] > 0)
     parts = tl.load(parts_ptr + place, used, 0.0).to(tl.float32)
     out = tl.sum(parts * weight[:, None], 0)
-    at = tl.arange(0, DIM_BLOCK)
-    tl.store(out_ptr + (row * num_heads + head) * DIM + at, out, at < DIM)
+    offs = tl.arange(0, DIM_BLOCK)
+    tl.store(out_ptr + (row * num_heads + head) * DIM + offs, out, offs < DIM)
 
 
 def combine_splits(parts: Tensor, lse: Tensor, num_splits: int) -> Tensor:
-    """One attention result of those over disjoint positions.
-
-    ``parts``: ``[num_splits * num_rows, num_heads, head_dim]``, split after split; ``lse``:
-    ``[num_heads, num_splits * num_rows]``, float32, -inf where a split has no position.
-    """
+    """See ``ops.combine_splits``."""
     total, num_heads, dim = parts.shape
     num_rows = total // num_splits
     out = parts.new_empty((num_rows, num_heads, dim))
@@ -71,9 +67,9 @@ def combine_splits(parts: Tensor, lse: Tensor, num_splits: int) -> Tensor:
     return out
 
 
-# Of a row without a position flash-attn 4 asks for the block before its first. Whatever it is told,
-# it counts nothing; but without this the first row's would lie before the table's memory.
-_BEFORE = 128  # entries: as many as keep the table aligned
+# For a row without positions flash-attn 4 reads the table entry before the row's first one. The
+# value has no effect, but for the first row that entry would be before the table's memory.
+_PADDING = 128  # entries before the table, enough to keep it aligned
 
 
 @triton.jit(
@@ -92,28 +88,32 @@ def _slice_tables_kernel(
     out = split * num_rows + row
     if tl.program_id(2) == 0:
         tl.store(slice_length_ptr + out, rest)
-    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    valid = at < tl.cdiv(rest, block_size)
-    blocks = tl.load(blocks_ptr + tl.load(offset_ptr + row) + first + at, valid, 0)
-    tl.store(table_ptr + out.to(tl.int64) * width + at, blocks, valid)
+    offs = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    valid = offs < tl.cdiv(rest, block_size)
+    blocks = tl.load(blocks_ptr + tl.load(offset_ptr + row) + first + offs, valid, 0)
+    tl.store(table_ptr + out.to(tl.int64) * width + offs, blocks, valid)
 
 
 def slice_tables(
     blocks: Tensor, offsets: Tensor, lengths: Tensor, num_splits: int, width: int, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Block tables of ``num_splits`` slices of each sequence, of whole blocks and equal length.
+    """Cut each sequence into ``num_splits`` slices of whole blocks and return their block tables.
 
-    ``blocks``: int32, the tables of all sequences one after another, that of row ``i`` from
-    ``offsets[i]`` on for ``lengths[i]`` tokens (both ``[num_rows]``, int32). Returns tables
-    ``[num_splits * num_rows, ceil(width / num_splits)]`` and lengths in tokens, slice after slice.
-    Beyond its length a row holds anything; before the first row there is memory, too.
+    ``blocks`` (int32) holds the tables of all sequences one after another. The table of row ``i``
+    begins at ``offsets[i]`` and covers ``lengths[i]`` tokens (both ``[num_rows]``, int32); no table
+    is longer than ``width`` blocks. Slices of one sequence have equal numbers of blocks, except
+    that the last ones may be shorter or empty.
+
+    Returns tables ``[num_splits * num_rows, ceil(width / num_splits)]``, slice after slice, and
+    their lengths in tokens ``[num_splits * num_rows]``, both int32. Entries beyond a row's length
+    are uninitialised. There is memory before the first row (see ``_PADDING``).
     """
     num_rows = len(lengths)
     columns = triton.cdiv(width, num_splits)
     memory = torch.empty(
-        _BEFORE + num_splits * num_rows * columns, dtype=torch.int32, device=blocks.device
+        _PADDING + num_splits * num_rows * columns, dtype=torch.int32, device=blocks.device
     )
-    tables = memory[_BEFORE:].view(num_splits * num_rows, columns)
+    tables = memory[_PADDING:].view(num_splits * num_rows, columns)
     slice_lengths = torch.empty(num_splits * num_rows, dtype=torch.int32, device=blocks.device)
     block = min(1024, triton.next_power_of_2(columns))
     _slice_tables_kernel[(num_rows, num_splits, triton.cdiv(columns, block))](

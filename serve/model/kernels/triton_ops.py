@@ -1,7 +1,7 @@
-"""Norms, gates and one token's products, in Triton; the formulas of ``ops``.
+"""RMS norms, gates and matrix products of one token in Triton: the formulas of ``ops``.
 
-Arithmetic is float32 inside a kernel, and rounds where the formulas of ``ops`` round: sums of the
-residual stream and normed values are of the activations' type before they go on.
+Arithmetic is float32 inside a kernel. It rounds where the formulas of ``ops`` round: sums of the
+residual stream and normed values are rounded to the activations' type before they are used.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve.model.kernels.triton_launch import IS_HOPPER, LAUNCH, await_kernel_before
+from serve.model.kernels.triton_launch import IS_HOPPER, LAUNCH, wait_for_previous_kernel
 
-_MAX_BLOCK = 8192  # elements one program holds in registers
-
-
-_MAX_ROW_FEATURES = 8192  # longer rows are read as fast by the library
+_MAX_BLOCK = 8192  # largest row that a norm handles with 8 warps
+_MAX_ROW_FEATURES = 8192  # for longer rows the library is as fast
 _ROW_BLOCK = 2048
 
 
@@ -24,22 +22,22 @@ _ROW_BLOCK = 2048
 def _row_linear_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, out_features,
     SIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)
     exists = (row < out_features)[:, None]
-    weights = weight_ptr + row.to(tl.int64)[:, None] * SIZE + at[None, :]
-    # The weights do not depend on the kernel before.
-    weight = tl.load(weights, exists & (at < SIZE)[None, :], 0.0)
-    if EARLY:
-        await_kernel_before()
-    x = tl.load(x_ptr + at, at < SIZE, 0.0)
+    weights = weight_ptr + row.to(tl.int64)[:, None] * SIZE + offs[None, :]
+    # Weights do not depend on the previous kernel, so they are read before waiting for it.
+    weight = tl.load(weights, exists & (offs < SIZE)[None, :], 0.0)
+    if USE_PDL:
+        wait_for_previous_kernel()
+    x = tl.load(x_ptr + offs, offs < SIZE, 0.0)
     total = weight.to(tl.float32) * x.to(tl.float32)[None, :]
     for start in tl.static_range(BLOCK, SIZE, BLOCK):
-        valid = at + start < SIZE
+        valid = offs + start < SIZE
         weight = tl.load(weights + start, exists & valid[None, :], 0.0)
-        x = tl.load(x_ptr + start + at, valid, 0.0)
+        x = tl.load(x_ptr + start + offs, valid, 0.0)
         total += weight.to(tl.float32) * x.to(tl.float32)[None, :]
     out = tl.sum(total, 1)
     if HAS_BIAS:
@@ -48,7 +46,7 @@ def _row_linear_kernel(
 
 
 def prefers_row_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``row_linear`` is the faster product: one token on a GPU that overlaps launches."""
+    """Return whether ``row_linear`` is faster: for one token, on GPUs with dependent launch."""
     return (
         IS_HOPPER
         and x.shape[0] == 1
@@ -58,15 +56,15 @@ def prefers_row_linear(x: Tensor, weight: Tensor) -> bool:
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """``x`` (``[1, in_features]``) times the transpose of ``weight``, plus ``bias``.
+    """Multiply ``x`` (``[1, in_features]``) by the transpose of ``weight`` and add ``bias``.
 
-    At one token a product is the reading of its weights, nearly: 4.0 to 4.6 TB/s here where
-    cuBLAS comes to 2.7 to 4.3.
+    With one token nearly all the time is reading weights: at 4.0 to 4.6 TB/s here, where cuBLAS
+    reaches 2.7 to 4.3. Writes to ``out`` (``[1, out_features]``), or to new memory if it is None.
     """
     out_features, size = weight.shape
     if out is None:
         out = x.new_empty((1, out_features))
-    rows = 2
+    rows = 2  # per program
     _row_linear_kernel[(triton.cdiv(out_features, rows),)](
         x, weight, weight if bias is None else bias, out, out_features,
         SIZE=size, HAS_BIAS=bias is not None, ROWS=rows,
@@ -78,46 +76,49 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | Non
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, x_stride, size, eps,
-    ADD: tl.constexpr, AROUND_ONE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    valid = at < size
-    weight = tl.load(weight_ptr + at, valid, 0.0)
-    if EARLY:
-        await_kernel_before()
-    x = tl.load(x_ptr + row * x_stride + at, valid, 0.0)
+    offs = tl.arange(0, BLOCK)
+    valid = offs < size
+    weight = tl.load(weight_ptr + offs, valid, 0.0)
+    if USE_PDL:
+        wait_for_previous_kernel()
+    x = tl.load(x_ptr + row * x_stride + offs, valid, 0.0)
     if ADD:
-        residual = tl.load(residual_ptr + row * size + at, valid, 0.0)
+        residual = tl.load(residual_ptr + row * size + offs, valid, 0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
-        tl.store(residual_ptr + row * size + at, x, valid)
+        tl.store(residual_ptr + row * size + offs, x, valid)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
-    out = weighted(wide * scale, weight, AROUND_ONE).to(weight.dtype)
-    tl.store(out_ptr + row * size + at, out, valid)
+    out = apply_weight(wide * scale, weight, UNIT_OFFSET).to(weight.dtype)
+    tl.store(out_ptr + row * size + offs, out, valid)
 
 
 @triton.jit
-def weighted(normed, weight, AROUND_ONE: tl.constexpr):
-    """Float32; rounded to the weights' type before they count, unless they count from one."""
-    if AROUND_ONE:
+def apply_weight(normed, weight, UNIT_OFFSET: tl.constexpr):
+    """Multiply in float32; ``normed`` is rounded to the weights' type first, as in ``ops``.
+
+    With ``UNIT_OFFSET`` the factor is ``1 + weight`` and nothing is rounded first.
+    """
+    if UNIT_OFFSET:
         return normed * (1.0 + weight.to(tl.float32))
     return normed.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, around_one: bool = False) -> Tensor:
-    """``x`` (``[num_tokens, size]``) scaled to unit mean square, times ``weight`` (or one more)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
+    """See ``ops.rms_norm``."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_norm(x, x, weight, out, eps, add=False, around_one=around_one)
+    _launch_norm(x, x, weight, out, eps, add=False, unit_offset=unit_offset)
     return out
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, around_one: bool = False
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 ) -> Tensor:
-    """The norm of ``residual + x``, which ``residual`` becomes."""
+    """See ``ops.add_rms_norm``."""
     out = torch.empty_like(residual)
-    _launch_norm(x, residual, weight, out, eps, add=True, around_one=around_one)
+    _launch_norm(x, residual, weight, out, eps, add=True, unit_offset=unit_offset)
     return out
 
 
@@ -129,7 +130,7 @@ def _launch_norm(
     eps: float,
     *,
     add: bool,
-    around_one: bool,
+    unit_offset: bool,
 ) -> None:
     num_rows, size = x.shape
     block = triton.next_power_of_2(size)
@@ -137,40 +138,39 @@ def _launch_norm(
     if num_rows:
         _rms_norm_kernel[(num_rows,)](
             x, residual, weight, out, x.stride(0), size, eps,
-            ADD=add, AROUND_ONE=around_one, BLOCK=block, num_warps=num_warps, **LAUNCH,
+            ADD=add, UNIT_OFFSET=unit_offset, BLOCK=block, num_warps=num_warps, **LAUNCH,
         )  # fmt: skip
 
 
 @triton.jit
 def _gate_kernel(
-    x_ptr, out_ptr, size, IS_SILU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    x_ptr, out_ptr, size, IS_SILU: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = at < size
-    if EARLY:
-        await_kernel_before()
-    gate = tl.load(x_ptr + row * 2 * size + at, valid, 0.0)
-    up = tl.load(x_ptr + row * 2 * size + size + at, valid, 0.0)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = offs < size
+    if USE_PDL:
+        wait_for_previous_kernel()
+    gate = tl.load(x_ptr + row * 2 * size + offs, valid, 0.0)
+    up = tl.load(x_ptr + row * 2 * size + size + offs, valid, 0.0)
     wide = gate.to(tl.float32)
     if not IS_SILU:
-        # x * sigmoid(2y) is x * (1 + tanh(y)) / 2, the other way to write GELU with a tanh.
+        # GELU with tanh: x * (1 + tanh(y)) / 2 equals x * sigmoid(2y), which needs exp alone.
         cubic = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
         activated = wide / (1.0 + tl.exp(-cubic))
     else:
         activated = wide / (1.0 + tl.exp(-wide))
     activated = activated.to(gate.dtype).to(tl.float32)
     out = (activated * up.to(tl.float32)).to(gate.dtype)
-    tl.store(out_ptr + row * size + at, out, valid)
+    tl.store(out_ptr + row * size + offs, out, valid)
 
 
 def gate(gate_up: Tensor, activation: str) -> Tensor:
-    """``[num_tokens, 2 * size]``, the gates first, to ``activation(gate) * up``.
-
-    ``ValueError`` for another activation than silu and gelu_tanh.
-    """
+    """See ``ops.gate``. Raises ``ValueError`` for other activations than silu and gelu_tanh."""
     if activation not in ("silu", "gelu_tanh"):
-        raise ValueError(f"there is no gate with activation {activation!r}")
+        raise ValueError(
+            f"activation {activation!r} is not supported in a gate; supported: silu, gelu_tanh"
+        )
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((num_rows, size))
     block = min(2048, triton.next_power_of_2(max(size, 1)))

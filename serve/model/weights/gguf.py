@@ -1,4 +1,4 @@
-"""The tensors of a llama GGUF file: dequantised, named and ordered as transformers has them."""
+"""GGUFCheckpoint: the tensors of a llama GGUF file, as transformers names and orders them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROTATED = re.compile(r"\.(q_proj|k_proj)\.")
-_IN_HEADER = "rope_freqs.weight"  # part of the rope configuration, see gguf_header
-_CHUNK = 2**22  # elements dequantised at a time, which bounds the working memory
+_IN_HEADER = "rope_freqs.weight"  # belongs to the rope config, see gguf_header
+_CHUNK = 2**22  # elements dequantised at a time, to bound temporary memory
 
 
 class GGUFCheckpoint:
-    """A memory-mapped GGUF file: only the blocks that the shard touches are dequantised."""
+    """A memory-mapped GGUF file. Only blocks that overlap the shard are dequantised."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -51,38 +51,36 @@ class GGUFCheckpoint:
         }
 
     def names(self) -> Iterable[str]:
-        """See ``Checkpoint``."""
         return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """See ``Checkpoint``. The file lists dimensions from the innermost out."""
+        # GGUF lists dimensions from the innermost to the outermost.
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def read(self, name: str, shard: Shard) -> Tensor:
-        """See ``Checkpoint``."""
         tensor = self._tensors[name]
         rows = tensor.data if tensor.data.ndim == 2 else tensor.data[None]
-        # A vector is one row, so its first dimension is the columns here.
-        across = shard.dim == 1 or tensor.data.ndim == 1
+        # A vector is read as one row, so its only dimension is the columns.
+        by_column = shard.dim == 1 or tensor.data.ndim == 1
         out = torch.empty(shard.local_shape)
         target = out if tensor.data.ndim == 2 else out[None]
         begin = 0
         for start, stop in shard.ranges:
             end = begin + stop - start
-            part = target[:, begin:end] if across else target[begin:end]
-            columns = (start, stop) if across else (0, int(tensor.shape[0]))
+            part = target[:, begin:end] if by_column else target[begin:end]
+            columns = (start, stop) if by_column else (0, int(tensor.shape[0]))
             if start < stop:
-                self._dequantise(part, rows if across else rows[start:stop], columns, tensor)
+                self._dequantise(part, rows if by_column else rows[start:stop], columns, tensor)
             begin = end
         return _unpermute(out, self._head_dim) if _ROTATED.search(name) else out
 
     def _dequantise(
         self, target: Tensor, rows: np.ndarray, columns: tuple[int, int], tensor: Any
     ) -> None:
-        """Fill ``target`` with elements ``columns`` of ``rows``, by whole quantisation blocks."""
+        """Dequantise ``columns`` (start, stop) of ``rows`` into ``target``, in whole blocks."""
         start, stop = columns
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-        width = block_bytes // rows.itemsize  # plain types come as numbers, the others as bytes
+        width = block_bytes // rows.itemsize  # unquantised types come as numbers, others as bytes
         first, last = start // block, -(-stop // block)
         step = max(1, _CHUNK // ((last - first) * block))
         for row in range(0, len(rows), step):
@@ -92,12 +90,12 @@ class GGUFCheckpoint:
             except (NotImplementedError, gguf.QuantError) as error:
                 message = f"{self._path}: {tensor.name} cannot be dequantised: {error}"
                 raise ValueError(message) from None
-            wanted = values[:, start - first * block : stop - first * block]
-            target[row : row + step] = torch.from_numpy(np.array(wanted))
+            part = values[:, start - first * block : stop - first * block]
+            target[row : row + step] = torch.from_numpy(np.array(part))
 
 
 def _translate(name: str) -> str:
-    """A tensor's name in transformers; an unknown one stays, to be reported as left over."""
+    """Return a tensor's name in transformers; unknown ones stay, to be reported as left over."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _NAMES:
         return name
@@ -106,9 +104,9 @@ def _translate(name: str) -> str:
 
 
 def _unpermute(rows: Tensor, head_dim: int) -> Tensor:
-    """Undo the file's order of a head's rows, where dimension i lies beside i + half.
+    """Undo GGUF's order of a head's rows, in which dimension ``i`` is next to ``i + head_dim / 2``.
 
-    ``rows`` are whole heads: ``[num_heads * head_dim, ...]``.
+    ``rows`` are whole heads, ``[num_heads * head_dim, ...]``.
     """
     pairs = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).flatten(0, 2)

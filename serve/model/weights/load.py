@@ -1,4 +1,4 @@
-"""Filling a model's parameters: each rank reads its shard, and every tensor is accounted for."""
+"""Load weights: each rank reads its shard, and every checkpoint tensor is accounted for."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from serve.model.layers import Shard, parameter_shards
 from serve.model.weights.checkpoint import Checkpoint, open_checkpoint, take, with_prefix
 from serve.model.weights.staged_copies import StagedCopies
 
-# Tables and masks that old checkpoints carry; they follow from the configuration.
+# Tables and masks in old checkpoints that are not weights: the config determines them.
 _BUFFERS = re.compile(r".*\b(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias)")
 _DUMMY_STD = 0.02
 
 
 class _Target(NamedTuple):
-    names: list[str]  # more than one if it is tied
+    names: list[str]  # checkpoint keys; more than one if the parameter is tied
     parameter: nn.Parameter
     shard: Shard
 
@@ -34,16 +34,17 @@ def load_weights(
 ) -> None:
     """Fill every parameter of ``model`` from the checkpoint at ``path``.
 
-    ``load_format`` is auto, safetensors, pt, gguf, or dummy: random weights that depend on ``seed``
-    and on a tensor's name only, not on how it is sharded. ``progress`` hears (tensors done, all).
-    Raises one ``ValueError`` that names the tensors missing, left over or of another shape.
+    ``load_format`` is auto, safetensors, pt, gguf or dummy. Dummy weights are random and depend on
+    ``seed`` and the tensor's name alone, not on how it is sharded. ``progress`` is called with
+    (tensors loaded, all tensors). Raises one ``ValueError`` that names all tensors that are
+    missing, left over or of another shape.
     """
     targets = _targets(model)
     checkpoint = None
     if load_format != "dummy":
-        wanted = {name for target in targets for name in target.names}
+        expected = {name for target in targets for name in target.names}
         checkpoint = open_checkpoint(path, load_format)
-        checkpoint = with_prefix(checkpoint, getattr(model, "base_prefix", ""), wanted)
+        checkpoint = with_prefix(checkpoint, getattr(model, "base_prefix", ""), expected)
         targets = _as_stored(targets, checkpoint, path)
     with StagedCopies(next(model.parameters()).device) as copies:
         for number, (names, parameter, shard) in enumerate(targets, start=1):
@@ -67,7 +68,10 @@ def _targets(model: nn.Module) -> list[_Target]:
 
 
 def _as_stored(targets: list[_Target], checkpoint: Checkpoint, path: str) -> list[_Target]:
-    """``targets`` by the names that ``checkpoint`` has: of a tied one any, or several."""
+    """Reduce ``targets`` to the names that ``checkpoint`` has: for a tied parameter, at least one.
+
+    Raises ``ValueError`` if tensors are missing, left over or of another shape.
+    """
     present = set(checkpoint.names())
     stored = [t._replace(names=[name for name in t.names if name in present]) for t in targets]
     missing = [t.names[0] for t, found in zip(targets, stored, strict=True) if not found.names]
@@ -99,13 +103,13 @@ def _listed(names: Iterable[str], limit: int = 8) -> str:
 
 
 def _compare(parameter: nn.Parameter, tensor: Tensor, name: str, path: str) -> None:
-    """A tied tensor may be stored twice, but not with other values."""
+    """Check that the second copy of a tied tensor has equal values."""
     if not torch.equal(parameter, tensor.to(parameter)):
-        raise ValueError(f"{path}: {name} is tied by the configuration but has other values")
+        raise ValueError(f"{path}: {name} is tied by config.json but has other values")
 
 
 def _randomise(parameter: nn.Parameter, name: str, shard: Shard, seed: int) -> None:
-    """Make the full tensor where the parameter lives, so that any sharding gives one model."""
+    """Draw the whole tensor and take the shard, so that any sharding gives the same model."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     generator = torch.Generator(parameter.device)
     generator.manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,7 +1,7 @@
-"""StagedCopies: tensors of files onto a device, piece by piece through pinned buffers.
+"""StagedCopies: copy tensors from files to a device, piece by piece through pinned buffers.
 
-One core reads a mapped file at a few GB/s and a device takes ten times as much. So threads fill
-buffers, each with a piece, and the calling thread, which alone speaks to the device, sends them on.
+One core reads a memory-mapped file at a few GB/s, and a device accepts ten times as much. So
+several threads fill buffers, and the calling thread alone copies them to the device.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ SLOT_BYTES = 16 << 20
 
 @dataclass(eq=False, slots=True)
 class _Slot:
-    buffer: Tensor  # [slot_bytes], uint8; pinned for a GPU
-    sent: torch.cuda.Event | None = None  # what was in it is on the device
+    buffer: Tensor  # [slot_bytes], uint8; pinned if the device is a GPU
+    sent: torch.cuda.Event | None = None  # the copy from this buffer to the device
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
     slot: _Slot
-    staged: Tensor  # of the slot's memory, shaped as the target
+    staged: Tensor  # view of the slot's buffer, shaped like the target
     target: Tensor
     filled: Future[Tensor]
 
 
 class StagedCopies:
-    """Copies that are all done when the block ends. Only one thread may use it."""
+    """Copies in a ``with`` block, all complete when it ends. Not thread-safe."""
 
     def __init__(self, device: torch.device, slot_bytes: int = SLOT_BYTES) -> None:
         self._on_gpu = device.type == "cuda"
         self._slot_bytes = slot_bytes
         self._num_slots = 0
-        self._free: deque[_Slot] = deque()  # the one that was sent first comes first
+        self._free: deque[_Slot] = deque()  # oldest copy first
         self._filling: deque[_Piece] = deque()  # oldest first
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="load")
 
@@ -58,9 +58,9 @@ class StagedCopies:
                 torch.cuda.current_stream().synchronize()
 
     def add(self, target: Tensor, source: Tensor) -> None:
-        """Copy ``source``, on the CPU and of any type, into ``target``, of one shape with it.
+        """Copy ``source`` (on the CPU, of any type) to ``target``, which has the same shape.
 
-        Returns before it is done; ``source`` must not change until then.
+        Returns before the copy is complete; ``source`` must not change until the block ends.
         """
         for part, piece in self._pieces(target, source):
             slot = self._take_slot()
@@ -81,7 +81,7 @@ class StagedCopies:
         return slot
 
     def _pieces(self, target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of both, as many as a slot holds; of a row that none holds, its own rows."""
+        """Yield matching parts of both that fit in a slot: runs of rows, or parts of large rows."""
         if target.nbytes <= self._slot_bytes:
             yield target, source
         elif (row_bytes := target[0].nbytes) > self._slot_bytes:
@@ -94,7 +94,7 @@ class StagedCopies:
 
     def _send_oldest(self) -> None:
         piece = self._filling.popleft()
-        piece.filled.result()  # raises what the thread met
+        piece.filled.result()  # raises the thread's exception
         with torch.no_grad():
             piece.target.copy_(piece.staged, non_blocking=self._on_gpu)
         if self._on_gpu:
