@@ -7,8 +7,8 @@ answered requests. guidellm (reports of version 0.8.1) names some figures differ
   package calls that TPOT.
 - Its TPOT includes the first token: ``(last token - send) / output tokens``.
 - It keeps no times of single tokens, so the distribution of ITL cannot be compared.
-- Its clock starts when a request's header is written, after the connection is open.
-- It counts only chunks with text as tokens.
+- Its clock starts when a request's header is written, after the connection is open; it counts only
+  chunks with text as tokens.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ FIGURES: tuple[tuple[str, Callable[[Answer], float | None]], ...] = (
 )
 
 
-# --- the files: only the fields that are used, so that encoding a report again makes it smaller ---
-
-
+# The structs have only the fields that are used, so encoding a report again makes it smaller.
 class _Timings(Struct):
     targeted_start: float | None = None
     request_start: float | None = None
@@ -210,21 +208,11 @@ def _our_run(label: str, run: _OurRun) -> Run:
     answers: list[Answer] = []
     failures: Counter[str] = Counter()
     for request in run.requests:
-        answer = _our_answer(request)
-        if answer is None:
+        if request.error is not None or request.first_token_s is None:
             failures[request.error or "no token"] += 1
         else:
-            answers.append(answer)
+            answers.append(msgspec.convert(request, Answer, from_attributes=True))
     return Run(label, "ours", answers, failures)
-
-
-def _our_answer(request: _OurRequest) -> Answer | None:
-    if request.error is not None or request.first_token_s is None:
-        return None
-    return msgspec.convert(request, Answer, from_attributes=True)
-
-
-# --- the table ----------------------------------------------------------------------------------
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -192,7 +192,7 @@ def test_prompts_are_sorted_if_all_have_times(tmp_path: Path) -> None:
         (b"[", "truncated"),
         (b'["hello"]', "not a JSON object"),
         (b'{"prompt": "\xff"}', "utf-8"),
-        (b'{"input": "hello"}', "wanted one of prompt, text"),
+        (b'{"input": "hello"}', "expected exactly one of prompt, text"),
         (b'{"prompt": "a", "text": "b"}', "found prompt, text"),
         (b'{"prompt": ""}', "no text"),
         (b'{"question": ["a"]}', "no text"),
