@@ -51,14 +51,8 @@ class Timer:
             return
         self._arm(self._fd, time_s)
         loop = asyncio.get_running_loop()
-        expired = loop.create_future()
-
-        def on_readable() -> None:
-            loop.remove_reader(self._fd)
-            if not expired.done():
-                expired.set_result(None)
-
-        loop.add_reader(self._fd, on_readable)
+        expired: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._fd, _set, expired)
         try:
             await expired
         finally:
@@ -76,3 +70,9 @@ class Timer:
         if failed:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    # The timer stays readable until the waiting task runs and removes the reader.
+    if not future.done():
+        future.set_result(None)

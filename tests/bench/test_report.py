@@ -1,4 +1,4 @@
-"""The figures of a run, against cases small enough to work out by hand."""
+"""The figures of a run, for cases small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def made(
     error: str | None = None,
     **more: object,
 ) -> Record:
-    """A request that got its tokens at these times, one each unless ``counts`` says otherwise."""
+    """Make a request that got tokens at these times, one each unless ``counts`` says otherwise."""
     counts = counts or [1] * len(token_times_s)
     return Record(
         index=int(scheduled_s * 1000),
