@@ -81,7 +81,7 @@ def _warnings(summary: Mapping[str, Any]) -> Iterator[str]:
             "this machine could not keep up with the rate; raise --processes"
         )
     if summary["num_short"]:
-        yield f"warning: {summary['num_short']} answers were shorter than asked for"
+        yield f"warning: {summary['num_short']} answers were shorter than requested"
     if not summary["tokens_counted"]:
         yield (
             "warning: the server reports no running token counts: "

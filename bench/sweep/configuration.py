@@ -86,7 +86,7 @@ def load_command(
         "rate": rate,
         "ttft-slo": experiment.objectives.ttft_s,
         "tpot-slo": experiment.objectives.tpot_s,
-        **load.given(),
+        **load.set_options(),
         "seed": (load.seed or 0) + round(rate * 1000),
         "output": str(output),
     }

@@ -76,12 +76,12 @@ class Workload(Strict, frozen=True):
 
     def merged(self, other: Workload) -> Workload:
         """Return these options, replaced by those that ``other`` sets."""
-        return msgspec.structs.replace(self, **other.given())
+        return msgspec.structs.replace(self, **other.set_options())
 
     def plan_options(self, rate: float) -> WorkloadOptions:
         """Return these options for ``bench.load.workload.make_plan``, which checks them."""
         known = WorkloadOptions().describe()
-        options = {name: value for name, value in self.given().items() if name in known}
+        options = {name: value for name, value in self.set_options().items() if name in known}
         return WorkloadOptions(**options, rate=rate)
 
 

@@ -179,6 +179,6 @@ def test_the_table_tells_of_late_sends_short_answers_and_uncounted_tokens() -> N
     late.max_tokens, late.counted = 9, False
     text = render(run_file({}, [late], 0.0, OBJECTIVES, []))
     assert "200 ms late" in text
-    assert "shorter than asked" in text
+    assert "shorter than requested" in text
     assert "between chunks" in text
     assert "within the objectives (TTFT 1000 ms, TPOT 100 ms): 100.0%" in text
