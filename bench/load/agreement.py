@@ -1,11 +1,14 @@
-"""Agreement: this package's figures beside guidellm's, both from the times of single requests.
+"""Agreement: compares the figures of ``bench.serve`` with those of guidellm.
 
-guidellm (reports of version 0.8.1) names some figures differently. Its ITL is one mean per request,
-``(last token - first token) / (output tokens - 1)``, which is TPOT everywhere in this package; its
-TPOT counts the first token, too: ``(last token - send) / output tokens``. It keeps no times of
-single tokens, so the distribution of ITL has no counterpart. Its clock starts where a request's
-header is written, after the connection is open, and it takes only chunks with text for tokens.
-The medians here are over all answered requests, recomputed from the times in the files.
+Both are recomputed from the times of single requests in the files; the medians are over all
+answered requests. guidellm (reports of version 0.8.1) names some figures differently:
+
+- Its ITL is one mean per request, ``(last token - first token) / (output tokens - 1)``. This
+  package calls that TPOT.
+- Its TPOT includes the first token: ``(last token - send) / output tokens``.
+- It keeps no times of single tokens, so the distribution of ITL cannot be compared.
+- Its clock starts when a request's header is written, after the connection is open; it counts only
+  chunks with text as tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ _LABEL_WIDTH = 34
 
 
 class Answer(Struct, frozen=True, kw_only=True):
-    """One request that was answered in full. Times are seconds of any one clock."""
+    """One request that was answered in full. Times are seconds of any clock, the same for all."""
 
     scheduled_s: float | None
     sent_s: float
@@ -39,7 +42,7 @@ class Answer(Struct, frozen=True, kw_only=True):
 
     @property
     def lateness_s(self) -> float | None:
-        """How long after its time the request was sent."""
+        """How long after its scheduled time the request was sent."""
         return None if self.scheduled_s is None else self.sent_s - self.scheduled_s
 
     @property
@@ -56,7 +59,7 @@ class Answer(Struct, frozen=True, kw_only=True):
 
     @property
     def time_per_token_s(self) -> float | None:
-        """Send to last token over all tokens; guidellm's ``time_per_output_token_ms``."""
+        """Send to last token, divided by all tokens; guidellm's ``time_per_output_token_ms``."""
         return self.e2e_s / self.num_output_tokens if self.num_output_tokens else None
 
     @property
@@ -80,7 +83,7 @@ class Run:
     failures: Counter[str]
 
     def median_ms(self, figure: Callable[[Answer], float | None]) -> float:
-        """Median over all answers in milliseconds; NaN if none has the figure."""
+        """Return the median over all answers in milliseconds; NaN if none has the figure."""
         values = [value for answer in self.answers if (value := figure(answer)) is not None]
         return median(values) * 1e3 if values else math.nan
 
@@ -95,9 +98,7 @@ FIGURES: tuple[tuple[str, Callable[[Answer], float | None]], ...] = (
 )
 
 
-# --- the files: only what is read here, so that encoding a report again reduces it ---------------
-
-
+# The structs have only the fields that are used, so encoding a report again makes it smaller.
 class _Timings(Struct):
     targeted_start: float | None = None
     request_start: float | None = None
@@ -152,9 +153,9 @@ class _Kind(Struct):
 
 
 def read(path: Path) -> Run:
-    """A report of guidellm (reduced or not) or a run file of ``bench.serve``, told by its content.
+    """Read a report of guidellm (reduced or not) or a run file of ``bench.serve``.
 
-    ``ValueError`` with one line if it is neither.
+    Raises ``ValueError`` with one line if it is neither.
     """
     content = path.read_bytes()
     try:
@@ -166,7 +167,7 @@ def read(path: Path) -> Run:
 
 
 def reduce_guidellm(content: bytes) -> bytes:
-    """A guidellm report cut down to what ``read`` needs: some 300 bytes per request."""
+    """Reduce a guidellm report to the fields that ``read`` needs: some 300 bytes per request."""
     return msgspec.json.encode(msgspec.json.decode(content, type=_GuidellmReport))
 
 
@@ -207,38 +208,29 @@ def _our_run(label: str, run: _OurRun) -> Run:
     answers: list[Answer] = []
     failures: Counter[str] = Counter()
     for request in run.requests:
-        answer = _our_answer(request)
-        if answer is None:
+        if request.error is not None or request.first_token_s is None:
             failures[request.error or "no token"] += 1
         else:
-            answers.append(answer)
+            answers.append(msgspec.convert(request, Answer, from_attributes=True))
     return Run(label, "ours", answers, failures)
 
 
-def _our_answer(request: _OurRequest) -> Answer | None:
-    if request.error is not None or request.first_token_s is None:
-        return None
-    return msgspec.convert(request, Answer, from_attributes=True)
-
-
-# --- the table ----------------------------------------------------------------------------------
-
-
 def render(runs: Sequence[Run]) -> str:
-    """Medians of every run, one column each; with runs of both tools also how far they differ."""
+    """Return a table of medians, one column a run; with runs of both tools also their ratio."""
     return "\n".join([*_medians(runs), "", *_counts(runs), *_failures(runs)])
 
 
 def _medians(runs: Sequence[Run]) -> Iterator[str]:
-    pooled = [_pool(runs, tool) for tool in ("ours", "guidellm")]
-    compared = all(run.answers for run in pooled)
+    by_tool = [_pool(runs, tool) for tool in ("ours", "guidellm")]
+    compared = all(run.answers for run in by_tool)
     heads = [run.label for run in runs] + ["ours/guidellm"] * compared
     yield _row("medians, ms", (f"{head[: _WIDTH - 1]:>{_WIDTH}}" for head in heads))
     for label, figure in FIGURES:
         cells = [f"{run.median_ms(figure):>{_WIDTH}.2f}" for run in runs]
         if compared:
-            ours, theirs = (run.median_ms(figure) for run in pooled)
-            cells.append(f"{ours / theirs if theirs else math.nan:>{_WIDTH}.4f}")
+            ours_ms, guidellm_ms = (run.median_ms(figure) for run in by_tool)
+            ratio = ours_ms / guidellm_ms if guidellm_ms else math.nan
+            cells.append(f"{ratio:>{_WIDTH}.4f}")
         yield _row(label, cells)
 
 
@@ -275,11 +267,17 @@ def _row(label: str, cells: Iterable[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as the command line says; the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Compare bench.serve runs with guidellm reports.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of either tool")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="run files of bench.serve and reports of guidellm",
+    )
     parser.add_argument("--reduce", type=Path, metavar="OUT",
-        help="write the only FILE, a guidellm report, cut down to what is read here")  # fmt: skip
+        help="also write the one FILE, a guidellm report, without unused fields")  # fmt: skip
     args = parser.parse_args(argv)
     if args.reduce is not None and len(args.files) != 1:
         parser.error("--reduce takes one FILE")

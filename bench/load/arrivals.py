@@ -1,4 +1,4 @@
-"""Arrivals: when requests are sent, as random processes and as a trace's own times rescaled."""
+"""Arrivals: the send times of requests, from random processes or from a trace, rescaled."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from itertools import pairwise
 import numpy as np
 
 KINDS = ("poisson", "gamma", "uniform")
-_CHUNK = 256  # gaps drawn at once: one draw at a time costs numpy's call overhead each
+_CHUNK = 256  # gaps drawn per call, because numpy's overhead per call exceeds the draw's cost
 
 
 def gaps(kind: str, rate: float, cv: float, rng: np.random.Generator) -> Iterator[float]:
-    """Endless inter-arrival gaps in seconds with mean ``1 / rate``.
+    """Return an endless iterator of inter-arrival gaps in seconds with mean ``1 / rate``.
 
     ``poisson``: exponential gaps. ``gamma``: gamma gaps with coefficient of variation ``cv``
     (1 is Poisson, more is burstier, less is more even); shape ``1 / cv**2``, scale
     ``cv**2 / rate``. ``uniform``: every gap is exactly ``1 / rate``. Only ``gamma`` reads ``cv``.
-    ``ValueError`` if the kind is unknown, or ``rate`` or gamma's ``cv`` is not above 0 and finite.
+    Raises ``ValueError`` if the kind is unknown, or if ``rate`` or gamma's ``cv`` is not finite and
+    above 0.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown arrivals {kind!r}: one of {', '.join(KINDS)}")
@@ -40,9 +41,9 @@ def _endless_gaps(kind: str, rate: float, cv: float, rng: np.random.Generator) -
 
 
 def send_times(kind: str, rate: float, cv: float, rng: np.random.Generator) -> Iterator[float]:
-    """Endless send times in seconds from the start of the run: 0.0 first, then after each gap.
+    """Return an endless iterator of send times in seconds from the start of the run.
 
-    Errors as for ``gaps``.
+    The first is 0.0. Each later one follows the one before by a gap. Raises as ``gaps`` does.
     """
     each_gap = gaps(kind, rate, cv, rng)
     if kind == "uniform":
@@ -51,7 +52,7 @@ def send_times(kind: str, rate: float, cv: float, rng: np.random.Generator) -> I
 
 
 def _every(gap_s: float) -> Iterator[float]:
-    """Multiples, not sums: exact however many there are."""
+    """Yield multiples of ``gap_s``. They stay exact, where a running sum would drift."""
     index = 0
     while True:
         yield index * gap_s
@@ -59,34 +60,34 @@ def _every(gap_s: float) -> Iterator[float]:
 
 
 def _running_sum(each_gap: Iterator[float]) -> Iterator[float]:
-    """Neumaier's compensated sum: the lost low bits of each addition are kept and given back."""
+    """Yield running sums, compensated after Neumaier: the bits that additions lose are added."""
     total = 0.0
     lost = 0.0
     yield total
     for gap_s in each_gap:
-        raised = total + gap_s
+        new_total = total + gap_s
         if total >= gap_s:
-            lost += (total - raised) + gap_s
+            lost += (total - new_total) + gap_s
         else:
-            lost += (gap_s - raised) + total
-        total = raised
+            lost += (gap_s - new_total) + total
+        total = new_total
         yield total + lost
 
 
 def scaled(times: Sequence[float], rate: float | None, time_scale: float) -> list[float]:
-    """A trace's own times in seconds, shifted to start at 0 and stretched.
+    """Shift a trace's times [s] so that they start at 0, and stretch them.
 
-    Without a ``rate`` they are multiplied by ``time_scale`` (0.5: twice as fast). With one they are
-    stretched so that ``(n - 1) / (last - first)`` is ``rate`` requests per second, and
-    ``time_scale`` must be left at 1. A single request is sent at 0 whatever the rate.
+    Without a ``rate`` they are multiplied by ``time_scale`` (0.5: twice as fast). With a ``rate``
+    they are stretched so that ``(n - 1) / (last - first)`` is ``rate`` requests per second, and
+    ``time_scale`` must be 1. A single request is sent at 0, whatever the rate.
 
-    ``times`` must be in order: sorting requests by time is for who reads the trace, since times
-    sorted here would no longer belong to their requests. ``ValueError`` if there are no times, if
-    they go backwards, if a rate is asked of times that are all one instant, or if a factor is not
-    above 0.
+    ``times`` must be in order. The reader of the trace sorts the requests by time, because times
+    sorted here would no longer belong to their requests. Raises ``ValueError`` if there are no
+    times, if they go backwards, if a rate is given for times that are all equal, or if a factor is
+    not above 0.
     """
     if not times:
-        raise ValueError("the trace has no times to send requests at")
+        raise ValueError("the trace has no times")
     if not all(math.isfinite(time_s) for time_s in times):
         raise ValueError("the trace has times that are not finite numbers")
     for index, (time_s, later_s) in enumerate(pairwise(times), start=1):
@@ -116,6 +117,6 @@ def _factor(times: Sequence[float], rate: float | None, time_scale: float) -> fl
     return (len(times) - 1) / (rate * span_s)
 
 
-def _check_positive(what: str, number: float) -> None:
+def _check_positive(name: str, number: float) -> None:
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{what} must be a number above 0, not {number}")
+        raise ValueError(f"{name} must be a number above 0, not {number}")

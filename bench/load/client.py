@@ -1,4 +1,4 @@
-"""Client: one streaming request to an OpenAI-compatible server, and when its tokens came."""
+"""Client: sends streaming requests to an OpenAI-compatible server and times their tokens."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from bench.load.record import Record
 
 MAX_ERROR_CHARS = 300
 _READ_BYTES = 1 << 18
-_SILENCE_S = 600.0  # without a byte a request has failed: a stalled server ends a run, too
+_SILENCE_S = 600.0  # a request without a byte for so long fails, so a stalled server ends the run
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server under load; several base URLs are copies of it that take turns."""
+    """The server under load. Several base URLs are copies of it, used in turn."""
 
     base_urls: tuple[str, ...]
     model: str
     api_key: str | None = None
     chat: bool = False
     ignore_eos: bool = True
-    token_ids: bool = False  # count by token ids instead of by running usage
+    token_ids: bool = False  # count tokens by their ids instead of by the running usage
     extra_body: dict[str, Any] = field(default_factory=dict)
 
     def body(self, prompt: str | list[int], max_tokens: int) -> bytes:
-        """A request as JSON. A null in ``extra_body`` takes the field of that name away."""
+        """Return a request as JSON. A None in ``extra_body`` removes the field of that name."""
         content: dict[str, Any] = (
             {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
         )
@@ -52,13 +52,11 @@ class Target:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request."""
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         return {"Content-Type": "application/json", **key}
 
     @property
     def path(self) -> str:
-        """Of the endpoint."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
@@ -89,11 +87,11 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 class RequestFailed(Exception):
-    """The server refused or broke off; the text is its own."""
+    """The server refused a request or broke off its answer; the text says why."""
 
 
 class Client:
-    """Connections to one target. Use as ``async with``."""
+    """The connections to one target. Use as ``async with``."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -115,7 +113,7 @@ class Client:
         await self._session.close()
 
     async def send(self, record: Record, body: bytes) -> Record:
-        """Send ``body``; fill ``record`` until the answer ends, also with why it failed."""
+        """Send ``body`` and fill ``record`` until the answer ends. A failure sets its error."""
         urls = self._target.base_urls
         url = urls[record.index % len(urls)] + self._target.path
         record.sent_s = time.monotonic()
@@ -139,17 +137,17 @@ class Client:
 
 
 class _Answer:
-    """Server-sent events of one answer, as bytes come."""
+    """Parses the server-sent events of one answer as its bytes come."""
 
     def __init__(self, record: Record) -> None:
         self._record = record
         self._rest = b""
         self._done = False
-        self._num_reported: int | None = None  # by usage
-        self._num_counted = 0
+        self._num_reported: int | None = None  # the newest completion_tokens of a usage
+        self._num_counted = 0  # the tokens whose times are known
 
     def feed(self, data: bytes, now_s: float) -> None:
-        """Take in what was read at ``now_s``."""
+        """Parse bytes that were read at ``now_s``. An event may be split over two calls."""
         before = self._num_counted
         for payload in self._payloads(data):
             self._done = self._done or payload.startswith(b"[DONE]")
@@ -160,7 +158,7 @@ class _Answer:
             self._record.token_counts.append(self._num_counted - before)
 
     def close(self) -> None:
-        """The stream is over: check that it was whole, settle the number of tokens."""
+        """Check at the end of the stream that it was complete, and set the number of tokens."""
         if not self._done:
             raise RequestFailed("the stream broke off before [DONE]")
         record = self._record
@@ -188,20 +186,20 @@ class _Answer:
         if usage is not None and usage.completion_tokens is not None:
             self._num_reported = usage.completion_tokens
             record.num_prompt_tokens = usage.prompt_tokens or record.num_prompt_tokens
-            if chunk.choices:  # a running count
+            if chunk.choices:  # a running count; a usage without choices comes once, at the end
                 self._num_counted = max(self._num_counted, usage.completion_tokens)
             return
         for choice in chunk.choices:
             if choice.token_ids is not None:
                 self._num_counted += len(choice.token_ids)
             elif choice.has_text:
-                # Only the end will tell how many tokens came; a chunk stands for one meanwhile.
+                # The number of tokens comes at the end, so a chunk counts as one until then.
                 self._num_counted += 1
                 record.counted = False
 
 
 def _message(body: bytes) -> str:
-    """What an error answer says, whatever its form."""
+    """Return the message of an error answer, in any of the common forms."""
     try:
         found = msgspec.json.decode(body)
     except msgspec.MsgspecError:
@@ -211,7 +209,7 @@ def _message(body: bytes) -> str:
 
 
 async def find_model(base_url: str, headers: dict[str, str]) -> str:
-    """The first model that the server names. ``RequestFailed`` if it cannot be asked."""
+    """Return the first model of ``/v1/models``. Raises ``RequestFailed`` if there is none."""
     try:
         timeout = aiohttp.ClientTimeout(total=30)
         async with (

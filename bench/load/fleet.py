@@ -1,8 +1,9 @@
-"""Fleet: the processes that send the load together, started at one moment.
+"""Fleet: the processes that send one load together, all from the same start time.
 
-The parent sends nothing itself, so that its progress bar and its sampling of the server delay no
-request. Each child tells over its own pipe: ``Ready`` once its first bodies can be made, then the
-records as they end, then ``Finished``.
+The parent sends no requests, because its progress bar and its monitoring of the server would delay
+them. Each child writes to its own pipe: ``_READY`` once its plan is made, then batches of records
+of requests that have ended, then ``_FINISHED``. After the last ``_READY`` the parent writes the
+start time to every pipe.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import uvloop
 
 from bench.load.client import Target
 from bench.load.record import Record
-from bench.load.sender import Load, Share
+from bench.load.sender import Sender, Share
 from bench.load.workload import WorkloadOptions
 
-START_DELAY_S = 0.2  # between the last child's Ready and the first request
-_BATCH_S = 0.25  # how often a child reports
+START_DELAY_S = 0.2  # between the last child's _READY and the first request
+_BATCH_S = 0.25  # between two batches of records of a child
 _READY, _FINISHED = b"ready", b"finished"
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -44,22 +45,23 @@ async def run_fleet(
     on_start: Callable[[float], None],
     on_end: Callable[[Record], None],
 ) -> None:
-    """Send the whole plan; ``on_start`` is told the start on the monotonic clock.
+    """Send the whole plan from ``num_processes`` processes.
 
-    Raises ``LoadFailed`` if a process dies. When cancelled the processes are ended.
+    ``on_start`` gets the start time on the monotonic clock, ``on_end`` each record when its request
+    has ended. Raises ``LoadFailed`` if a process dies. Cancelling this ends the processes.
     """
     context = multiprocessing.get_context("spawn")
     children = []
     try:
         for first in range(num_processes):
-            ours, theirs = context.Pipe()
+            parent_end, child_end = context.Pipe()
             share = Share(first, num_processes)
             process = context.Process(
-                target=_child, args=(theirs, target, options, share), daemon=True
+                target=_child, args=(child_end, target, options, share), daemon=True
             )
             process.start()
-            theirs.close()
-            children.append((process, ours))
+            child_end.close()  # otherwise the death of the child would not end the pipe
+            children.append((process, parent_end))
         await _drive([pipe for _, pipe in children], on_start, on_end)
     finally:
         for process, pipe in children:
@@ -76,7 +78,7 @@ async def _drive(
     readers = ThreadPoolExecutor(len(pipes), "pipes")
     for pipe in pipes:
         if await _receive(pipe, readers) != _READY:
-            raise LoadFailed("a load process spoke out of turn")
+            raise LoadFailed("a load process sent records before it was ready")
     start_s = time.monotonic() + START_DELAY_S
     on_start(start_s)
     for pipe in pipes:
@@ -93,17 +95,17 @@ async def _drive(
 
 
 async def _receive(pipe: Connection, readers: ThreadPoolExecutor) -> bytes:
-    """The next message. The thread that waits for it ends, at the latest, with the child."""
+    """Receive the next message. The waiting thread ends with the child at the latest."""
     try:
         return await asyncio.get_running_loop().run_in_executor(readers, pipe.recv_bytes)
     except (EOFError, ConnectionError) as error:
-        raise LoadFailed("a load process died; see above") from error
+        raise LoadFailed("a load process died; its traceback is above") from error
 
 
 def _child(pipe: Connection, target: Target, options: WorkloadOptions, share: Share) -> None:
-    """The whole life of a load process. Ctrl-C reaches it through the parent, which ends it."""
+    """Run a load process. It ignores Ctrl-C, because the parent ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(BrokenPipeError):  # the parent is gone, and nobody wants the rest
+    with suppress(BrokenPipeError):  # the parent has ended, so the records are not needed
         uvloop.run(_send_share(pipe, target, options, share))
 
 
@@ -111,23 +113,23 @@ async def _send_share(
     pipe: Connection, target: Target, options: WorkloadOptions, share: Share
 ) -> None:
     ended: list[Record] = []
-    load = Load(target, options, share, ended.append)
+    sender = Sender(target, options, share, ended.append)
     pipe.send_bytes(_READY)
     start_s: Any = await asyncio.to_thread(pipe.recv)
 
-    over = asyncio.Event()
+    all_ended = asyncio.Event()
 
     async def report() -> None:
-        while ended or not over.is_set():
+        while ended or not all_ended.is_set():
             batch = _encode(ended)
             ended.clear()
-            # A parent that is slow to read must not delay the next request.
+            # In a thread, because a parent that reads slowly must not delay the next request.
             await asyncio.to_thread(pipe.send_bytes, batch)
             with suppress(TimeoutError):
-                await asyncio.wait_for(over.wait(), _BATCH_S)
+                await asyncio.wait_for(all_ended.wait(), _BATCH_S)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(report())
-        await load.run(start_s)
-        over.set()
+        await sender.run(start_s)
+        all_ended.set()
     pipe.send_bytes(_FINISHED)

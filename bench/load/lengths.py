@@ -1,9 +1,9 @@
-"""Lengths: how many tokens each request brings and asks for, drawn from a distribution.
+"""Lengths: draws the input and output length of each request from a distribution.
 
 ``fixed``, ``uniform`` and ``lognormal`` take their means from the user. ``sharegpt``, ``humaneval``
-and ``longbench`` imitate data sets that are not read here: their means are published, the shape
-around the means is our assumption, said at each constant. Input and output lengths of a request
-are drawn independently (for ``longbench``: given its task), also an assumption.
+and ``longbench`` imitate data sets without reading them: their means are published, the shape
+around the means is an assumption, stated at each constant. Input and output lengths of a request
+are drawn independently (for ``longbench``: within its task), which is an assumption as well.
 """
 
 from __future__ import annotations
@@ -19,32 +19,33 @@ import numpy as np
 Length = Callable[[np.random.Generator], int]  # one length in tokens, at least 1
 Lengths = Callable[[np.random.Generator], tuple[int, int]]  # (input, output)
 
-GIVEN = ("fixed", "uniform", "lognormal")
+USER_MEANS = ("fixed", "uniform", "lognormal")
 NAMED = ("sharegpt", "humaneval", "longbench")
-WORKLOADS = GIVEN + NAMED
+WORKLOADS = USER_MEANS + NAMED
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Mean lengths of a data set in tokens, and the assumed coefficient of variation of both."""
+    """Mean lengths of a data set in tokens, and their assumed coefficient of variation."""
 
     input_mean: float
     output_mean: float
     spread: float
 
 
-# Means: those DistServe gives with its workloads (Zhong et al., OSDI'24, arXiv 2401.09670, figure
-# 7), taken over without counting again. By its published scripts they are tokens of OPT; ShareGPT
-# prompts include earlier turns, and prompt and answer together stay below 2048, where these do not
-# stop; HumanEval answers are the reference solutions. Assumed: the lognormal shape; that chat is
-# broad (standard deviation equal to the mean) and HumanEval's hand-written problems are alike.
+# The means are those of DistServe's workloads (Zhong et al., OSDI'24, arXiv 2401.09670, figure 7);
+# they were not counted again. By its published scripts they are tokens of OPT. Its ShareGPT prompts
+# include earlier turns, and prompt and answer together stay below 2048; the lengths drawn here have
+# no such limit. Its HumanEval answers are the reference solutions. Assumed: the lognormal shape;
+# that chat is broad (standard deviation equal to the mean); that HumanEval's hand-written problems
+# are alike.
 SHAREGPT = Published(input_mean=755.5, output_mean=200.3, spread=1.0)
 HUMANEVAL = Published(input_mean=171.3, output_mean=98.2, spread=0.5)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One LongBench task: mean length in ``unit``, examples, and its limit on output tokens."""
+    """One LongBench task: mean length in ``unit``, number of examples, limit on output tokens."""
 
     name: str
     mean: int
@@ -80,30 +81,30 @@ LONGBENCH = (
     Task("repobench-p", 4206, "code", 500, 64),
 )
 
-# Assumed, since tokenizers differ. English: between 1.3, a common rule for prose, and 1.62, which
+# Assumed, because tokenizers differ. English: between 1.3, a common rule for prose, and 1.62, which
 # is NarrativeQA's 29,869 tokens (counted in vLLM's pull request 13350) over its 18,409 words. Words
-# of code carry their brackets and indentation; Chinese characters often join into one token.
+# of code include their brackets and indentation. Several Chinese characters often are one token.
 TOKENS_PER = {"words": 1.4, "code": 2.5, "characters": 0.7}
 
-# Assumed: only means are published. Tasks differ more from each other than this.
+# Assumed, because only means are published. The means of the tasks differ by more than this.
 LONGBENCH_SPREAD = 0.5
 
 
 def make_lengths(
     workload: str, input_len: int | None, output_len: int | None, spread: float
 ) -> Lengths:
-    """The length distribution called ``workload``.
+    """Return the length distribution called ``workload``.
 
-    ``input_len`` and ``output_len`` are means in tokens, exact for ``fixed``. ``spread`` is what
-    ``uniform`` and ``lognormal`` say it is; the others do not read it. ``ValueError`` if the name
-    is unknown, if lengths are missing, below 1 or given to a named distribution, which has its own,
-    or if the spread makes no sense.
+    ``input_len`` and ``output_len`` are means in tokens, exact for ``fixed``. ``spread`` is used by
+    ``uniform`` and ``lognormal`` only; see there. Raises ``ValueError`` if the name is unknown, if
+    lengths are missing or below 1, if they are given to a named distribution (which has its own),
+    or if the spread is out of range.
     """
     if workload in NAMED:
         if input_len is not None or output_len is not None:
             raise ValueError(f"{workload} has its own lengths: leave out those of input and output")
         return _named(workload)
-    if workload not in GIVEN:
+    if workload not in USER_MEANS:
         raise ValueError(f"unknown workload {workload!r}: one of {', '.join(WORKLOADS)}")
     if input_len is None or output_len is None:
         raise ValueError(f"{workload} lengths need an input length and an output length")
@@ -117,40 +118,40 @@ def make_lengths(
 
 
 def fixed(input_len: int, output_len: int) -> Lengths:
-    """Always these lengths."""
     return lambda rng: (input_len, output_len)
 
 
 def uniform(input_len: int, output_len: int, spread: float) -> Lengths:
-    """Any whole number from ``mean * (1 - spread)`` to ``mean * (1 + spread)``, both included."""
+    """Draw whole numbers from ``mean * (1 - spread)`` to ``mean * (1 + spread)``, both included."""
     if not 0 <= spread <= 1:
         raise ValueError(f"the spread of uniform lengths must be from 0 to 1, not {spread}")
     return _pair(_uniform_length(input_len, spread), _uniform_length(output_len, spread))
 
 
 def lognormal(input_len: float, output_len: float, spread: float) -> Lengths:
-    """Lognormal around the means; ``spread`` is the coefficient of variation."""
+    """Draw from lognormals with these means; ``spread`` is the coefficient of variation."""
     if not (math.isfinite(spread) and spread >= 0):
         raise ValueError(f"the spread of lognormal lengths must be 0 or more, not {spread}")
     return _pair(_lognormal_length(input_len, spread), _lognormal_length(output_len, spread))
 
 
 def longbench() -> Lengths:
-    """A random task, weighted by its number of examples; then a length around the task's mean.
+    """Draw a task, weighted by its number of examples, then a length around the task's mean.
 
-    Inputs are lognormal with coefficient of variation ``LONGBENCH_SPREAD`` around the published
-    mean times ``TOKENS_PER``. Outputs are the task's limit: what a server that ignores the end of
-    text generates in LongBench's own evaluation, and more than most answers need. Nothing is cut
-    to a model's length here (DistServe cut its LongBench inputs to OPT's, about 2000 tokens).
+    Inputs are lognormal with coefficient of variation ``LONGBENCH_SPREAD``; their mean is the
+    published one times ``TOKENS_PER``. Outputs are the task's limit: a server that ignores the end
+    of text generates so many tokens in LongBench's own evaluation, and most answers need fewer.
+    Lengths are not cut to a model's context here (DistServe cut its LongBench inputs to OPT's,
+    about 2000 tokens).
     """
-    up_to = list(accumulate(task.num_examples for task in LONGBENCH))
+    cumulated = list(accumulate(task.num_examples for task in LONGBENCH))
     inputs = [
         _lognormal_length(task.mean * TOKENS_PER[task.unit], LONGBENCH_SPREAD) for task in LONGBENCH
     ]
 
     def draw(rng: np.random.Generator) -> tuple[int, int]:
-        chosen = bisect_right(up_to, int(rng.integers(up_to[-1])))
-        return inputs[chosen](rng), LONGBENCH[chosen].max_output
+        task = bisect_right(cumulated, int(rng.integers(cumulated[-1])))
+        return inputs[task](rng), LONGBENCH[task].max_output
 
     return draw
 
@@ -167,15 +168,15 @@ def _pair(input_length: Length, output_length: Length) -> Lengths:
 
 
 def _uniform_length(mean: int, spread: float) -> Length:
-    # Half of the range is rounded once, so that the mean stays the mean; the tiny addition is for
-    # products such as 100 * 0.29 that come out just below the whole number they stand for.
+    # Half of the range is rounded once, so that the range stays symmetric about the mean. The tiny
+    # addition is for products such as 100 * 0.29, which come out just below the whole number.
     half = math.floor(mean * spread + 1e-9)
     return lambda rng: max(1, int(rng.integers(mean - half, mean + half, endpoint=True)))
 
 
 def _lognormal_length(mean: float, spread: float) -> Length:
-    # With s2 = ln(1 + cv^2) the lognormal of exp(N(ln mean - s2 / 2, s2)) has this mean and cv.
+    # With s2 = ln(1 + cv^2), exp(N(ln mean - s2 / 2, s2)) has this mean and this cv.
     variance = math.log1p(spread**2)
-    centre = math.log(mean) - variance / 2
+    mu = math.log(mean) - variance / 2
     sigma = math.sqrt(variance)
-    return lambda rng: max(1, round(rng.lognormal(centre, sigma)))
+    return lambda rng: max(1, round(rng.lognormal(mu, sigma)))

@@ -1,4 +1,4 @@
-"""Monitor: samples of the server's queues and memory while a run goes on."""
+"""Monitor: samples the server's queues and KV cache during a run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 _TIMEOUT_S = 5.0
 
-# Servers of the vLLM family: the gauges of ``GET /metrics``, and ours for the same.
+# The gauges in ``GET /metrics`` of vLLM and servers like it, and our names for them.
 _GAUGES = {
     "vllm:num_requests_waiting": "num_waiting",
     "vllm:num_requests_running": "num_running",
 }
 _KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
-_KEPT = (
+_FIELDS = (
     "id",
     "role",
     "num_waiting",
@@ -34,10 +34,10 @@ Sample = dict[str, Any]
 
 
 class Monitor:
-    """Asks every ``interval_s`` for ``GET /cluster``, or for ``/metrics`` where there is none.
+    """Reads ``GET /cluster`` every ``interval_s``, or ``GET /metrics`` if there is no ``/cluster``.
 
-    A server that answers neither gives no samples. One that is too busy to answer in time leaves
-    a gap.
+    A server that has neither gives no samples. A server that does not answer in time leaves a gap
+    in them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Monitor:
         self._urls, self._headers, self._interval_s = base_urls, headers, interval_s
 
     async def run(self, start_s: float) -> None:
-        """Sample until cancelled; times are seconds since ``start_s`` of the monotonic clock."""
+        """Sample until cancelled. Times are seconds since ``start_s`` of the monotonic clock."""
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
         async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as session:
             read = await self._choose(session)
@@ -69,7 +69,7 @@ class Monitor:
         for url in self._urls:
             body = await _get(session, f"{url}/cluster")
             replicas = _json(body).get("replicas", [])
-            found += [{name: replica.get(name) for name in _KEPT} for replica in replicas]
+            found += [{name: replica.get(name) for name in _FIELDS} for replica in replicas]
         return [{**replica, "id": index} for index, replica in enumerate(found)]
 
     async def _read_metrics(self, session: aiohttp.ClientSession) -> list[Sample]:
@@ -82,9 +82,9 @@ class Monitor:
 
 
 def read_gauges(exposition: str) -> Sample:
-    """Queue lengths and KV use of one vLLM-like server; empty if they are not among its metrics.
+    """Return queue lengths and KV use of a vLLM-like server; empty if its metrics lack them.
 
-    KV use comes as a fraction, so the pool is given as one block of which a part is free.
+    KV use is a fraction there, so the pool counts as one block of which a part is free.
     """
     found: Sample = {}
     for family in text_string_to_metric_families(exposition):
@@ -104,12 +104,12 @@ async def _get(session: aiohttp.ClientSession, url: str) -> bytes:
         async with session.get(url) as response:
             return await response.read() if response.status == 200 else b""
     except (aiohttp.ClientError, TimeoutError):
-        return b""  # a sample less; requests that fail are told of by the load itself
+        return b""  # one sample is missing; the load reports requests that fail
 
 
 def _json(body: bytes) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(body) if body else {}
-    except msgspec.MsgspecError:  # some other server's page
+    except msgspec.MsgspecError:  # another server may have another page at this path
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Plots of one run: its latencies, and the server's queues and KV cache over time."""
+"""Plot run: draws the latencies of one run, and the server's queues and KV use over time."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from bench.load.plot_style import (
 
 
 def rate_of(run: Mapping[str, Any]) -> float | None:
-    """The rate [req/s] that was asked for, else the one that was offered."""
-    asked: float | None = run["workload"]["rate"]
+    """Return the requested rate [req/s]; without one, the offered rate."""
+    requested: float | None = run["workload"]["rate"]
     offered: float | None = run["summary"]["offered_rps"]
-    return offered if asked is None else asked
+    return offered if requested is None else requested
 
 
 def describe(run: Mapping[str, Any]) -> str:
-    """Which load on which model, in one line."""
+    """Return model and load in one line."""
     workload, rate = run["workload"], rate_of(run)
     if workload["concurrency"] is not None:
         load = f"{workload['concurrency']} at a time"
@@ -47,7 +47,7 @@ def describe(run: Mapping[str, Any]) -> str:
 
 
 def latency_cdf(run: Mapping[str, Any]) -> Figure | None:
-    """How each latency is distributed, one panel each; None if no request got an answer."""
+    """Draw the distribution of each latency in its own panel; None without an answered request."""
     curves = {metric: run_cdf(run, metric) for metric in (TTFT, TPOT, ITL, E2E)}
     curves = {metric: curve for metric, curve in curves.items() if curve[0].size}
     if not curves:
@@ -66,7 +66,7 @@ def latency_cdf(run: Mapping[str, Any]) -> Figure | None:
 
 
 def run_cdf(run: Mapping[str, Any], metric: Metric) -> Curve:
-    """The metric's values in its own unit, and the share [%] that are not larger."""
+    """Return the metric's values in its own unit, and the share [%] that is not larger."""
     if metric is ITL:
         quantiles = np.asarray(run["summary"]["itl_quantiles"] or (), dtype=np.float64)
         return quantiles * metric.per_second, np.linspace(0, 100, quantiles.size)
@@ -78,7 +78,7 @@ def run_cdf(run: Mapping[str, Any], metric: Metric) -> Curve:
 def num_in_flight(
     requests: Iterable[Mapping[str, Any]], times_s: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """How many requests were sent and not ended at each of the times [s]."""
+    """Count the requests that were sent and had not ended at each of the times [s]."""
     rows = list(requests)
     sent = np.sort([row["sent_s"] for row in rows])
     ended = np.sort([row["end_s"] for row in rows])
@@ -86,13 +86,14 @@ def num_in_flight(
 
 
 def timeline(run: Mapping[str, Any]) -> Figure | None:
-    """Requests in flight, queues and KV use over time; None if the server was not sampled."""
-    replicas = sorted({one["id"] for sample in run["monitor"] for one in sample["replicas"]})
+    """Draw requests in flight, queues and KV use over time; None if the server was not sampled."""
+    rows = [replica for sample in run["monitor"] for replica in sample["replicas"]]
+    replicas = sorted({row["id"] for row in rows})
     if not replicas:
         return None
     panels: list[tuple[str, str, Callable[[Mapping[str, Any]], float | None]]] = [
-        ("waiting in each replica", "requests", lambda one: one.get("num_waiting")),
-        ("running in each replica", "requests", lambda one: one.get("num_running")),
+        ("waiting in each replica", "requests", lambda row: row.get("num_waiting")),
+        ("running in each replica", "requests", lambda row: row.get("num_running")),
         ("KV cache in use in each replica", "KV use [%]", _kv_use_percent),
     ]
     lines = [(title, label, _replica_lines(run, read)) for title, label, read in panels]
@@ -109,7 +110,7 @@ def timeline(run: Mapping[str, Any]) -> Figure | None:
         else:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     columns[-1].set(xlabel="time since the start of the run [s]", xlim=(0, None))
-    roles = {one["id"]: one["role"] for sample in run["monitor"] for one in sample["replicas"]}
+    roles = {row["id"]: row["role"] for row in rows}
     names = [f"replica {replica} ({roles[replica]})" for replica in replicas]
     add_legend(figure, names, [curve_style(index) for index in range(len(replicas))])
     return figure
@@ -131,7 +132,7 @@ def _kv_use_percent(replica: Mapping[str, Any]) -> float | None:
 def _replica_lines(
     run: Mapping[str, Any], read: Callable[[Mapping[str, Any]], float | None]
 ) -> dict[int, tuple[list[float], list[float]]]:
-    """Times [s] and values of each replica that has any."""
+    """Return the times [s] and values of each replica that has values."""
     found: dict[int, tuple[list[float], list[float]]] = {}
     for sample in run["monitor"]:
         for replica in sample["replicas"]:

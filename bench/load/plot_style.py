@@ -18,13 +18,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 PNG_DPI = 150
-WIDTH_IN = 9.0  # 864 px as SVG: what a README page shows without scaling
-NUM_CDF_POINTS = 501  # more would not be seen, and would make the SVG megabytes
+WIDTH_IN = 9.0  # 864 px as SVG, the width that a README page shows without scaling
+NUM_CDF_POINTS = 501  # more are not visible and would make the SVG megabytes large
 LOG_RATIO = 50.0
 
-# Neighbours differ in lightness by 20 of 100 or more, so that a grey print tells them apart; the
-# marker or the dashes tell apart the rest. The three lengths have no common factor larger than 1,
-# so that a combination comes again only after 30 series or more.
+# Neighbouring colours differ in lightness by 20 of 100 or more, so they stay distinct in a grey
+# print. Markers or dashes distinguish the rest. The three lengths have no common factor larger than
+# 1, so a combination repeats only after 30 series or more.
 COLOURS = ("#10203f", "#d9572b", "#5f3a8f", "#62b5e0", "#23714a", "#dcb63a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = (
@@ -54,15 +54,15 @@ _STYLE = {
     "legend.frameon": False,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
-    "text.parse_math": False,  # a "$" in a name is a "$"
+    "text.parse_math": False,  # show a "$" in a name as it is
     "svg.fonttype": "none",
-    "svg.hashsalt": "serve",  # equal figures are equal files
+    "svg.hashsalt": "serve",  # equal figures give equal files
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A latency: where a run file keeps it, and how people read it."""
+    """A latency: its key in a run file, its name and its unit in figures."""
 
     key: str
     name: str
@@ -71,11 +71,10 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """For an axis."""
         return f"{self.name} [{self.unit}]"
 
     def text(self, seconds: float) -> str:
-        """A value with its unit."""
+        """Format a value with its unit."""
         return f"{seconds * self.per_second:.4g} {self.unit}"
 
 
@@ -87,12 +86,12 @@ QUEUEING = Metric("queueing_s", "queueing time", "s", 1.0)
 
 
 def styled() -> AbstractContextManager[None]:
-    """Figures are made and saved inside of this; a user's own matplotlibrc has no say."""
+    """Return a context in which figures are made and saved, free of the user's matplotlibrc."""
     return matplotlib.style.context(["default", _STYLE])
 
 
 def points_style(index: int) -> dict[str, Any]:
-    """A line through measured points, of the series with this index."""
+    """Return the style of a line through measured points, for the series with this index."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -103,7 +102,7 @@ def points_style(index: int) -> dict[str, Any]:
 
 
 def reference_style(index: int) -> dict[str, Any]:
-    """A line through points that were measured elsewhere."""
+    """Return the style of a line through points that were measured elsewhere."""
     return {
         "color": "0.45",
         "linestyle": DASHES[(index + 1) % len(DASHES)],
@@ -114,7 +113,7 @@ def reference_style(index: int) -> dict[str, Any]:
 
 
 def curve_style(index: int) -> dict[str, Any]:
-    """A curve without points, of the series with this index."""
+    """Return the style of a curve without points, for the series with this index."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index % len(DASHES)],
@@ -122,7 +121,7 @@ def curve_style(index: int) -> dict[str, Any]:
 
 
 def new_figure(title: str, height_in: float) -> Figure:
-    """An empty figure as wide as a page."""
+    """Make an empty figure as wide as a page."""
     figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
     text = textwrap.fill(title, 100)
     figure.suptitle(text, x=0.01, horizontalalignment="left", fontsize=11, fontweight="bold")
@@ -130,7 +129,7 @@ def new_figure(title: str, height_in: float) -> Figure:
 
 
 def add_legend(figure: Figure, names: Sequence[str], styles: Sequence[dict[str, Any]]) -> None:
-    """One legend below all panels, in as many columns as the longest name leaves room for."""
+    """Add one legend below all panels, in as many columns as the longest name allows."""
     lines = [Line2D([], [], **style) for style in styles]
     longest = max(map(len, names))
     num_columns = max(1, min(len(names), 100 // (longest + 6)))
@@ -140,7 +139,7 @@ def add_legend(figure: Figure, names: Sequence[str], styles: Sequence[dict[str, 
 
 
 def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
-    """Write the figure as PNG and SVG; OSError if the folder cannot be written."""
+    """Write the figure as PNG and SVG. Raises ``OSError`` if the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     png, svg = folder / f"{stem}.png", folder / f"{stem}.svg"
     figure.savefig(png, dpi=PNG_DPI)
@@ -149,13 +148,13 @@ def save(figure: Figure, folder: Path, stem: str) -> list[Path]:
 
 
 def needs_log(values: Iterable[float]) -> bool:
-    """Whether the largest is more than 50 times the smallest; zeros are left out."""
+    """Return whether the largest is more than ``LOG_RATIO`` times the smallest, zeros left out."""
     positive = [value for value in values if value > 0]
     return bool(positive) and max(positive) / min(positive) > LOG_RATIO
 
 
 def fit_axis(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:
-    """Linear from zero, or logarithmic where the values need it; plain numbers at the ticks."""
+    """Scale an axis linearly from zero, or logarithmically where ``needs_log`` says so."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     positive = [value for value in values if value > 0]
     if needs_log(values):
@@ -171,14 +170,15 @@ def fit_axis(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> N
 
 
 def fit_percent(axes: Axes, ticks: Sequence[int] = (0, 20, 40, 60, 80, 100)) -> None:
-    """An upward axis of 0 to 100 %, with room for a marker at either end."""
+    """Scale the y axis from 0 to 100 %, with room for a marker at either end."""
     axes.set(ylim=(-2, 102), yticks=list(ticks))
 
 
 def cdf_points(values: Iterable[float | None]) -> Curve:
-    """Sorted values with the share [%] of all that are not larger; None is left out.
+    """Return the sorted values and the share [%] of values not larger; None is left out.
 
-    Of many values only so many quantiles as can be seen; the smallest and the largest stay.
+    More than ``NUM_CDF_POINTS`` values are reduced to quantiles, the smallest and the largest among
+    them.
     """
     kept = np.sort(np.fromiter((v for v in values if v is not None), dtype=np.float64))
     if kept.size > NUM_CDF_POINTS:
@@ -194,7 +194,7 @@ def draw_cdfs(
     curves: Sequence[Curve],
     objective_s: float | None,
 ) -> None:
-    """CDFs in one panel; curves without points keep their place in the order of styles."""
+    """Draw CDFs in one panel. A curve without points still takes its style from the order."""
     spread: list[float] = []
     for index, (values, shares) in enumerate(curves):
         axes.plot(values, shares, drawstyle="steps-post", **curve_style(index))
@@ -210,7 +210,7 @@ def draw_cdfs(
 
 
 def draw_guide(axes: Axes, which: Literal["x", "y"], value: float, text: str = "") -> None:
-    """A thin line across the panel at ``value``, as a vertical one with its text beside it."""
+    """Draw a thin line across the panel at ``value``, with its text beside it."""
     line: dict[str, Any] = {
         "color": GUIDE_COLOUR,
         "linewidth": 1.0,

@@ -1,4 +1,4 @@
-"""Plots: the figures of one run, and of several servers over rates, as in the papers."""
+"""Plots: draws one run, and several servers over rates as in the papers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from bench.load.plot_style import (
 )
 
 RATE_LABEL = "offered rate per GPU [req/s/GPU]"
-SAME_RATE = 0.01  # relative: rates measured from random arrivals are never quite equal
+SAME_RATE = 0.01  # relative tolerance, because rates of random arrivals are never quite equal
 SCALES = 2.0 ** np.linspace(-2, 2, 65)
 
 Run = dict[str, Any]
@@ -45,14 +45,14 @@ References = Mapping[str, Sequence[tuple[float, float]]]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Runs of one server configuration, by rising rate."""
+    """The runs of one server configuration, by rising rate."""
 
     name: str
     runs: tuple[Run, ...]
     num_gpus: int
 
     def measured(self) -> list[tuple[float, Run]]:
-        """Each run with its offered rate per GPU [req/s/GPU]; those without a rate are left out."""
+        """Return the runs that have a rate, each with its rate per GPU [req/s/GPU]."""
         rates = [(rate_of(run), run) for run in self.runs]
         return [(rate / self.num_gpus, run) for rate, run in rates if rate is not None]
 
@@ -63,33 +63,33 @@ def attainment_at_scale(
     tpot_s: float | None,
     scale: float,
 ) -> float:
-    """Share of ``requests`` (rows of a run file) within both objectives [s] times ``scale``.
+    """Return the share of ``requests`` within both objectives [s] times ``scale``.
 
-    An objective that is None is not asked for. A request that failed, or got no token, is
-    within none; an answer of one token has no TPOT and is within that objective. ValueError
-    without requests.
+    ``requests`` are rows of a run file. An objective of None is always met. A request that failed
+    or got no token meets none. An answer of one token has no TPOT and meets that objective. Raises
+    ``ValueError`` without requests.
     """
 
     def within(value: float | None, objective: float | None) -> bool:
         return value is None or objective is None or value <= objective * scale
 
-    verdicts = [
+    met = [
         row["error"] is None
         and row["ttft_s"] is not None
         and within(row["ttft_s"], ttft_s)
         and within(row["tpot_s"], tpot_s)
         for row in requests
     ]
-    if not verdicts:
+    if not met:
         raise ValueError("attainment of no requests")
-    return sum(verdicts) / len(verdicts)
+    return sum(met) / len(met)
 
 
 def draw_run(run: Run, folder: Path) -> list[Path]:
-    """Figures of one run file: ``latency_cdf`` and ``timeline``; the files written, PNG and SVG.
+    """Draw ``latency_cdf`` and ``timeline`` of a run file; return the files, PNG and SVG.
 
-    What was not measured is left out: a panel, or the whole figure. OSError if the folder
-    cannot be written.
+    A panel or figure without measurements is left out. Raises ``OSError`` if the folder cannot be
+    written.
     """
     with styled():
         figures = {"latency_cdf": latency_cdf(run), "timeline": timeline(run)}
@@ -103,13 +103,13 @@ def draw_sweep(
     folder: Path,
     references: References | None = None,
 ) -> list[Path]:
-    """Figures of several server configurations over rates; the files written, PNG and SVG.
+    """Draw several server configurations over rates; return the files, PNG and SVG.
 
-    They are those of DistServe (OSDI'24), section 6.2: ``attainment``, ``latency``,
-    ``queueing``, ``cdf`` and ``slo_scale``. ``goals`` are shares of SLO attainment such as
-    0.9. ``references`` are drawn beside the joint attainment. Figures for which nothing was
-    measured are left out. ValueError if there is no series, or one has no run with a rate; OSError
-    if the folder cannot be written.
+    The figures are those of DistServe (OSDI'24), section 6.2: ``attainment``, ``latency``,
+    ``queueing``, ``cdf`` and ``slo_scale``. ``goals`` are shares of SLO attainment such as 0.9.
+    ``references`` are drawn beside the joint attainment. Figures without measurements are left out.
+    Raises ``ValueError`` if there is no series or one has no run with a rate, ``OSError`` if the
+    folder cannot be written.
     """
     if not series:
         raise ValueError(f"nothing to draw for {title!r}: no series")
@@ -133,10 +133,14 @@ def _save_all(figures: Mapping[str, Figure | None], folder: Path) -> list[Path]:
 
 
 def runs_to_compare(series: Sequence[Series]) -> list[tuple[float, Run]]:
-    """One run of each with its rate per GPU: at the highest that all measured, else its highest."""
-    for wanted, _ in sorted(series[0].measured(), key=_rate, reverse=True):
-        nearest = [min(one.measured(), key=lambda at: abs(at[0] - wanted)) for one in series]
-        if all(math.isclose(rate, wanted, rel_tol=SAME_RATE) for rate, _ in nearest):
+    """Choose one run of each series, with its rate per GPU [req/s/GPU].
+
+    It is the run at the highest rate that all series have; without such a rate, each series' run at
+    its own highest rate.
+    """
+    for common, _ in sorted(series[0].measured(), key=_rate, reverse=True):
+        nearest = [min(one.measured(), key=lambda at: abs(at[0] - common)) for one in series]
+        if all(math.isclose(rate, common, rel_tol=SAME_RATE) for rate, _ in nearest):
             return nearest
     return [max(one.measured(), key=_rate) for one in series]
 
@@ -146,7 +150,7 @@ def _rate(measured: tuple[float, Run]) -> float:
 
 
 def _objectives(runs: Iterable[Run], metric: Metric) -> set[float]:
-    """The different objectives [s] that the runs had for this metric."""
+    """Return the distinct objectives [s] of the runs for this metric."""
     return {run["objectives"].get(metric.key) for run in runs} - {None}
 
 
@@ -157,7 +161,7 @@ def _all_runs(series: Sequence[Series]) -> list[Run]:
 def _draw_against_rate(
     axes: Axes, series: Sequence[Series], value: Callable[[Run], float | None]
 ) -> list[float]:
-    """One line per series through the runs that have the value; all values."""
+    """Draw one line per series through the runs that have the value; return all values."""
     drawn: list[float] = []
     for index, one in enumerate(series):
         points = [(rate, value(run)) for rate, run in sorted(one.measured(), key=_rate)]
@@ -203,7 +207,7 @@ def _attainment_percent(run: Run, kind: str) -> float | None:
 
 
 def _objectives_text(runs: Iterable[Run]) -> str:
-    """Such as "TTFT <= 1 s and TPOT <= 20 ms"; without the numbers where runs differ."""
+    """Return text such as "TTFT <= 1 s and TPOT <= 20 ms", without numbers where runs differ."""
     found = {metric: _objectives(runs, metric) for metric in (TTFT, TPOT)}
     return " and ".join(
         f"{metric.name} \u2264 {metric.text(*values)}" if len(values) == 1 else metric.name
@@ -227,7 +231,7 @@ def _latency(title: str, series: Sequence[Series]) -> Figure:
 
 
 def _stat(run: Run, metric: Metric, stat: str) -> float | None:
-    """A figure of the run's summary in the metric's own unit."""
+    """Return a figure of the run's summary in the metric's own unit."""
     found = run["summary"][metric.key]
     return found[stat] * metric.per_second if found is not None else None
 

@@ -1,4 +1,4 @@
-"""Prompts: token ids of a wanted length, the same in every process of a run."""
+"""Prompts: random token ids of a given length, the same in every process of a run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 
 BLOCK = 512  # tokens per hash id, as in the Mooncake traces
 
-_OWN, _SHARED = 0, 1  # random streams: a request's own tokens, those of a hash id
+_OWN, _SHARED = 0, 1  # random streams: tokens of one request, tokens of a hash id
 _NUM_KEPT_BLOCKS = 4096  # 8 MiB
 
 
 class PromptMaker:
     """Makes prompts of random token ids from ``low`` to ``high``, both included.
 
-    They depend on ``seed`` and on what is asked for, not on what was made before. ``ValueError``
-    if the range is empty or negative, or if the seed is.
+    A prompt depends on ``seed`` and the arguments of the call, not on earlier calls, so all
+    processes make the same one. Raises ``ValueError`` if the range is empty or negative, or if the
+    seed is negative.
     """
 
     def __init__(self, seed: int, low: int, high: int) -> None:
@@ -32,19 +33,19 @@ class PromptMaker:
         self._block = lru_cache(_NUM_KEPT_BLOCKS)(self._make_block)
 
     def tokens(self, index: int, length: int) -> list[int]:
-        """``length`` token ids for request ``index``.
+        """Return ``length`` token ids for request ``index``.
 
-        The first token counts up with the index, so that as many requests in a row as there are
-        token ids have no prefix in common and none hits a prefix cache by chance.
+        The first token counts up with the index. So ``high - low + 1`` requests in a row have no
+        prefix in common, and none of them hits a prefix cache by chance.
         """
         ids: list[int] = self._own(index, length).tolist()
         return ids
 
     def from_hashes(self, index: int, hash_ids: Sequence[int], length: int) -> list[int]:
-        """``length`` token ids: ``BLOCK`` for each hash id, the last block cut to fit.
+        """Return ``length`` token ids: ``BLOCK`` for each hash id, the last block cut to fit.
 
-        Equal hash ids give equal blocks in every request, so requests share a prefix as long as
-        their hash ids do. What hash ids do not cover is the start of the request's own tokens.
+        Equal hash ids give equal blocks in every request, so two requests share as many blocks of
+        prefix as they share leading hash ids. Tokens beyond the hash ids are those of ``tokens``.
         """
         used = hash_ids[: -(-length // BLOCK)]
         blocks = [self._block(hash_id) for hash_id in used]

@@ -1,4 +1,4 @@
-"""Record: what happened to one request, as the client saw it."""
+"""Record: the times and token counts of one request, measured by the client."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from msgspec import Struct, field
 
 
 class Record(Struct, kw_only=True):
-    """Times are seconds of the machine's monotonic clock, which all its processes share.
+    """One request. Times are seconds of the monotonic clock, which all processes here share.
 
-    ``token_times_s`` has one entry for each network read that brought tokens, and
-    ``token_counts`` how many it brought: servers join tokens into one chunk, and networks join
-    chunks, so neither is a token.
+    ``token_times_s`` has one entry for each network read that brought tokens, ``token_counts`` the
+    number of tokens that it brought. A read may bring several tokens, because servers join tokens
+    into one chunk and networks join chunks.
     """
 
     index: int
@@ -24,28 +24,33 @@ class Record(Struct, kw_only=True):
     num_output_tokens: int = 0
     token_times_s: list[float] = field(default_factory=list)
     token_counts: list[int] = field(default_factory=list)
-    counted: bool = True  # whether the server told how many tokens each chunk brought
+    counted: bool = True  # whether the server reported how many tokens each chunk brought
+    # The server's own clock times of the stages, by name.
     timeline: dict[str, float | None] | None = None
     error: str | None = None
 
     @property
     def lateness_s(self) -> float:
-        """How long after its time the request was sent."""
+        """How long after its scheduled time the request was sent."""
         return self.sent_s - self.scheduled_s
 
     @property
     def ttft_s(self) -> float | None:
-        """From the scheduled send to the first token, so that a late client does not flatter."""
+        """From the scheduled send to the first token.
+
+        It does not count from the actual send, because a client that sends late would then make
+        the server look faster than its users see it.
+        """
         return self.token_times_s[0] - self.scheduled_s if self.token_times_s else None
 
     @property
     def ttft_from_send_s(self) -> float | None:
-        """From the actual send to the first token: what most other load generators call TTFT."""
+        """From the actual send to the first token. Most other load generators call this TTFT."""
         return self.token_times_s[0] - self.sent_s if self.token_times_s else None
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; None with less than two."""
+        """Mean time per output token after the first; None with fewer than two tokens."""
         if self.num_output_tokens < 2 or not self.token_times_s:
             return None
         return (self.token_times_s[-1] - self.token_times_s[0]) / (self.num_output_tokens - 1)
@@ -58,7 +63,7 @@ class Record(Struct, kw_only=True):
         return self.token_times_s[-1] - self.scheduled_s
 
     def gaps_s(self) -> Iterator[float]:
-        """Inter-token latencies: tokens that came together are no time apart."""
+        """Yield the inter-token latencies. Tokens that came in one read are 0 s apart."""
         previous = None
         for time_s, count in zip(self.token_times_s, self.token_counts, strict=True):
             if previous is not None:

@@ -1,4 +1,4 @@
-"""Report: the records of a run as figures: latencies, throughput, attainment, goodput."""
+"""Report: computes latencies, throughput, SLO attainment and goodput from a run's records."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bench.load.record import Record
 NUM_QUANTILES = 201
 GOALS = (0.9, 0.99)
 
-# The five stages of a request (DistServe, OSDI'24, section 6.3), each from the end of the one
-# before, so that they add up to its time in the server.
+# The five stages of a request (DistServe, OSDI'24, section 6.3) with their start and end in the
+# server's timeline. Each starts where the one before ends, so they add up to the whole time there.
 STAGES = (
     ("prefill_queue_s", "arrived_s", "prefill_started_s"),
     ("prefill_s", "prefill_started_s", "prefill_ended_s"),
@@ -27,31 +27,33 @@ STAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Objectives:
-    """Latency objectives in seconds; None: not asked for."""
+    """Latency objectives in seconds. None: no objective."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
 
     @property
     def any(self) -> bool:
-        """Whether there is one at all."""
         return self.ttft_s is not None or self.tpot_s is not None
 
     def meets_ttft(self, record: Record) -> bool:
-        """Whether a request is within the TTFT objective; one that failed is not."""
+        """Return whether a request is within the TTFT objective. A failed request is not."""
         if record.error is not None or record.ttft_s is None:
             return False
         return self.ttft_s is None or record.ttft_s <= self.ttft_s
 
     def meets_tpot(self, record: Record) -> bool:
-        """Whether it is within the TPOT objective; an answer of one token is."""
+        """Return whether a request is within the TPOT objective. A failed request is not.
+
+        An answer of one token is within it, because it has no TPOT.
+        """
         if record.error is not None or record.ttft_s is None:
             return False
         return self.tpot_s is None or record.tpot_s is None or record.tpot_s <= self.tpot_s
 
 
 def distribution(values: Iterable[float]) -> dict[str, float] | None:
-    """Mean and percentiles (linear between ranks); None of nothing."""
+    """Return mean and percentiles (interpolated linearly between ranks); None without values."""
     array = np.fromiter(values, dtype=np.float64)
     if array.size == 0:
         return None
@@ -73,7 +75,7 @@ def distribution(values: Iterable[float]) -> dict[str, float] | None:
 
 
 def stages(record: Record) -> dict[str, float]:
-    """Seconds that a request spent in each stage that it passed, by the server's own timeline."""
+    """Return the seconds in each stage that the request passed, from the server's timeline."""
     timeline = record.timeline or {}
     found = {}
     for name, start, end in STAGES:
@@ -84,14 +86,14 @@ def stages(record: Record) -> dict[str, float]:
 
 
 def queueing_s(record: Record) -> float | None:
-    """Time in the prefill and the decode queue; None without a timeline."""
+    """Return the time in the prefill and the decode queue; None without a timeline."""
     passed = stages(record)
     waits = [passed[name] for name in ("prefill_queue_s", "decode_queue_s") if name in passed]
     return sum(waits) if waits else None
 
 
 def attainment(records: Sequence[Record], objectives: Objectives) -> dict[str, float] | None:
-    """Shares of all requests, failed ones among them, that are within the objectives."""
+    """Return the shares of requests within the objectives. Failed requests count as missed."""
     if not objectives.any or not records:
         return None
     ttft = [objectives.meets_ttft(record) for record in records]
@@ -102,7 +104,7 @@ def attainment(records: Sequence[Record], objectives: Objectives) -> dict[str, f
 
 
 def summarise(records: Sequence[Record], start_s: float, objectives: Objectives) -> dict[str, Any]:
-    """The figures of a run that began at ``start_s``."""
+    """Compute the figures of a run that began at ``start_s`` of the monotonic clock."""
     good = [record for record in records if record.error is None]
     duration_s = max((record.end_s for record in records), default=start_s) - start_s
     share = attainment(records, objectives)
@@ -132,9 +134,9 @@ def summarise(records: Sequence[Record], start_s: float, objectives: Objectives)
 def _goodput_at(
     share: Mapping[str, float] | None, throughput_rps: float
 ) -> dict[str, float | None] | None:
-    """This run's throughput where it holds a goal, None where it does not.
+    """Return for each goal this run's throughput if it reaches the goal, else None.
 
-    A server's goodput at a goal is the best of these over all rates: ``bench.sweep`` finds it.
+    A server's goodput at a goal is the highest of these over all rates; ``bench.sweep`` finds it.
     """
     if share is None:
         return None
@@ -175,7 +177,7 @@ def _distribution_of(values: Iterable[float | None]) -> dict[str, float] | None:
 
 
 def request_row(record: Record, start_s: float) -> dict[str, Any]:
-    """One request in a run file; times are seconds since ``start_s``."""
+    """Return one request as a row of a run file. Times are seconds since ``start_s``."""
     times = record.token_times_s
     return {
         "index": record.index,
@@ -201,7 +203,7 @@ def run_file(
     objectives: Objectives,
     samples: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """A whole run as the JSON object that ``--output`` writes."""
+    """Return a run as the JSON object that ``--output`` writes."""
     ordered = sorted(records, key=lambda record: record.index)
     return {
         "version": 1,

@@ -1,4 +1,4 @@
-"""Load: one process sends its share of a plan, on time, and keeps a record of each request."""
+"""Sender: sends one process's share of a plan at the planned times and records every request."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from itertools import islice
 from bench.load.client import Client, Target
 from bench.load.prompts import PromptMaker
 from bench.load.record import Record
+from bench.load.timer import Timer
 from bench.load.workload import PlannedRequest, WorkloadOptions, make_plan
 
-_NUM_AHEAD = 32  # bodies made before their time
-_WAKE_EARLY_S = 0.002  # timers of event loops are a millisecond coarse; the rest is yielded away
+_NUM_AHEAD = 32  # bodies that are made before their send time
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Requests ``first, first + step, ...`` of a plan; together the shares are the plan."""
+    """Requests ``first, first + step, ...`` of a plan. All shares together are the plan."""
 
     first: int = 0
     step: int = 1
 
     def of(self, plan: Sequence[PlannedRequest]) -> Sequence[PlannedRequest]:
-        """This share."""
         return plan[self.first :: self.step]
 
     def of_count(self, count: int) -> int:
-        """This share of ``count`` slots."""
+        """Return how many of ``count`` concurrency slots belong to this share."""
         return len(range(self.first, count, self.step))
 
 
-class Load:
-    """Sends one share. ``on_end`` is told of every record, ended or failed."""
+class Sender:
+    """Sends one share. ``on_end`` gets the record of each request when it completes or fails."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class Load:
         self._maker = PromptMaker(options.seed, *options.token_ids)
 
     async def run(self, start_s: float) -> None:
-        """Send everything, from ``start_s`` of the monotonic clock on, and await the answers."""
+        """Send all requests, the first at ``start_s`` of the monotonic clock; await the answers."""
         async with Client(self._target) as client:
             if self._options.arrivals == "closed":
                 await self._run_closed(client, start_s)
@@ -58,15 +57,17 @@ class Load:
                 await self._run_open(client, start_s)
 
     async def _run_open(self, client: Client, start_s: float) -> None:
-        async with asyncio.TaskGroup() as group:
-            async for request, body in self._bodies():
-                assert request.send_s is not None
-                scheduled_s = start_s + request.send_s
-                await sleep_until(scheduled_s)
-                group.create_task(self._send(client, request, body, scheduled_s))
+        with Timer() as timer:
+            async with asyncio.TaskGroup() as group:
+                async for request, body in self._bodies():
+                    assert request.send_s is not None
+                    scheduled_s = start_s + request.send_s
+                    await timer.wait_until(scheduled_s)
+                    group.create_task(self._send(client, request, body, scheduled_s))
 
     async def _run_closed(self, client: Client, start_s: float) -> None:
-        await sleep_until(start_s)
+        with Timer() as timer:
+            await timer.wait_until(start_s)
         bodies = self._bodies()
 
         async def slot() -> None:
@@ -97,7 +98,11 @@ class Load:
 
 
 class _Bodies:
-    """The requests in turn, each with its body, which a thread makes a little ahead of its time."""
+    """Iterates over the requests and their bodies.
+
+    A thread makes the bodies ahead of their send times, because encoding a long prompt on the
+    event loop would delay the sends and the receipt of tokens.
+    """
 
     def __init__(
         self, requests: Sequence[PlannedRequest], make: Callable[[PlannedRequest], bytes]
@@ -117,12 +122,3 @@ class _Bodies:
             raise StopAsyncIteration
         request, body = self._ahead.popleft()
         return request, await asyncio.wrap_future(body)
-
-
-async def sleep_until(time_s: float) -> None:
-    """Return at ``time_s`` of the monotonic clock, within some 50 us if the process is idle."""
-    left_s = time_s - time.monotonic()
-    if left_s > _WAKE_EARLY_S:
-        await asyncio.sleep(left_s - _WAKE_EARLY_S)
-    while time.monotonic() < time_s:
-        await asyncio.sleep(0)

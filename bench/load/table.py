@@ -1,11 +1,11 @@
-"""Table: a run's figures as text for people."""
+"""Table: prints a run's figures as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-LATE_S = 0.010  # sends later than this are worth a warning
+LATE_S = 0.010  # a P99 lateness above this gives a warning
 
 _COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 _LATENCIES = (
@@ -27,7 +27,6 @@ _STAGES = (
 
 
 def render(run: Mapping[str, Any]) -> str:
-    """The table of one run file."""
     return "\n".join([*_counts(run["summary"]), "", *_times(run["summary"]), *_verdict(run)])
 
 
@@ -35,8 +34,8 @@ def _counts(summary: Mapping[str, Any]) -> Iterator[str]:
     done, total = summary["num_completed"], summary["num_requests"]
     yield f"{done} of {total} requests answered in {summary['duration_s']:.1f} s"
     offered = summary["offered_rps"]
-    told = "" if offered is None else f" (offered: {offered:.2f})"
-    yield f"{summary['request_throughput_rps']:.2f} requests/s{told}, " + (
+    offered_text = "" if offered is None else f" (offered: {offered:.2f})"
+    yield f"{summary['request_throughput_rps']:.2f} requests/s{offered_text}, " + (
         f"{summary['input_tokens_per_s']:.0f} tokens/s in, "
         f"{summary['output_tokens_per_s']:.0f} tokens/s out"
     )
@@ -58,19 +57,19 @@ def _verdict(run: Mapping[str, Any]) -> Iterator[str]:
     summary, objectives = run["summary"], run["objectives"]
     share = summary["attainment"]
     if share is not None:
-        asked = ", ".join(
+        limits = ", ".join(
             f"{label} {objectives[name] * 1e3:g} ms"
             for label, name in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))
             if objectives[name] is not None
         )
         yield ""
-        yield f"within the objectives ({asked}): {share['joint']:.1%}" + (
+        yield f"within the objectives ({limits}): {share['joint']:.1%}" + (
             f" (TTFT alone {share['ttft']:.1%}, TPOT alone {share['tpot']:.1%}), "
             f"goodput {summary['goodput_rps']:.2f} requests/s"
         )
         for goal, rate in summary["goodput_at"].items():
-            held = "not held" if rate is None else f"held at {rate:.2f} requests/s"
-            yield f"  {float(goal):.0%}: {held}"
+            reached = "not reached" if rate is None else f"reached at {rate:.2f} requests/s"
+            yield f"  {float(goal):.0%}: {reached}"
     yield from _warnings(summary)
 
 
@@ -79,9 +78,12 @@ def _warnings(summary: Mapping[str, Any]) -> Iterator[str]:
     if lateness is not None and lateness["p99"] > LATE_S:
         yield (
             f"warning: 1 % of the requests were sent {lateness['p99'] * 1e3:.0f} ms late or more: "
-            "this machine did not keep the rate; more --processes may"
+            "this machine could not keep up with the rate; raise --processes"
         )
     if summary["num_short"]:
-        yield f"warning: {summary['num_short']} answers were shorter than asked for"
+        yield f"warning: {summary['num_short']} answers were shorter than requested"
     if not summary["tokens_counted"]:
-        yield "warning: the server does not count tokens as it goes: ITL is the time between chunks"
+        yield (
+            "warning: the server reports no running token counts: "
+            "ITL is the time between chunks of text"
+        )

@@ -1,10 +1,10 @@
-"""Writes a trace of text prompts with Poisson times, which other load generators can replay, too.
+"""Write a trace of text prompts with Poisson times, which other load generators can replay.
 
-    python -m bench.load.text_trace TOKENIZER OUT.jsonl --rate 8 --num-requests 560 \\
+    python -m bench.load.text_trace TOKENIZER OUT.jsonl --rate 8 --num-requests 560
         --input-len 2000 --output-len 128
 
-For comparing load generators: both send the same prompts at the same times. One line is read by
-``bench.serve --workload prompts --arrivals trace`` and by guidellm's ``replay`` profile.
+Its purpose is to compare load generators: both send the same prompts at the same times. The file
+is read by ``bench.serve --workload prompts --arrivals trace`` and by guidellm's ``replay`` profile.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-_WORD = re.compile(
-    r"Ġ[A-Za-z]{2,}"
-)  # a whole word with the blank before it, as byte-level BPE says
+# A whole word with the blank before it, as byte-level BPE writes it.
+_WORD = re.compile(r"Ġ[A-Za-z]{2,}")
 
 
 def lines(
     tokenizer: Any, rate: float, num_requests: int, input_len: int, output_len: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Prompts of random words of one token each, so that a text has exactly ``input_len`` tokens.
+    """Yield the trace. A prompt has ``input_len`` random words that are one token each.
 
-    ``ValueError`` if the tokenizer joins words in another way.
+    Raises ``ValueError`` if the tokenizer splits or joins these words, because the prompt's length
+    would then differ.
     """
     words = sorted(token[1:] for token in tokenizer.get_vocab() if _WORD.fullmatch(token))
     rng = random.Random(seed)
@@ -50,10 +50,9 @@ def lines(
 
 
 def main() -> None:
-    """Write the trace that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tokenizer", type=Path, help="a directory")
-    parser.add_argument("output", type=Path)
+    parser.add_argument("tokenizer", type=Path, help="directory of a tokenizer")
+    parser.add_argument("output", type=Path, help="the file to write")
     parser.add_argument("--rate", type=float, required=True, help="requests per second")
     parser.add_argument("--num-requests", type=int, required=True)
     parser.add_argument("--input-len", type=int, required=True)

@@ -1,8 +1,8 @@
-"""Traces: recorded requests read from Mooncake JSONL, Azure CSV and JSONL of prompts.
+"""Traces: reads recorded requests from Mooncake JSONL, Azure CSV and JSONL of prompts.
 
-Readers give requests in order of time; requests of one instant stay in the file's order. A line
-that cannot be read is a ``ValueError`` that names the file and the line, never skipped: a trace
-with holes is another load. Blank lines mean nothing.
+Readers return requests in order of time; requests of one instant stay in the file's order. A line
+that cannot be read raises a ``ValueError`` that names the file and the line. It is not skipped,
+because a trace with holes is another load. Blank lines are ignored.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _OUTPUT_KEYS = ("output_len", "max_tokens", "output_tokens")
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One request of a trace, or one made to look like it.
+    """One request of a trace, or one with lengths drawn from a distribution.
 
-    ``time_s`` counts seconds from the trace's own zero; None if the file does not tell. Lengths are
-    in tokens; ``input_len`` is None for a prompt of text, ``output_len`` if the file does not tell.
-    Each of ``hash_ids`` stands for ``BLOCK`` tokens of the input, the last for what is left of it.
+    ``time_s`` counts seconds from the trace's own zero; None if the file has no times. Lengths are
+    in tokens. ``input_len`` is None for a prompt of text, ``output_len`` if the file has none.
+    Each of ``hash_ids`` stands for ``BLOCK`` tokens of the input, the last for the rest of it.
     """
 
     time_s: float | None
@@ -54,10 +54,10 @@ class TraceRequest:
 
 
 def read_trace(kind: str, path: Path) -> list[TraceRequest]:
-    """Reads ``path`` as a trace of ``kind``, one of ``KINDS``.
+    """Read ``path`` as a trace of ``kind``, one of ``KINDS``.
 
-    ``ValueError`` if the kind is unknown or the file malformed or without requests;
-    ``FileNotFoundError``, which says where the trace is to be had, if there is no such file.
+    Raises ``ValueError`` if the kind is unknown, or if the file is malformed or has no requests.
+    Raises ``FileNotFoundError`` if there is no such file; its text says where to get the trace.
     """
     readers: dict[str, Callable[[Path], list[TraceRequest]]] = {
         "mooncake": read_mooncake,
@@ -79,10 +79,10 @@ class _MooncakeLine(Struct):
 
 
 def read_mooncake(path: Path) -> list[TraceRequest]:
-    """JSONL with ``timestamp`` (milliseconds), ``input_length``, ``output_length``, ``hash_ids``.
+    """Read JSONL of ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids``.
 
-    There is one hash id for each ``BLOCK`` tokens of the input, the last for a part of a block;
-    a line with more or fewer is malformed. Keys of other names are not read.
+    There is one hash id for each ``BLOCK`` tokens of the input, the last for a part of a block. A
+    line with more or fewer is malformed. Other keys are ignored.
     """
     decoder = msgspec.json.Decoder(_MooncakeLine)
     requests = []
@@ -105,10 +105,10 @@ def read_mooncake(path: Path) -> list[TraceRequest]:
 
 
 def read_azure(path: Path) -> list[TraceRequest]:
-    """CSV with a header and the columns ``TIMESTAMP``, ``ContextTokens``, ``GeneratedTokens``.
+    """Read CSV with the columns ``TIMESTAMP``, ``ContextTokens`` and ``GeneratedTokens``.
 
-    Timestamps are ISO 8601 with up to 9 decimals and are UTC unless they end in an offset. Times
-    count from the earliest request.
+    The first line is the header. Timestamps are ISO 8601 with up to 9 decimals, and UTC unless they
+    end in an offset. Times count from the earliest request.
     """
     times_ns = []
     lengths = []
@@ -116,7 +116,7 @@ def read_azure(path: Path) -> list[TraceRequest]:
         times_ns.append(_nanoseconds(where, time))
         lengths.append((_count(where, context), _count(where, generated)))
     first_ns = min(times_ns, default=0)
-    # Whole nanoseconds until here: as floats, seconds since 1970 lose the last decimals.
+    # Whole nanoseconds until here, because seconds since 1970 as floats lose the last decimals.
     return _in_order(
         path,
         [
@@ -127,8 +127,8 @@ def read_azure(path: Path) -> list[TraceRequest]:
 
 
 def _azure_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The three columns of each row, and where it is."""
-    # Bytes that are no text become a value that is refused where its line is known.
+    """Yield file and line of each row, and its three columns."""
+    # Bytes that are not UTF-8 are replaced; the value is then refused with its line number.
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file)
         try:
@@ -143,7 +143,7 @@ def _azure_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _nanoseconds(where: str, text: str) -> int:
-    """Since 1970. ``datetime`` keeps 6 decimals, Azure has 7."""
+    """Return nanoseconds since 1970. ``datetime`` keeps 6 decimals, Azure has 7."""
     match = _TIMESTAMP.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{where}: {text!r} is not a timestamp")
@@ -164,17 +164,19 @@ def _count(where: str, text: str) -> int:
 
 
 def read_prompts(path: Path) -> list[TraceRequest]:
-    """JSONL of prompts. Each line is an object with exactly one of
+    """Read JSONL of prompts, one JSON object a line.
+
+    Each object has exactly one of these keys:
 
     - ``prompt``: a text, or a list of token ids;
     - ``text`` or ``question``: a text;
-    - ``messages``: ``{"role", "content"}`` objects, of which the first of role ``user`` is taken;
-    - ``conversations``: ShareGPT's ``{"from", "value"}`` objects, of which the first from ``human``
-      or ``user`` is taken, or the first of all if they do not say who speaks.
+    - ``messages``: ``{"role", "content"}`` objects; the first of role ``user`` is the prompt;
+    - ``conversations``: ShareGPT's ``{"from", "value"}`` objects; the first from ``human`` or
+      ``user`` is the prompt, or the first of all if they have no ``from``.
 
-    Optional, and null is as good as absent: one of ``output_len``, ``max_tokens`` and
-    ``output_tokens``; ``timestamp`` in milliseconds, as in Mooncake's traces. Keys of other names
-    are not read. Requests stay in the file's order unless every one has a time.
+    Optional keys, where null counts as absent: one of ``output_len``, ``max_tokens`` and
+    ``output_tokens``; ``timestamp`` in milliseconds, as in Mooncake's traces. Other keys are
+    ignored. Requests stay in the file's order unless every one has a time.
     """
     requests = []
     for where, line in _lines(path):
@@ -205,18 +207,19 @@ def _prompt_request(found: dict[str, Any]) -> TraceRequest:
 
 
 def _optional(found: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    given = [key for key in keys if found.get(key) is not None]
-    if len(given) > 1:
-        raise ValueError(f"only one of {', '.join(given)} can be given")
-    return found[given[0]] if given else None
+    present = [key for key in keys if found.get(key) is not None]
+    if len(present) > 1:
+        raise ValueError(f"only one of {', '.join(present)} can be given")
+    return found[present[0]] if present else None
 
 
 def _prompt(found: dict[str, Any]) -> str | tuple[int, ...]:
     keys = ("prompt", *_TEXT_KEYS, "messages", "conversations")
-    given = [key for key in keys if found.get(key) is not None]
-    if len(given) != 1:
-        raise ValueError(f"wanted one of {', '.join(keys)}; found {', '.join(given) or 'none'}")
-    (key,) = given
+    present = [key for key in keys if found.get(key) is not None]
+    if len(present) != 1:
+        names = ", ".join(present) or "none"
+        raise ValueError(f"expected exactly one of {', '.join(keys)}; found {names}")
+    (key,) = present
     prompt = found[key]
     if key == "messages":
         prompt = _first_turn(key, prompt, "role", ("user",), "content")
@@ -243,12 +246,11 @@ def _first_turn(
 
 
 def cut(request: TraceRequest, max_model_len: int) -> TraceRequest:
-    """The request with input and output shortened to fit into ``max_model_len`` together.
+    """Shorten input and output so that they fit into ``max_model_len`` together.
 
-    The output gives way first, down to half of ``max_model_len``, then the input; the hash ids that
-    are left are those of the input that is left. An output of unknown length counts as 1. A prompt
-    of text is returned as it is: only the server knows its length. ``ValueError`` if not even one
-    token of each fits.
+    The output is shortened first, down to half of ``max_model_len``, then the input with its hash
+    ids. An output of unknown length counts as 1. A prompt of text is returned unchanged, because
+    only the server knows its length. Raises ``ValueError`` if ``max_model_len`` is below 2.
     """
     if max_model_len < 2:
         raise ValueError(f"no request fits into a model length of {max_model_len}")
@@ -274,7 +276,7 @@ def _num_blocks(num_tokens: int) -> int:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines that are not blank, each with the words that say where it is."""
+    """Yield file and number of each line that is not blank, and its bytes."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():

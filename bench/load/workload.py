@@ -1,8 +1,8 @@
-"""The planned requests of a run: when each is sent, how long its prompt is, how much it asks for.
+"""Workload: plans the requests of a run: send time, prompt length, output length.
 
-A plan is a pure function of its options, so that every process of a run makes the same plan and
-takes its share of it. Prompts are made when they are about to be sent: those of a long trace would
-not fit into memory.
+A plan is a pure function of its options, so every process of a run makes the same plan and takes
+its share of it. Prompts are made shortly before they are sent, because the prompts of a long trace
+would not fit into memory.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from bench.load.traces import TraceRequest, cut, read_trace
 TRACES = ("mooncake", "azure", "prompts")
 DEFAULT_NUM_REQUESTS = 100
 DEFAULT_SPREAD = 0.5
-_ARRIVALS, _LENGTHS = 0, 1  # random streams: one does not move when the other is used more
+_ARRIVALS, _LENGTHS = 0, 1  # random streams, separate so that neither depends on the other
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadOptions:
-    """What to send; ``rate`` in requests per second."""
+    """The options of a plan. ``rate`` is in requests per second."""
 
     workload: str = "fixed"
     input_len: int | None = None
@@ -46,23 +46,22 @@ class WorkloadOptions:
     token_ids: tuple[int, int] = (1000, 30000)
 
     def describe(self) -> dict[str, Any]:
-        """These options in a run file."""
+        """Return these options as a run file stores them."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request; ``send_s`` seconds after the start, None if sent when a slot is free."""
+    """One request, sent ``send_s`` seconds after the start; None: when a slot becomes free."""
 
     index: int
     send_s: float | None
-    input_len: int | None  # tokens; None for text, whose length only the server knows
+    input_len: int | None  # tokens; None for text, because only the server knows its length
     max_tokens: int
     hash_ids: tuple[int, ...] = ()
     prompt: str | tuple[int, ...] | None = None
 
     def make_prompt(self, maker: PromptMaker) -> str | list[int]:
-        """The prompt's text or token ids."""
         if isinstance(self.prompt, str):
             return self.prompt
         if self.prompt is not None:
@@ -74,7 +73,7 @@ class PlannedRequest:
 
 
 def make_plan(options: WorkloadOptions) -> list[PlannedRequest]:
-    """The requests in the order of their sending. ``ValueError`` if the options make no sense."""
+    """Return the requests in send order. Raises ``ValueError`` if the options contradict."""
     _check(options)
     requests = _requests(options)
     times = _times(options, requests)
@@ -96,25 +95,25 @@ def make_plan(options: WorkloadOptions) -> list[PlannedRequest]:
 def _check(options: WorkloadOptions) -> None:
     if options.arrivals == "closed":
         if options.concurrency is None or options.concurrency < 1:
-            raise ValueError("closed-loop load needs a concurrency of 1 or more")
+            raise ValueError("closed arrivals need a concurrency of 1 or more")
         if options.rate is not None:
-            raise ValueError("closed-loop load has no rate: requests go when others have ended")
+            raise ValueError("closed arrivals take no rate: a request is sent when another ends")
     elif options.concurrency is not None:
-        raise ValueError("a concurrency belongs to closed-loop load")
+        raise ValueError("only closed arrivals take a concurrency")
     if options.arrivals == "trace" and options.workload not in TRACES:
-        raise ValueError(f"arrivals of a trace need a trace: one of {', '.join(TRACES)}")
+        raise ValueError(f"trace arrivals need one of the workloads {', '.join(TRACES)}")
     if options.arrivals in ("poisson", "gamma", "uniform") and not options.rate:
         raise ValueError(f"{options.arrivals} arrivals need a rate above 0")
     if (options.cv is not None) != (options.arrivals == "gamma"):
-        raise ValueError("gamma arrivals need a coefficient of variation, others have none")
+        raise ValueError("gamma arrivals need a coefficient of variation, others take none")
     if options.time_scale != 1.0 and options.arrivals != "trace":
-        raise ValueError("a time scale stretches the arrivals of a trace")
+        raise ValueError("only trace arrivals take a time scale")
     if options.length_spread is not None and options.workload not in ("uniform", "lognormal"):
-        raise ValueError(f"{options.workload} lengths have no spread to choose")
+        raise ValueError(f"{options.workload} lengths take no length spread")
     if options.trace is not None and options.workload not in TRACES:
-        raise ValueError(f"{options.workload} lengths are not read from a trace")
+        raise ValueError(f"the {options.workload} workload takes no trace")
     if options.num_requests is not None and options.num_requests < 1:
-        raise ValueError("a run needs a request")
+        raise ValueError("a run needs at least 1 request")
 
 
 def _num_requests(options: WorkloadOptions) -> int:
@@ -123,8 +122,8 @@ def _num_requests(options: WorkloadOptions) -> int:
     if options.duration_s is None:
         return DEFAULT_NUM_REQUESTS
     if options.arrivals == "closed":
-        raise ValueError("closed-loop load is ended by a number of requests, not by a duration")
-    # Enough to fill the duration; the times cut it.
+        raise ValueError("closed arrivals need a number of requests, not a duration")
+    # More than fit into the duration; ``_times`` cuts the list there.
     return int(options.duration_s * (options.rate or 0) * 2) + 100
 
 
@@ -149,7 +148,7 @@ def _trace_requests(options: WorkloadOptions) -> list[TraceRequest]:
         raise ValueError(f"{options.trace} has {len(found)} requests, not {options.num_requests}")
     taken = found[: options.num_requests]
     if options.output_len is None and any(request.output_len is None for request in taken):
-        raise ValueError(f"{options.trace} does not say how long answers are: give --output-len")
+        raise ValueError(f"{options.trace} has no output lengths: give --output-len")
     return [
         TraceRequest(
             time_s=request.time_s,
@@ -163,7 +162,7 @@ def _trace_requests(options: WorkloadOptions) -> list[TraceRequest]:
 
 
 def _times(options: WorkloadOptions, requests: list[TraceRequest]) -> list[float | None]:
-    """When each request is sent; fewer than there are requests if the duration ends before."""
+    """Return the send times [s]; fewer than there are requests if the duration ends before."""
     if options.arrivals == "closed":
         return [None] * len(requests)
     if options.arrivals == "trace":

@@ -1,16 +1,16 @@
-"""What arriving KV costs the decode steps that run beside it.
+"""Measure how much arriving KV slows the decode steps that run at the same time.
 
     torchrun --standalone --nproc-per-node 2 -m bench.micro.decode_beside_push MODEL_DIRECTORY
         [--sequences 64] [--context 4096] [--push-gb-s 12] [--steps 300] [--kv-transport p2p|symm]
 
-The weights are random. Rank 1 decodes, one step prepared while one runs, and rank 0 pushes to it as
-in serving. Prints one JSON object: the time of a step on the device and from one step's end to the
-next (ITL, unpacking included), in four phases of one run:
+The weights are random. Rank 1 decodes and prepares each step while the one before it runs. Rank 0
+pushes KV to it as in serving. Prints one JSON object: the time of a step on the device, and from
+one step's end to the next (ITL, unpacking included), in four phases of one run:
 
     undisturbed   no push
-    paced         pushes come at the given rate, each unpacked between two steps once it is there
-    saturated     the same, and the next push is asked for as soon as one of the slots is free
-    on_wire       there is always a push on the wire, and what comes is dropped
+    paced         pushes come at --push-gb-s; each is unpacked between two steps after it has come
+    saturated     as paced, but the next push is requested as soon as a slot is free
+    on_wire       there is always a push on the wire; its data is dropped, not unpacked
 """
 
 from __future__ import annotations
@@ -54,37 +54,36 @@ from serve.runtime.shutdown import exit_now
 from serve.topology import read_rank_info
 
 SENDER, DECODER = PAIR = (0, 1)
-WARM_UPS = 10  # steps before those that are measured
-ON_WIRE_DEPTH = 64  # pushes asked for at once: more than the link carries in two steps
-_END = -1  # instead of a push's number
+WARM_UPS = 10  # steps before the measured ones
+ON_WIRE_DEPTH = 64  # pushes requested at once: more than the link carries in two steps
+_END = -1  # sent in place of a push's number
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Take this rank's side."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help="directory with a config.json")
     parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--push-gb-s", type=float, default=12.0, help="of the paced phase")
-    parser.add_argument("--push-bytes", type=int, default=KV_PUSH_BYTES, help="of one push")
-    parser.add_argument("--steps", type=int, default=300, help="of each phase")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of each sequence")
+    parser.add_argument("--push-gb-s", type=float, default=12.0, help="rate of the paced phase")
+    parser.add_argument("--push-bytes", type=int, default=KV_PUSH_BYTES, help="size of a push")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each phase")
     parser.add_argument("--kv-transport", choices=("p2p", "symm"), default="p2p")
     args = parser.parse_args(argv)
     rank_info = read_rank_info(os.environ)
     if rank_info.world_size != 2:
-        parser.error("two ranks are wanted: one that pushes and one that decodes")
+        parser.error("two ranks are needed: one that pushes and one that decodes")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     device = pick_device(rank_info.local_rank)
     if args.kv_transport == "symm" and not can_share_memory(rank_info, PAIR):
         parser.error("symm needs two GPUs of one host that can read each other's memory")
     init_world(rank_info, "cuda" if device.type == "cuda" else "cpu")
-    (_push_as_told if rank_info.rank == SENDER else _decode)(args, device)
+    (_push_on_request if rank_info.rank == SENDER else _decode)(args, device)
     dist.barrier()
     exit_now(0)
 
 
 class _End:
-    """One rank's end of the link, made at once on both: ``num_blocks`` blocks, then a push's."""
+    """One rank's end of the link; both must be made at once. Its cache has room for one push."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, num_blocks: int) -> None:
         self.config = load_model_config(str(args.model))
@@ -93,7 +92,7 @@ class _End:
         count = max(1, args.push_bytes // layout.block_bytes)
         self.cache = KVCache(layout, num_blocks + count, dtype, device)
         self.cache.blocks.normal_()
-        self.ids = torch.randperm(count, device=device) + num_blocks  # int64, of a push
+        self.ids = torch.randperm(count, device=device) + num_blocks  # block ids of a push, int64
         self.push_bytes: int = count * packed_bytes(self.cache.blocks, len(layout.kv_heads))
         sends = dist.get_rank() == SENDER
         self.transport = self._make_wire(args.kv_transport, DECODER if sends else SENDER, device)
@@ -108,39 +107,39 @@ class _End:
         return P2PTransport(peer, group, self.push_bytes, device)
 
 
-def _push_as_told(args: argparse.Namespace, device: torch.device) -> None:
-    """Rank 0: send a push whenever rank 1 names its number."""
+def _push_on_request(args: argparse.Namespace, device: torch.device) -> None:
+    """Run rank 0: send a push for each push number that rank 1 sends."""
     end = _End(args, device, 0)
     number = torch.zeros(1, dtype=torch.int64)
     while True:
         dist.recv(number, DECODER)
         if (push := int(number.item())) == _END:
-            break  # rank 1 has all
+            break
         end.pair.send(push % NUM_STAGING_SLOTS, end.ids)
 
 
 class _Inbox:
-    """Rank 1: the pushes that are asked for, each received as soon as rank 0 can have sent it."""
+    """Requests and receives pushes on rank 1."""
 
     def __init__(self, end: _End, device: torch.device) -> None:
         self._end = end
         self.push_bytes = end.push_bytes
         self._drops = torch.cuda.Stream() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="waiter")
-        # The slot of each, whether it is to be unpacked, and the wait for it.
+        # Of each requested push: its slot, whether to unpack it, and the wait for its data.
         self.coming: deque[tuple[int, bool, Future[object]]] = deque()
-        self._asked: list[object] = []  # their numbers, which must live until they are sent
+        self._requested: list[object] = []  # push numbers, kept until their sends are complete
 
-    def ask(self, *, unpack: bool) -> None:
-        """One more push, to be unpacked or dropped. In the thread that decodes."""
-        slot = len(self._asked) % NUM_STAGING_SLOTS
-        number = torch.tensor([len(self._asked)])
-        self._asked.append((number, dist.isend(number, SENDER)))
+    def request(self, *, unpack: bool) -> None:
+        """Request one more push, to be unpacked or dropped. Call this in the decoding thread."""
+        slot = len(self._requested) % NUM_STAGING_SLOTS
+        number = torch.tensor([len(self._requested)])
+        self._requested.append((number, dist.isend(number, SENDER)))
         wait = self._end.pair.receive(slot, len(self._end.ids)) if unpack else self._drop(slot)
         self.coming.append((slot, unpack, self._waiter.submit(wait)))
 
     def take(self, *, wait: bool = False) -> int:
-        """Unpack on the current stream what has come, or all: how many pushes that was."""
+        """Unpack the pushes that have come (``wait``: all requested ones); return their number."""
         before = len(self.coming)
         while self.coming and (wait or self.coming[0][2].done()):
             slot, unpack, received = self.coming.popleft()
@@ -150,7 +149,7 @@ class _Inbox:
         return before - len(self.coming)
 
     def _drop(self, slot: int) -> Wait:
-        """Receive into ``slot``, which is free again as soon as it is full."""
+        """Receive into ``slot`` and free it as soon as the data has come."""
         with nullcontext() if self._drops is None else torch.cuda.stream(self._drops):
             wait = self._end.transport.receive(slot, self._end.push_bytes)
             self._end.transport.release(slot)
@@ -163,12 +162,12 @@ class _Inbox:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """One phase: milliseconds of its steps, and what came meanwhile."""
+    """One phase: the times of its steps [ms], and the pushes that came meanwhile."""
 
     step_ms: list[float]
     itl_ms: list[float]
     num_pushes: int
-    gb_s: float  # of what came
+    gb_s: float  # rate of these pushes
 
 
 def _decode(args: argparse.Namespace, device: torch.device) -> None:
@@ -177,26 +176,27 @@ def _decode(args: argparse.Namespace, device: torch.device) -> None:
     inbox = _Inbox(end, device)
     runner = _make_runner(args, end, device)
     step = _step(args.sequences, args.context, blocks_each)
-    for unpack in (True, False):  # what is done for the first time is slow
-        inbox.ask(unpack=unpack)
+    for unpack in (True, False):  # warm-up, because the first push of each kind is slow
+        inbox.request(unpack=unpack)
         inbox.take(wait=True)
 
     def measure(bytes_per_s: float, depth: int, *, unpack: bool) -> Times:
         clock = _Clock(device, lambda: runner.run(step))
         return _measure(clock, args.steps, inbox, bytes_per_s, depth, unpack)
 
-    calm = measure(0.0, 0, unpack=False)
+    undisturbed = measure(0.0, 0, unpack=False)
     paced = measure(args.push_gb_s * 1e9, NUM_STAGING_SLOTS, unpack=True)
     saturated = measure(math.inf, NUM_STAGING_SLOTS, unpack=True)
     on_wire = measure(math.inf, ON_WIRE_DEPTH, unpack=False)
     dist.send(torch.tensor([_END]), SENDER)
-    phases = {"undisturbed": calm, "paced": paced, "saturated": saturated, "on_wire": on_wire}
-    asked = {n: getattr(args, n) for n in ("sequences", "context", "steps", "kv_transport")}
-    print(json.dumps(asked | {"push_bytes": end.push_bytes} | summarise(phases)), flush=True)
+    phases = {"undisturbed": undisturbed, "paced": paced}
+    phases |= {"saturated": saturated, "on_wire": on_wire}
+    options = {n: getattr(args, n) for n in ("sequences", "context", "steps", "kv_transport")}
+    print(json.dumps(options | {"push_bytes": end.push_bytes} | summarise(phases)), flush=True)
 
 
 def _step(num_sequences: int, context: int, blocks_each: int) -> Step:
-    """One token for each sequence, at the end of its context, over shuffled blocks."""
+    """Plan one token for each sequence, at the end of its context, over shuffled blocks."""
     order = torch.randperm(num_sequences * blocks_each).view(num_sequences, -1).tolist()
     sequences = tuple(StepSequence(context - 1, (7,), tuple(table), True) for table in order)
     sampling = [SamplingParams(max_tokens=1, temperature=float(i % 2)) for i in range(2)]
@@ -205,7 +205,7 @@ def _step(num_sequences: int, context: int, blocks_each: int) -> Step:
 
 
 def _make_runner(args: argparse.Namespace, end: _End, device: torch.device) -> Runner:
-    """The model as it is served: on a GPU its steps are CUDA graphs."""
+    """Build the model as in serving: on a GPU its steps are CUDA graphs."""
     config, cache, tp = end.config, end.cache, TensorParallel(0, 1)
     dtype, block_size = cache.blocks.dtype, cache.layout.block_size
     attention, _ = choose_attention(device, dtype, config.head_dim, block_size)
@@ -213,7 +213,7 @@ def _make_runner(args: argparse.Namespace, end: _End, device: torch.device) -> R
     load_weights(model, str(args.model), "dummy", 0, lambda done, total: None)
     runner = Runner(model.eval(), cache, tp, args.sequences)
     if device.type == "cuda":
-        from serve.engine.decode_graphs import DecodeGraphs  # needs Triton, as GPUs do
+        from serve.engine.decode_graphs import DecodeGraphs  # needs Triton, so GPUs only
 
         graphs = DecodeGraphs(model, cache, runner.sampled, args.context + block_size)
         graphs.capture(lambda done, total: None, [args.sequences])
@@ -224,25 +224,25 @@ def _make_runner(args: argparse.Namespace, end: _End, device: torch.device) -> R
 def _measure(
     clock: _Clock, num_steps: int, inbox: _Inbox, bytes_per_s: float, depth: int, unpack: bool
 ) -> Times:
-    """``num_steps`` steps, and pushes between them: so many per second, ``depth`` under way."""
-    begun_s = time.perf_counter()
-    num_asked = num_pushes = 0
+    """Run ``num_steps`` steps with ``bytes_per_s`` of pushes, at most ``depth`` in flight."""
+    started_s = time.perf_counter()
+    num_requested = num_pushes = 0
     for _ in range(WARM_UPS + num_steps):
         num_pushes += inbox.take()
-        due = bytes_per_s * (time.perf_counter() - begun_s) / inbox.push_bytes
-        while len(inbox.coming) < depth and num_asked < due:
-            inbox.ask(unpack=unpack)
-            num_asked += 1
+        due = bytes_per_s * (time.perf_counter() - started_s) / inbox.push_bytes
+        while len(inbox.coming) < depth and num_requested < due:
+            inbox.request(unpack=unpack)
+            num_requested += 1
         clock.step()
     clock.finish()
     num_pushes += inbox.take()
-    gb_s = num_pushes * inbox.push_bytes / (time.perf_counter() - begun_s) / 1e9
+    gb_s = num_pushes * inbox.push_bytes / (time.perf_counter() - started_s) / 1e9
     inbox.take(wait=True)
     return Times(clock.step_ms()[WARM_UPS:], clock.itl_ms()[WARM_UPS - 1 :], num_pushes, gb_s)
 
 
 class _Clock:
-    """Runs steps and times them: by events on a GPU, which the host leads by a step at most."""
+    """Runs and times steps, with events on a GPU. The host is at most one step ahead of the GPU."""
 
     def __init__(self, device: torch.device, run: Callable[[], object]) -> None:
         self._on_gpu, self._run = device.type == "cuda", run
@@ -263,11 +263,11 @@ class _Clock:
             self._ends[-1].synchronize()
 
     def step_ms(self) -> list[float]:
-        """From each step's start to its end."""
+        """Return the times from each step's start to its end."""
         return [self._ms(*marks) for marks in zip(self._starts, self._ends, strict=True)]
 
     def itl_ms(self) -> list[float]:
-        """From each step's end to the next one's."""
+        """Return the times from each step's end to the end of the next."""
         return [self._ms(*marks) for marks in itertools.pairwise(self._ends)]
 
     def _mark(self) -> object:
@@ -282,7 +282,7 @@ class _Clock:
 
 
 def summarise(phases: dict[str, Times]) -> dict[str, Any]:
-    """Medians and 99th percentiles of each phase, and their ratios to those of ``undisturbed``."""
+    """Return P50 and P99 of each phase, and the ratios of their ITL to ``undisturbed``."""
     found: dict[str, Any] = {}
     for name, times in phases.items():
         for kind, values in (("step", times.step_ms), ("itl", times.itl_ms)):

@@ -1,11 +1,12 @@
-"""How long the GPU waits between decode steps, as served: one replica, all sequences running.
+"""Measure how long the GPU is idle between decode steps in serving, with all sequences running.
 
     python -m bench.micro.decode_gaps MODEL [--sequences 64] [--context 1024] [--steps 200]
 
-MODEL is a directory with a config.json; the weights are random. Prints one JSON object: the time of
-a step, by the arrival of its tokens on the event loop, without a profiler; then, from a trace of as
-many steps right after, the share of the time in which the device ran nothing, and the stretches of
-it. Tracing slows the steps, and with them the share, as far as ``profiled_step_ms`` is longer.
+MODEL is a directory with a config.json; the weights are random. One replica serves all sequences.
+Prints one JSON object with two measurements. First, without a profiler: the time of a step, from
+the arrival of its tokens on the event loop. Then, from a trace of as many further steps: the share
+of time in which the device was idle, and the lengths of the gaps. Tracing slows the steps and so
+changes the share; compare ``profiled_step_ms`` with ``step_ms``.
 """
 
 from __future__ import annotations
@@ -35,20 +36,19 @@ from serve.runtime.shutdown import exit_now
 from serve.runtime.startup import FrontEnd, fit_max_model_len, make_front
 from serve.topology import read_rank_info
 
-BUDGET = 8192  # tokens of a step while the prompts are read
+BUDGET = 8192  # tokens of a step while the prompts are prefilled
 WARM_UPS = 20  # steps before the first window
-EDGE = 8  # traced steps before the window: starting the tracer holds up the GPU thread
-SLACK = 200  # steps that may pass between the windows
+EDGE = 8  # traced steps before the window, because starting the tracer delays the GPU thread
+SLACK = 200  # steps that may run between the windows
 MIN_GAP_NS = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure both windows; print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help="directory with a config.json")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--context", type=int, default=1024, help="tokens of each prompt")
-    parser.add_argument("--steps", type=int, default=200, help="of each window")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each window")
     args = parser.parse_args(argv)
     if min(args.sequences, args.context, args.steps) < 1:
         parser.error("counts must be at least 1")
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Sequences that all run throughout both windows."""
+    """Sequences that all keep running throughout both windows."""
 
     sequences: int
     context: int
@@ -68,17 +68,17 @@ class Load:
 
     @property
     def budget(self) -> int:
-        """Tokens of a step; half of them are left to prompts when all sequences decode."""
+        """Tokens of a step. Half of them are left for prompts when all sequences decode."""
         return max(BUDGET, 2 * self.sequences)
 
     @property
     def max_tokens(self) -> int:
-        """Enough for the first sequence to run until the last one has been measured."""
+        """Output tokens of a sequence, enough for the first to outlast the second window."""
         num_prefills = -(-2 * self.sequences * self.context // self.budget) + 1
         return num_prefills + WARM_UPS + 2 * self.steps + 2 * EDGE + SLACK
 
     def options(self, model: Path) -> list[str]:
-        """Of a server that can take it."""
+        """Return the options of a server that can hold this load."""
         return [
             "--model", str(model), "--load-format", "dummy", "--tokenizer", "none",
             "--max-num-seqs", str(self.sequences), "--max-num-batched-tokens", str(self.budget),
@@ -86,7 +86,7 @@ class Load:
         ]  # fmt: skip
 
     def requests(self, vocab_size: int) -> list[Request]:
-        """Random prompts; half are answered greedily, half are sampled."""
+        """Make requests with random prompts. Half are greedy, half are sampled."""
         rng = random.Random(0)
         return [
             Request(
@@ -102,23 +102,23 @@ class Load:
 
 @dataclass(slots=True)
 class FullSteps:
-    """When the tokens of each step that all sequences were in have come to the loop."""
+    """The arrival times, on the event loop, of the tokens of steps that had all sequences."""
 
     num_sequences: int
     times_s: list[float] = field(default_factory=list)
-    _wanted: int = 0
+    _target: int = 0
     _reached: asyncio.Event = field(default_factory=asyncio.Event)
 
     def on_message(self, message: AnyMessage) -> None:
-        """Note a report that has a token for everyone."""
+        """Record the time of a report that has a token for every sequence."""
         if isinstance(message, Report) and len(message.deltas) == self.num_sequences:
             self.times_s.append(time.perf_counter())
-            if len(self.times_s) >= self._wanted:
+            if len(self.times_s) >= self._target:
                 self._reached.set()
 
     async def pass_by(self, count: int) -> int:
-        """Wait for ``count`` more steps: the number of the last one."""
-        self._wanted = len(self.times_s) + count
+        """Wait for ``count`` more steps; return the index of the last one."""
+        self._target = len(self.times_s) + count
         self._reached.clear()
         await self._reached.wait()
         return len(self.times_s) - 1
@@ -163,7 +163,7 @@ def _abort(front: FrontEnd, requests: Sequence[Request]) -> None:
 
 
 async def _read(stream: Stream) -> None:
-    """Take the tokens as a client's handler does."""
+    """Read the tokens as the HTTP handler of a client does."""
     async for output in stream:
         if output.finish_reason not in (None, FinishReason.ABORT):
             raise RuntimeError(f"{stream.request.id} ended ({output.finish_reason}) too early")
@@ -197,20 +197,20 @@ class Span(NamedTuple):
 
 
 async def _trace(process: RankProcess, steps: FullSteps, num_steps: int) -> list[Span]:
-    """All that the device does in at least ``num_steps`` steps, and ``EDGE`` on both sides."""
+    """Trace at least ``num_steps`` steps, and ``EDGE`` steps before and after them."""
     call = process.worker.executor.call
     tracer = profile(activities=[ProfilerActivity.CUDA])
-    await call(tracer.start)  # in the GPU thread: a trace must end in the thread that began it
+    await call(tracer.start)  # in the GPU thread, because a trace must stop where it started
     await steps.pass_by(num_steps + 2 * EDGE)
     await call(tracer.stop)
     return read_spans(tracer)
 
 
 def read_spans(tracer: profile) -> list[Span]:
-    """What ran on the device, in order of its start."""
+    """Return the spans on the device, in order of their starts."""
     results = tracer.profiler.kineto_results if tracer.profiler is not None else None
     if results is None:
-        raise RuntimeError("the trace was not taken")
+        raise RuntimeError("the profiler has no results")
     spans = [
         Span(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
         for event in results.events()
@@ -220,17 +220,17 @@ def read_spans(tracer: profile) -> list[Span]:
 
 
 def _occupies(name: str) -> bool:
-    """Whether this is work: a trace may also have the device's waits for events."""
+    """Return whether a span is work, because a trace also contains waits for events."""
     return not name.endswith((" Sync", " Wait Event"))
 
 
 class Idle(NamedTuple):
-    """What the device did not do between two steps of a trace."""
+    """Idle time of the device in a trace."""
 
     profiled_step_ms: float
-    busy_ms: float  # of a step
-    idle_share: float
-    between_steps_share: float  # of that: from a step's last kernel to the next one's first
+    busy_ms: float  # per step
+    idle_share: float  # of all time
+    between_steps_share: float  # of all time: from a step's last kernel to the next step's first
     gap_p50_us: float
     gap_p99_us: float
     gap_max_us: float
@@ -238,15 +238,15 @@ class Idle(NamedTuple):
 
 
 def measure_idle(spans: Sequence[Span], num_steps: int) -> Idle:
-    """How idle the device was over ``num_steps`` steps of ``spans`` (in order of their starts).
+    """Measure the idle time over ``num_steps`` steps of ``spans`` (in order of their starts).
 
-    Each step ends with the copy of its tokens to the host, and the window with the last of them.
-    The first ``EDGE`` steps are left out. Only gaps over 1 us count as such; all idle time counts
-    in the shares. ``ValueError`` if the trace has too few steps.
+    A step ends with the copy of its tokens to the host. The first ``EDGE`` steps are left out. Only
+    gaps over 1 us count as gaps, but the shares include all idle time. Raises ``ValueError`` if the
+    trace has too few steps.
     """
     ends_ns = sorted(span.end_ns for span in spans if "DtoH" in span.name)
     if len(ends_ns) <= EDGE + num_steps:
-        raise ValueError(f"the trace has {len(ends_ns)} steps of {EDGE + num_steps + 1} wanted")
+        raise ValueError(f"the trace has {len(ends_ns)} steps of {EDGE + num_steps + 1} needed")
     bounds_ns = np.array(ends_ns[EDGE : EDGE + num_steps + 1])
     first_ns, last_ns = bounds_ns[0], bounds_ns[-1]
     times = np.array([(span.start_ns, span.end_ns) for span in spans])
@@ -270,15 +270,15 @@ def measure_idle(spans: Sequence[Span], num_steps: int) -> Idle:
 
 
 def _gaps(times: np.ndarray, first_ns: int, last_ns: int) -> np.ndarray:
-    """``[num_gaps, 2]``: stretches of the window in which none of ``times`` runs."""
+    """Return the idle intervals of the window, ``[num_gaps, 2]``."""
     starts = np.append(times[:, 0], last_ns)
-    so_far = np.maximum.accumulate(np.append(first_ns, times[:, 1]))  # the end of all before
-    gaps = np.stack((so_far, np.minimum(starts, last_ns)), axis=1)
+    busy_until = np.maximum.accumulate(np.append(first_ns, times[:, 1]))
+    gaps = np.stack((busy_until, np.minimum(starts, last_ns)), axis=1)
     return gaps[gaps[:, 0] < gaps[:, 1]]
 
 
 def _idle_around(gaps: np.ndarray, kernels: np.ndarray, bound_ns: int) -> int:
-    """Idle time between the last kernel that begins before ``bound_ns`` and the first after it."""
+    """Return the idle time from the last kernel before ``bound_ns`` to the first after it."""
     after = int(np.searchsorted(kernels[:, 0], bound_ns))
     if after in (0, len(kernels)):
         return 0

@@ -1,14 +1,14 @@
-"""How near one GPU's steps come to what its memory and its matrix products allow.
+"""Compare one GPU's steps with the floor that its memory and its matrix products set.
 
     python -m bench.micro.engine_speed MODEL_DIRECTORY [--decode 64x1024 ...] [--prefill 1x8192 ...]
 
-Prints one JSON object a line: the time of a decode step (as served: a CUDA graph, from embedding to
-token id) or of a prefill step (as served: while the one before it runs the host prepares it;
-``from_idle_ms`` is that of one that the GPU has to wait for). Beside it stands its floor, measured
-in turn with it, so that both see the same clocks. A decode step's floor is all matrix products in a
-CUDA graph plus the bytes of its KV cache over the bandwidth of a copy; a prefill step's is the
-matrix products plus attention over contiguous memory. Under torchrun the ranks share the model by
-tensor parallelism, and the floor is that of one of them.
+Prints one JSON object a line: the time of a step and its floor, measured in turns so that both see
+the same clocks. Steps run as in serving. A decode step is a CUDA graph from embedding to token id.
+The host prepares a prefill step while the one before it runs; ``from_idle_ms`` is the time of a
+step for which the GPU has to wait. The floor of a decode step is all its matrix products in a CUDA
+graph, plus the bytes of its KV cache over the bandwidth of a copy. The floor of a prefill step is
+its matrix products plus attention over contiguous memory. Under torchrun the ranks share the model
+by tensor parallelism, and the floor is that of one rank.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ class Engine:
         self.cache.blocks.normal_()
         self.eager = Runner(self.model, self.cache, tp, max_num_seqs)
         torch.set_num_threads(1)  # as loading leaves it
-        # Triton asks for the device when it is imported, and pick_device has to be first.
+        # Importing Triton initialises the device, so pick_device has to run before.
         from serve.engine.decode_graphs import DecodeGraphs
 
         self.graphs = DecodeGraphs(self.model, self.cache, self.eager.sampled, max_model_len)
 
     def step(self, batch: int, start: int, new: int) -> Step:
-        """``batch`` sequences with ``new`` tokens after ``start``, over shuffled blocks."""
+        """Plan ``batch`` sequences with ``new`` tokens after ``start``, over shuffled blocks."""
         count = self.layout.num_blocks_for(start + new)
         order = torch.randperm(self.cache.num_blocks)[: batch * count].view(batch, count).tolist()
-        # Random tokens: equal ones draw less power, and the products run faster than in service.
+        # Random tokens, because equal ones draw less power and so run faster than in service.
         tokens = torch.randint(self.config.vocab_size, (batch, new)).tolist()
         sequences = [
             StepSequence(start, tuple(ids), tuple(table), True)
@@ -94,29 +94,31 @@ class Engine:
 
 
 def main() -> None:
-    """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help="directory with a config.json")
     parser.add_argument("--decode", nargs="*", default=DECODES, metavar="BATCHxCONTEXT")
     parser.add_argument("--prefill", nargs="*", default=PREFILLS, metavar="BATCHxLENGTH")
-    parser.add_argument("--profile", action="store_true", help="name the kernels of each step")
+    parser.add_argument(
+        "--profile", action="store_true", help="list the longest kernels of each step"
+    )
     args = parser.parse_args()
     decodes, prefills = [_pair(text) for text in args.decode], [_pair(t) for t in args.prefill]
-    most = max(batch * length for batch, length in [*decodes, *prefills]) + 1024 * BLOCK_SIZE
-    longest = max([length for _, length in decodes], default=BLOCK_SIZE) + BLOCK_SIZE
-    engine = Engine(args.model, most, max([b for b, _ in decodes], default=1), longest)
+    max_tokens = max(batch * length for batch, length in [*decodes, *prefills]) + 1024 * BLOCK_SIZE
+    max_model_len = max([length for _, length in decodes], default=BLOCK_SIZE) + BLOCK_SIZE
+    max_num_seqs = max([batch for batch, _ in decodes], default=1)
+    engine = Engine(args.model, max_tokens, max_num_seqs, max_model_len)
     engine.graphs.capture(lambda done, total: None, [batch for batch, _ in decodes])
     where = {"tp": RANK_INFO.world_size, "gpu": torch.cuda.get_device_name(DEVICE)}
     for batch, context in decodes:
-        _tell(_decode(engine, batch, context, args.profile) | where)
+        _print(_decode(engine, batch, context, args.profile) | where)
     for batch, length in prefills:
-        _tell(_prefill(engine, batch, length, args.profile) | where)
+        _print(_prefill(engine, batch, length, args.profile) | where)
     if RANK_INFO.world_size > 1:
         dist.barrier()
         exit_now(0)  # the graphs hold the communicators
 
 
-def _tell(found: dict[str, Any]) -> None:
+def _print(found: dict[str, Any]) -> None:
     if RANK_INFO.rank == 0:
         print(json.dumps(found), flush=True)
 
@@ -174,7 +176,7 @@ def _prefill(engine: Engine, batch: int, length: int, profile: bool) -> dict[str
 
 
 def _products(model: nn.Module, num_tokens: int, num_rows: int) -> Callable[[], None]:
-    """Every matrix product of a forward pass, alone, as a CUDA graph."""
+    """Capture every matrix product of a forward pass as a CUDA graph; return its replay."""
     weights = list(_weights(model))
     inputs = {weight.shape[1]: torch.randn(num_tokens, weight.shape[1], dtype=DTYPE, device=DEVICE)
               for weight in weights}  # fmt: skip
@@ -211,14 +213,14 @@ def _contiguous_attention(engine: Engine, batch: int, length: int) -> Callable[[
 
 
 def _copy() -> Callable[[], Tensor]:
-    """A copy within the device, which reads and writes ``COPY_BYTES``."""
+    """Return a copy within the device, which reads and writes ``COPY_BYTES``."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def _in_turn(*runs: Callable[[], object]) -> list[float]:
-    """The median time of each, in milliseconds, one after another in every round."""
+    """Run all in turn in every round; return the median time of each in milliseconds."""
     times: list[list[float]] = [[] for _ in runs]
     for number in range(NUM_ROUNDS + 1):
         for run, found in zip(runs, times, strict=True):
@@ -234,7 +236,7 @@ def _in_turn(*runs: Callable[[], object]) -> list[float]:
 
 
 def _kernels(run: Callable[[], object]) -> list[tuple[str, int, float]]:
-    """The kernels that took longest: name, calls, milliseconds."""
+    """Return the kernels that took longest: name, calls, milliseconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()

@@ -1,10 +1,11 @@
-"""How many tokens a second the front end streams, beside a bare aiohttp handler in the same run.
+"""Measure the tokens/s that the front end streams, and those of a bare aiohttp handler.
 
     python -m bench.micro.front_end [--streams 256] [--tokens 400]
 
-The replicas are faked at the message level: reports as bytes of the control channel go in, server-
-sent events come out, to clients in a process of their own. Both servers bring every client one
-event a step, the next step once all have been written. Prints one JSON object.
+The replicas are faked at the message level: reports go in as bytes of the control channel, and
+server-sent events go out to clients in another process. Both servers send every client one event a
+step; the next step starts when all events have been written. Both are measured in the same run, in
+turns. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -33,16 +34,15 @@ from serve.topology import ReplicaSpec, build_topology
 
 MAX_MODEL_LEN = 1 << 20
 _TICK_S = 0.005
-_NUM_YIELDS = 4  # turns of the loop in which a step's events are written
+_NUM_YIELDS = 4  # iterations of the event loop in which a step's events are written
 _ROUNDS = 3
 WORD = b" word"  # the text of every token
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure both servers in turns; print the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=400, help="of each stream")
+    parser.add_argument("--tokens", type=int, default=400, help="tokens of each stream")
     args = parser.parse_args(argv)
     ours, bare = [], []
     for _ in range(_ROUNDS):
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(found))
 
 
-Feed = Callable[[int], None]  # bring every stream the event of a step
+Feed = Callable[[int], None]  # gives every stream the event of a step
 Start = Callable[[socket.socket, int, int], Awaitable[tuple[web.AppRunner, Feed, asyncio.Event]]]
 
 
@@ -69,9 +69,11 @@ async def _measure(start: Start, num_streams: int, num_tokens: int) -> dict[str,
     listener = socket.create_server(("127.0.0.1", 0), backlog=num_streams)
     runner, feed, all_open = await start(listener, num_streams, num_tokens)
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    pipe, client_pipe = context.Pipe()
     port = listener.getsockname()[1]
-    client = context.Process(target=_read_streams, args=(theirs, port, num_streams, num_tokens))
+    client = context.Process(
+        target=_read_streams, args=(client_pipe, port, num_streams, num_tokens)
+    )
     client.start()
     await all_open.wait()
     lags_s: list[float] = []
@@ -81,7 +83,7 @@ async def _measure(start: Start, num_streams: int, num_tokens: int) -> dict[str,
         feed(step)
         for _ in range(_NUM_YIELDS):
             await asyncio.sleep(0)
-    num_events, num_bytes = await asyncio.to_thread(ours.recv)
+    num_events, num_bytes = await asyncio.to_thread(pipe.recv)
     elapsed_s = time.perf_counter() - started_s
     ticking.cancel()
     client.join()
@@ -96,11 +98,11 @@ async def _measure(start: Start, num_streams: int, num_tokens: int) -> dict[str,
 
 
 async def tick(lags_s: list[float]) -> None:
-    """How much later than asked for the loop comes back."""
+    """Append how late the event loop runs a timer, again and again, until cancelled."""
     while True:
-        asked_s = time.perf_counter() + _TICK_S
+        due_s = time.perf_counter() + _TICK_S
         await asyncio.sleep(_TICK_S)
-        lags_s.append(max(0.0, time.perf_counter() - asked_s))  # timers may be early, by 1 ms
+        lags_s.append(max(0.0, time.perf_counter() - due_s))  # timers may be 1 ms early
 
 
 async def start_ours(
@@ -125,8 +127,8 @@ async def start_ours(
     runner = await run_app_on(create_app(service, None, metrics, settings), listener)
 
     def feed(step: int) -> None:
-        # As it comes from the control channel; encoding stands for the replica's side, and is
-        # counted here, too: 0.3 us a token.
+        # Decoded as on the control channel. Encoding is the replica's work, but its time is
+        # included here: 0.3 us a token.
         report = decode(encode(_report(ids, step)))
         assert isinstance(report, Report)
         service.on_report(report)
@@ -144,8 +146,8 @@ def _report(ids: list[str], step: int) -> Report:
 async def _start_bare(
     listener: socket.socket, num_streams: int, num_tokens: int
 ) -> tuple[web.AppRunner, Feed, asyncio.Event]:
-    """Handlers that write fixed bytes, as many as an event of ours has, whenever they are told."""
-    event = b"data: " + json.dumps(_like_ours()).encode() + b"\n\n"
+    """Start handlers that write fixed bytes, as many as our event has, at each ``feed``."""
+    event = b"data: " + json.dumps(_event_like_ours()).encode() + b"\n\n"
     queues: list[asyncio.Queue[bytes]] = []
     all_open = asyncio.Event()
 
@@ -172,17 +174,17 @@ async def _start_bare(
     return await run_app_on(app, listener), feed, all_open
 
 
-def _like_ours() -> dict[str, Any]:
+def _event_like_ours() -> dict[str, Any]:
     choice = {"index": 0, "text": WORD.decode(), "logprobs": None, "finish_reason": None}
     head = {"id": "cmpl-" + 32 * "0", "object": "text_completion", "created": 1_700_000_000}
     return head | {"model": "model", "choices": [choice]}
 
 
-# --- the clients, in a process of their own -----------------------------------------------------
+# --- the clients, in another process ------------------------------------------------------------
 
 
 class _Reader(asyncio.Protocol):
-    """One connection: sends a request, counts events and tokens until there are enough."""
+    """One connection. It sends a request and counts events and tokens until all have come."""
 
     def __init__(self, request: bytes, num_tokens: int) -> None:
         self._request, self._missing = request, num_tokens
@@ -191,11 +193,10 @@ class _Reader(asyncio.Protocol):
         self.done = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask at once."""
         cast(asyncio.Transport, transport).write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Count whole lines."""
+        """Count in whole lines only, because a read may end inside an event."""
         self.num_bytes += len(data)
         lines, found, rest = (self._rest + data).rpartition(b"\n")
         self._rest = rest
@@ -205,7 +206,7 @@ class _Reader(asyncio.Protocol):
             self.done.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Too early, unless all has come."""
+        """Fail if tokens are missing."""
         if not self.done.done():
             self.done.set_exception(ConnectionError(f"{self._missing} tokens are missing"))
 

@@ -1,11 +1,11 @@
-"""How fast KV is pushed, beside one plain send/recv of the same bytes, and what it costs a request.
+"""Measure the rate of KV pushes, that of a plain send/recv, and the transfer time of requests.
 
     torchrun --standalone --nproc-per-node 2 -m bench.micro.kv_transfer MODEL [--prompt-tokens 8192]
 
 MODEL is a directory with a config.json; its weights are random. Rank 0 prefills, rank 1 decodes.
-Options that are not this script's are the server's.
-Prints one JSON line: GB/s of plain sends and of pushes, one alone and many in a row, all of the
-same bytes in the same run, for each transport; then the stages of requests served one at a time.
+Unknown options are passed to the server. Prints one JSON line: GB/s of plain sends and of pushes,
+one alone and many in a row, for each transport, all of the same bytes in the same run; then the
+stages of requests that were served one at a time.
 """
 
 from __future__ import annotations
@@ -45,15 +45,14 @@ PAIR = (0, 1)
 
 
 def main() -> None:
-    """Measure the link alone, then the link in use."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help="directory with a config.json")
     parser.add_argument("--prompt-tokens", type=int, default=8192)
     parser.add_argument("--requests", type=int, default=8)
     args, server_options = parser.parse_known_args()
     rank_info = read_rank_info(os.environ)
     if rank_info.world_size != 2:
-        parser.error("two ranks are wanted: one that prefills and one that decodes")
+        parser.error("two ranks are needed: one that prefills and one that decodes")
     argv = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
     argv += ["--max-model-len", str(args.prompt_tokens + 64)]
     config = parse_args([*argv, *server_options], 2)
@@ -89,7 +88,7 @@ def _measure_links(
 
 
 class _Plain:
-    """The bytes alone: nothing is packed."""
+    """Sends and receives bytes without packing."""
 
     def __init__(self, transport: Transport, num_bytes: int) -> None:
         self._transport, self._num_bytes = transport, num_bytes
@@ -101,7 +100,7 @@ class _Plain:
         wait = self._transport.receive(slot, self._num_bytes)
         return wait or (lambda: None)
 
-    def take_out(self, slot: int) -> None:
+    def unpack(self, slot: int) -> None:
         pass
 
     def _wait(self, wait: Callable[[], object] | None) -> None:
@@ -110,7 +109,7 @@ class _Plain:
 
 
 class _Push:
-    """Pack, send, receive, unpack."""
+    """Packs, sends, receives and unpacks."""
 
     def __init__(self, pair: Pair, block_ids: torch.Tensor) -> None:
         self._pair, self._block_ids = pair, block_ids
@@ -121,7 +120,7 @@ class _Push:
     def receive(self, slot: int) -> Callable[[], object]:
         return self._pair.receive(slot, len(self._block_ids))
 
-    def take_out(self, slot: int) -> None:
+    def unpack(self, slot: int) -> None:
         self._pair.unpack(slot, self._block_ids)
 
 
@@ -139,12 +138,12 @@ def _measure_wire(
             end.send(number % NUM_STAGING_SLOTS)
 
     def receive(count: int) -> None:
-        """The next one is posted before the one before it is waited for, as in serving."""
+        """Post each receive before waiting for the one before it, as in serving."""
         waits = [end.receive(number) for number in range(min(count, NUM_STAGING_SLOTS))]
         for number in range(count):
             slot = number % NUM_STAGING_SLOTS
             waits[slot]()
-            end.take_out(slot)
+            end.unpack(slot)
             if number + NUM_STAGING_SLOTS < count:
                 waits[slot] = end.receive(slot)
 
@@ -156,7 +155,7 @@ def _measure_wire(
 
 
 def _rate(run: Callable[[], None], num_bytes: int, device: torch.device) -> float:
-    """GB/s of the median round; both ranks start each together and end it when it is done."""
+    """Return the GB/s of the median round. Barriers start and end a round on both ranks."""
     seconds = []
     for _ in range(NUM_ROUNDS + 2):
         dist.barrier()
@@ -172,7 +171,7 @@ def _rate(run: Callable[[], None], num_bytes: int, device: torch.device) -> floa
 async def _serve(
     config: ServerConfig, rank_info: RankInfo, args: argparse.Namespace
 ) -> tuple[torch.device, dict[str, Any]]:
-    """Serve the requests one at a time: this rank's device, and on rank 0 the stages."""
+    """Serve requests one at a time; return this rank's device, and on rank 0 the stages."""
     timelines: list[Timeline] = []
     process = join_job(config, rank_info)
     await process.run(_ask(process, args, timelines) if process.is_front_end else follow(process))

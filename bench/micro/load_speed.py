@@ -1,11 +1,11 @@
-"""How fast a rank loads its shard of a checkpoint, beside a plain read of the same files.
+"""Measure how fast a rank loads its shard of a checkpoint, and a plain read of the same files.
 
     [torchrun --standalone --nproc-per-node 2 -m] bench.micro.load_speed MODEL_DIRECTORY FOLDER
 
-MODEL_DIRECTORY has a config.json. Its weights, random numbers that repeat, are written to FOLDER as
-sharded safetensors if they are not there yet. The ranks share the model by tensor parallelism and
-load at the same time. Prints one JSON object a rank: GB/s of the plain read and of the load, by the
-bytes that the rank has to read, and the most host memory that it had of its own meanwhile.
+MODEL_DIRECTORY has a config.json. Weights of random numbers that repeat are written to FOLDER as
+sharded safetensors, unless they are there already. The ranks share the model by tensor parallelism
+and load at the same time. Prints one JSON object a rank: GB/s of the plain read, GB/s of the load
+(by the bytes of the rank's shard), and the peak of the host memory that belongs to the process.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ from serve.topology import read_rank_info
 FILE_BYTES = 4 << 30
 _SAMPLE_S = 0.01
 _READ_BYTES = 16 << 20
-_DRAWN = 1 << 20
+_NUM_DRAWN = 1 << 20  # random numbers; larger tensors repeat them
 
 
 def main() -> None:
-    """Write the checkpoint if need be, read it plainly, load it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", type=Path, help="directory with a config.json")
+    parser.add_argument("folder", type=Path, help="takes the checkpoint")
     args = parser.parse_args()
     rank_info = read_rank_info(os.environ)
     device = pick_device(rank_info.local_rank)
@@ -53,7 +52,7 @@ def main() -> None:
     tp = join_ranks(rank_info, device)
     if tp.is_leader and not (args.folder / "config.json").exists():
         write_checkpoint(config, args.model, args.folder)
-    tp.broadcast(torch.zeros(1, device=device))  # the others wait until it is there
+    tp.broadcast(torch.zeros(1, device=device))  # a barrier: the checkpoint is complete
     plain_gb_s = read_plainly(args.folder) if tp.is_leader else 0.0
     tp.broadcast(torch.zeros(1, device=device))
     dtype: torch.dtype = getattr(torch, config.dtype)
@@ -80,7 +79,7 @@ def main() -> None:
 
 
 def write_checkpoint(config: ModelConfig, model: Path, folder: Path) -> None:
-    """Files of ``FILE_BYTES`` or a tensor, and their index; config.json last."""
+    """Write files of at most ``FILE_BYTES`` (but whole tensors), their index, then config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype: torch.dtype = getattr(torch, config.dtype)
     whole = build_model(config, TensorParallel(0, 1), dtype, "meta")
@@ -95,11 +94,11 @@ def write_checkpoint(config: ModelConfig, model: Path, folder: Path) -> None:
 
 
 def _filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of numbers like weights; to draw every one of 20 billion would take minutes."""
-    some = torch.empty(_DRAWN, dtype=dtype).normal_(0, 0.02)
+    """Fill a tensor with repeating random numbers, because drawing 20 billion takes minutes."""
+    drawn = torch.empty(_NUM_DRAWN, dtype=dtype).normal_(0, 0.02)
     flat = torch.empty(math.prod(shape), dtype=dtype)
-    for part in torch.split(flat, _DRAWN):
-        part.copy_(some[: len(part)])
+    for part in torch.split(flat, _NUM_DRAWN):
+        part.copy_(drawn[: len(part)])
     return flat.view(shape)
 
 
@@ -117,7 +116,7 @@ def _files(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[s
 
 
 def read_plainly(folder: Path) -> float:
-    """GB/s of reading every weight file once, from wherever it is: disk or page cache."""
+    """Return the GB/s of reading every weight file once, from disk or page cache."""
     buffer = bytearray(_READ_BYTES)
     num_bytes = 0
     started_s = time.perf_counter()
@@ -129,8 +128,9 @@ def read_plainly(folder: Path) -> float:
 
 
 class PeakMemory:
-    """The most memory this process had of its own while the block ran: mapped files do not count,
-    which the system takes back whenever it wants.
+    """The peak of this process's own memory during a ``with`` block, above that before it.
+
+    Mapped files do not count, because the system can take their memory back at any time.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ def _own_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
-    raise RuntimeError("this system does not tell how much memory a process has of its own")
+    raise RuntimeError("/proc/self/status has no RssAnon")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All ranks of a job as one replica, for measurements without a server."""
+"""One replica: joins all ranks of a job into one replica, for measurements without a server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serve.topology import RankInfo, ReplicaSpec, build_topology
 
 
 def join_ranks(rank_info: RankInfo, device: torch.device) -> TensorParallel:
-    """This rank's part in it; the sums over ranks go through NCCL, or gloo on CPUs."""
+    """Join this rank to the replica. Sums over ranks go through NCCL, or gloo on CPUs."""
     if rank_info.world_size == 1:
         return TensorParallel(0, 1)
     on_gpu = device.type == "cuda"

@@ -1,13 +1,13 @@
-"""What streaming to many clients costs a prefill on the same rank, which is rank 0 of a server.
+"""Measure how much streaming to many clients slows a prefill on the same rank, rank 0.
 
     python -m bench.micro.prefill_beside_streams MODEL_DIRECTORY [--prompt-tokens 8192]
         [--tokens-per-s 20000] [--streams 256] [--requests 10]
 
-The weights are random. Prompts are prefilled one at a time on the engine as served, while the front
-end in the same process, on the same event loop, streams what decode replicas report. Those are
-faked at the message level, as in ``bench.micro.front_end``; the clients are a process of their own.
-Prints one JSON object: the median prefill with an idle front end (before and after) and beside the
-streams, and the rate that the clients really saw.
+The weights are random. Prompts are prefilled one at a time on the engine as in serving. The front
+end runs in the same process, on the same event loop, and streams the reports of decode replicas,
+which are faked at the message level as in ``bench.micro.front_end``. The clients are in another
+process. Prints one JSON object: the median prefill with an idle front end (before and after) and
+beside the streams, and the token rate that the clients measured.
 """
 
 from __future__ import annotations
@@ -39,17 +39,16 @@ from serve.runtime.startup import fit_max_model_len, make_front
 from serve.topology import read_rank_info
 
 WARM_UPS = 2  # prefills
-SETTLING_REPORTS = 20  # before the streams count as flowing
+SETTLING_REPORTS = 20  # reports before the measurement starts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure with and without streams; print both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help="directory with a config.json")
     parser.add_argument("--prompt-tokens", type=int, default=8192)
-    parser.add_argument("--tokens-per-s", type=float, default=20_000.0, help="of all streams")
+    parser.add_argument("--tokens-per-s", type=float, default=20_000.0, help="sum of all streams")
     parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--requests", type=int, default=10, help="prefills of each kind")
+    parser.add_argument("--requests", type=int, default=10, help="number of prefills in each part")
     args = parser.parse_args(argv)
     length = args.prompt_tokens
     options = ["--model", str(args.model), "--load-format", "dummy", "--tokenizer", "none"]
@@ -94,7 +93,7 @@ async def _serve(process: RankProcess, args: argparse.Namespace, found: dict[str
 
 
 class _Engine:
-    """The rank's own replica: prompts of random tokens, one at a time."""
+    """Prefills prompts of random tokens on the rank's own replica, one at a time."""
 
     def __init__(self, service: Service, vocab_size: int, num_tokens: int) -> None:
         self._service, self._num_tokens = service, num_tokens
@@ -103,7 +102,7 @@ class _Engine:
         self._num_requests = 0
 
     async def prefills_ms(self, count: int) -> list[float]:
-        """From the start of each prefill to its first token, on the replica's clock."""
+        """Return the time from each prefill's start to its first token, on the replica's clock."""
         return [await self._prefill_ms() for _ in range(count)]
 
     async def _prefill_ms(self) -> float:
@@ -117,16 +116,16 @@ class _Engine:
             stamps = output.timeline
             if stamps is not None and stamps.prefill_started_s and stamps.prefill_ended_s:
                 return (stamps.prefill_ended_s - stamps.prefill_started_s) * 1e3
-        raise RuntimeError(f"{request.id} ended without having been prefilled")
+        raise RuntimeError(f"{request.id} ended without a prefill")
 
 
 class _Loaded(NamedTuple):
-    """Prefills beside streams."""
+    """The measurement with streams."""
 
     prefills_ms: list[float]
-    tokens_s: float  # as the clients saw it, during the prefills
+    tokens_s: float  # measured by the clients, during the prefills
     lag_p99_ms: float  # of the event loop, during the prefills
-    num_fed: int  # tokens, in all
+    num_fed: int  # tokens given to all streams together
     num_streamed: int
 
 
@@ -163,7 +162,7 @@ async def _start_when(all_open: asyncio.Event, pacer: _Pacer) -> None:
 
 
 class _Pacer:
-    """Brings every stream a token each ``period_s``; what the loop was late for follows at once."""
+    """Gives every stream a token each ``period_s``; late ones follow at once."""
 
     def __init__(self, feed: Feed, period_s: float) -> None:
         self._feed, self._period_s = feed, period_s
@@ -172,12 +171,10 @@ class _Pacer:
         self._due_s, self.num_reports = 0.0, 0
 
     def start(self) -> None:
-        """The first report, and from now on the others."""
         self._due_s = self._loop.time()
         self._report()
 
     def stop(self) -> None:
-        """No report will follow."""
         if self._next is not None:
             self._next.cancel()
 
@@ -188,35 +185,35 @@ class _Pacer:
         self._next = self._loop.call_at(self._due_s, self._report)
 
 
-# --- the clients, in a process of their own -----------------------------------------------------
+# --- the clients, in another process ------------------------------------------------------------
 
 
 class _Count(NamedTuple):
-    """Tokens that have come to all clients together by a moment of their clock."""
+    """The tokens of all clients together at a time of their clock."""
 
     num_tokens: int
     at_s: float
 
 
 class _Clients:
-    """This process's view of them."""
+    """Controls the clients' process."""
 
     def __init__(self, port: int, num_streams: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        given = theirs, port, num_streams
-        self._process = context.Process(target=_run_clients, args=given, daemon=True)
+        self._pipe, client_pipe = context.Pipe()
+        args = client_pipe, port, num_streams
+        self._process = context.Process(target=_run_clients, args=args, daemon=True)
         self._process.start()
-        theirs.close()  # so that their end is noticed
+        client_pipe.close()  # otherwise the death of the clients would not end the pipe
 
-    async def count(self, least: int) -> _Count:
-        """As soon as at least ``least`` tokens have come. ``EOFError`` if the clients are gone."""
-        self._pipe.send(least)
+    async def count(self, min_tokens: int) -> _Count:
+        """Wait for ``min_tokens`` tokens. Raises ``EOFError`` if the clients have died."""
+        self._pipe.send(min_tokens)
         found: _Count = await asyncio.to_thread(self._pipe.recv)
         return found
 
     async def leave(self) -> None:
-        """Close all connections and end."""
+        """Close all connections and end the process."""
         self._pipe.send(None)
         await asyncio.to_thread(self._process.join)
 
@@ -226,10 +223,10 @@ def _run_clients(pipe: Connection, port: int, num_streams: int) -> None:
 
 
 async def _read_streams(pipe: Connection, port: int, num_streams: int) -> None:
-    """Read ``num_streams`` streams until told to leave; answer the questions of ``_Clients``."""
+    """Read ``num_streams`` streams and answer the queries of ``_Clients`` until it leaves."""
     loop = asyncio.get_running_loop()
     tally = _Tally(pipe)
-    loop.add_reader(pipe.fileno(), tally.on_question)
+    loop.add_reader(pipe.fileno(), tally.on_query)
     request = _request()
     for _ in range(num_streams):
         await loop.create_connection(lambda: _Reader(request, tally), "127.0.0.1", port)
@@ -245,50 +242,47 @@ def _request() -> bytes:
 
 
 class _Tally:
-    """The tokens of all clients, and the question that waits for more of them."""
+    """Counts the tokens of all clients and answers a query when enough have come."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._num_tokens = 0
-        self._wanted: int | None = None
+        self._min_tokens: int | None = None  # of the open query
         self.leave: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def add(self, num_tokens: int) -> None:
-        """So many more have come."""
         self._num_tokens += num_tokens
         self._answer()
 
-    def on_question(self) -> None:
-        """One is in the pipe."""
-        self._wanted = self._pipe.recv()
-        if self._wanted is None:
+    def on_query(self) -> None:
+        self._min_tokens = self._pipe.recv()
+        if self._min_tokens is None:
             self.leave.set_result(None)
         self._answer()
 
     def _answer(self) -> None:
-        if self._wanted is not None and self._num_tokens >= self._wanted:
-            self._wanted = None
+        if self._min_tokens is not None and self._num_tokens >= self._min_tokens:
+            self._min_tokens = None
             self._pipe.send(_Count(self._num_tokens, time.perf_counter()))
 
 
 class _Reader(asyncio.Protocol):
-    """One connection: sends a request and counts tokens."""
+    """One connection. It sends a request and counts tokens."""
 
     def __init__(self, request: bytes, tally: _Tally) -> None:
         self._request, self._tally, self._rest = request, tally, b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask at once."""
         cast(asyncio.Transport, transport).write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Count, also what is cut in two."""
+        """Count tokens, also one that is split over two reads."""
         seen = self._rest + data
         self._tally.add(seen.count(WORD))
         self._rest = seen[-len(WORD) + 1 :]
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Too early, unless all leave."""
+        """Fail if a stream ends before the clients leave."""
         if not self._tally.leave.done():
             self._tally.leave.set_exception(error or ConnectionError("a stream has ended"))
 

@@ -1,11 +1,11 @@
-"""What it costs to choose the next tokens of a batch, by the parameters that requests ask for.
+"""Measure how long sampling the next tokens of a batch takes, by the requests' parameters.
 
-    python -m bench.micro.sampling_cost [--rows 1 64 256] [--vocab-size 128256] \\
+    python -m bench.micro.sampling_cost [--rows 1 64 256] [--vocab-size 128256]
         [--prompt-tokens 8000]
 
 Prints one JSON object for each kind of sampling and number of rows: milliseconds from the call to
-the ids, those of them in which the host was busy, and how long the device takes to copy the logits,
-beside which the rest can be judged.
+the token ids, milliseconds in which the host was busy, and the time that the device needs to copy
+the logits, for comparison.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ KINDS: tuple[dict[str, float], ...] = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every kind with every number of rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--vocab-size", type=int, default=128256)
-    parser.add_argument("--prompt-tokens", type=int, default=8000, help="of each row")
-    parser.add_argument("--output-tokens", type=int, default=500, help="of each row, so far")
+    parser.add_argument("--prompt-tokens", type=int, default=8000, help="prompt tokens of each row")
+    parser.add_argument(
+        "--output-tokens", type=int, default=500, help="earlier output tokens of each row"
+    )
     args = parser.parse_args(argv)
     device = pick_device(read_rank_info(os.environ).local_rank)
     rng = random.Random(0)
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _rows(
     tokens: list[list[int]], num_prompt_tokens: int, kind: dict[str, Any]
 ) -> Callable[[], tuple[SampleRow, ...]]:
-    """Plans the rows of one decode step after another."""
+    """Return a function that plans the rows of the next decode step at each call."""
     sequences = []
     for number, ids in enumerate(tokens):
         sampling = SamplingParams(max_tokens=1 << 20, seed=number, **kind)
@@ -104,16 +105,16 @@ def _sampling(logits: Tensor, rows: Callable[[], Sequence[SampleRow]]) -> Callab
 
 @torch.inference_mode()
 def _median_ms(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Until ``run`` is done, and until it has returned."""
+    """Return the median times until ``run`` is complete and until it has returned."""
     totals, hosts = [], []
     for _ in range(NUM_ROUNDS + 3):
-        begun_s = time.perf_counter()
+        started_s = time.perf_counter()
         run()
         returned_s = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        totals.append(1e3 * (time.perf_counter() - begun_s))
-        hosts.append(1e3 * (returned_s - begun_s))
+        totals.append(1e3 * (time.perf_counter() - started_s))
+        hosts.append(1e3 * (returned_s - started_s))
     return statistics.median(totals[3:]), statistics.median(hosts[3:])
 
 

@@ -1,4 +1,4 @@
-"""``python -m bench.sweep``: see ``bench.sweep.run``."""
+"""``python -m bench.sweep`` runs ``bench.sweep.run``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Child: a process in a session of its own, that is ended together with all that it started.
+"""Child: a process in its own session, ended together with every process that it started.
 
-torchrun's ranks lead process groups of their own, and other servers start helpers, but all of them
-stay in the session. Who is in it is read from /proc before the leader is reaped: until then its
-number, which is the session's, cannot belong to anybody else.
+torchrun's ranks lead their own process groups, and other servers start further processes, but all
+of them stay in the session. Its members are read from /proc before its leader is reaped. Until
+then the leader's pid, which is also the session's id, cannot be given to another process.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-GONE_S = 10.0  # that a killed process may take to be gone; its GPU memory is free only then
+KILL_TIMEOUT_S = 10.0  # a killed process may take long to free its GPU memory and end
 _PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """One process and what it starts. ``OSError`` if it cannot be started.
+    """One process and every process that it starts. Raises ``OSError`` if it cannot be started.
 
-    ``log`` takes its stdout and stderr; without one they go where the sweep's own go. It gets
-    SIGTERM when the sweep dies.
+    Its stdout and stderr go to ``log``; without one they go where the sweep's own go. The process
+    gets SIGTERM when the sweep dies.
     """
 
     def __init__(
@@ -43,27 +43,27 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C reaches the sweep only, which then ends the others
+            start_new_session=True,  # Ctrl-C reaches only the sweep, which then ends its children
             preexec_fn=_end_with_parent,
         )
-        # Readable once the process has ended, also before it is reaped.
+        # It becomes readable when the process has ended, before it is reaped.
         self.pidfd = os.pidfd_open(self._process.pid)
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal the process itself, if it lives."""
+        """Signal the process itself, if it has not ended."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
     def status(self) -> int:
-        """The exit status of a process that has ended; negative: the signal that ended it."""
+        """Return the exit status of an ended process, or minus the signal that ended it."""
         found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
         assert found is not None
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
     def end(self, timeout_s: float) -> None:
-        """Wait for the process, kill what is left of its session, reap it. Only once.
+        """Wait for the process, kill the rest of its session, reap it. Call this only once.
 
-        Another Ctrl-C ends the waiting.
+        Another Ctrl-C ends the wait early.
         """
         with suppress(KeyboardInterrupt):
             first_ended([self], timeout_s)
@@ -73,7 +73,7 @@ class Child:
 
 
 def first_ended(children: Sequence[Child], timeout_s: float | None) -> Child | None:
-    """The first of ``children`` that has ended; waits for one, at most ``timeout_s``."""
+    """Wait at most ``timeout_s`` until one of ``children`` has ended, and return the first."""
     by_fd = {child.pidfd: child for child in children}
     ended = _poll(list(by_fd), timeout_s)
     return next((child for fd, child in by_fd.items() if fd in ended), None)
@@ -87,8 +87,8 @@ def _poll(pidfds: Sequence[int], timeout_s: float | None) -> set[int]:
 
 
 def _kill_session(session: int) -> None:
-    """SIGKILL to every process of a session whose leader has not been reaped."""
-    deadline_s = time.monotonic() + GONE_S
+    """Kill every process of a session whose leader has not been reaped."""
+    deadline_s = time.monotonic() + KILL_TIMEOUT_S
     while members := _open_members(session):
         try:
             for pidfd in members.values():
@@ -100,18 +100,18 @@ def _kill_session(session: int) -> None:
             for pidfd in members.values():
                 os.close(pidfd)
         if time.monotonic() > deadline_s:
-            raise TimeoutError(f"processes {sorted(members)} do not end though they were killed")
+            raise TimeoutError(f"processes {sorted(members)} did not end after SIGKILL")
 
 
 def _open_members(session: int) -> dict[int, int]:
-    """A pidfd for each living process of the session, by its number."""
+    """Open a pidfd for each running process of the session; return them by pid."""
     found = {}
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit() or _session_of(entry.name) != session:
             continue
         with suppress(ProcessLookupError):
             pidfd = os.pidfd_open(int(entry.name))
-            # Its number may have passed to another process in between.
+            # The pid may have been given to another process in between.
             if _session_of(entry.name) == session:
                 found[int(entry.name)] = pidfd
             else:
@@ -120,12 +120,12 @@ def _open_members(session: int) -> dict[int, int]:
 
 
 def _session_of(pid: str) -> int | None:
-    """The session of a living process; None of one that has ended."""
+    """Return the session of a running process; None if it has ended."""
     try:
         stat = Path("/proc", pid, "stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # After the name, which may hold anything: state, parent, process group, session (proc(5)).
+    # The name may contain anything. After it: state, parent, process group, session (proc(5)).
     state, _, _, session = stat.rpartition(")")[2].split()[:4]
     return None if state in "ZX" else int(session)
 

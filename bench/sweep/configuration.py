@@ -1,4 +1,4 @@
-"""Configuration: one server under test, and the command lines that start it and load it."""
+"""Configuration: one server under test, and the commands that start it and send it load."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from bench.sweep.experiment import Command, Experiment, ExperimentError, Running
 from serve.config.options import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PORT = "{port}"  # stands in a command until a port has been chosen
+PORT = "{port}"  # the placeholder in a command until a port has been chosen
 
-# Options of ours that follow from the split, the model and the port.
-_TAKEN = ("host", "port", "model", "mode", "partition-id", "replica-spec")
+# Options of our server that the sweep sets itself from the split, the model and the port.
+_SET_BY_SWEEP = ("host", "port", "model", "mode", "partition-id", "replica-spec")
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One process to start. ``gpus``: which of the visible ones it sees; None: all of them."""
+    """One process to start. It sees ``gpus`` of the visible GPUs; None: all of them."""
 
     command: tuple[str, ...]
-    folder: Path | None = None  # where it runs; None: where the sweep does
+    folder: Path | None = None  # its working directory; None: that of the sweep
     gpus: range | None = None
     env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """Processes to start, or the addresses of a server that runs already."""
+    """Processes to start, or the addresses of a server that is already running."""
 
     name: str
     num_gpus: int
@@ -46,7 +46,10 @@ class Configuration:
 
 
 def configurations(experiment: Experiment) -> tuple[Configuration, ...]:
-    """Every server under test, in the order of the file. ``ExperimentError`` if one cannot be."""
+    """Return every server under test, in the order of the file.
+
+    Raises ``ExperimentError`` if a server is impossible or a name is used twice.
+    """
     found: list[Configuration] = []
     for index, server in enumerate(experiment.servers):
         where = f"$.servers[{index}]"
@@ -59,7 +62,9 @@ def configurations(experiment: Experiment) -> tuple[Configuration, ...]:
     names = [one.name for one in found]
     for name in names:
         if names.count(name) > 1:
-            raise ExperimentError(f"two configurations are called {name}: give one a suffix")
+            raise ExperimentError(
+                f"two configurations are called {name}: give one of them a suffix"
+            )
     return tuple(found)
 
 
@@ -70,9 +75,9 @@ def load_command(
     rate: float,
     output: Path,
 ) -> list[str]:
-    """The command line that measures one rate [req/s]; it runs in the repository's root.
+    """Return the command that measures one rate [req/s]. Run it in the repository's root.
 
-    Every rate has a seed of its own: equal prompts would be known to a prefix cache from the rate
+    Every rate has its own seed, because a prefix cache would still hold equal prompts from the rate
     before.
     """
     load = experiment.workload.merged(configuration.load_options)
@@ -81,7 +86,7 @@ def load_command(
         "rate": rate,
         "ttft-slo": experiment.objectives.ttft_s,
         "tpot-slo": experiment.objectives.tpot_s,
-        **load.given(),
+        **load.set_options(),
         "seed": (load.seed or 0) + round(rate * 1000),
         "output": str(output),
     }
@@ -89,7 +94,7 @@ def load_command(
 
 
 def to_words(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line; true and false are ``--name`` and ``--no-name``."""
+    """Return options as words of a command line. True and False: ``--name``, ``--no-name``."""
     words = []
     for key, value in options.items():
         name = key.replace("_", "-")
@@ -131,7 +136,7 @@ def _split_configurations(
 
 def _our_launch(experiment: Experiment, server: Splits, split: str | int, where: str) -> Launch:
     options = experiment.serve_options | server.options
-    for name in _TAKEN:
+    for name in _SET_BY_SWEEP:
         if name in options:
             raise ExperimentError(f"{name} is set by the sweep: leave it out of `{where}`")
     words = to_words({"model": experiment.model} | options)
@@ -147,26 +152,26 @@ def _our_launch(experiment: Experiment, server: Splits, split: str | int, where:
         raise ExperimentError(f"{error} - in the options of `{where}`") from error
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ranks = ["--nproc-per-node", str(experiment.gpus), "-m", "serve.launch", "--port", PORT]
-    # torchrun sets the threads to one itself, with a warning, but not for a single rank.
+    # torchrun sets OMP_NUM_THREADS to 1 itself, with a warning, but not for a single rank.
     env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | server.env
     return Launch((*torchrun, *ranks, *words), ROOT, None, env)
 
 
 def _command_configuration(experiment: Experiment, server: Command, where: str) -> Configuration:
     num_gpus = server.gpus or experiment.gpus
-    copies = num_gpus if server.copies == "per-gpu" else server.copies
-    if num_gpus % copies:
+    num_copies = num_gpus if server.copies == "per-gpu" else server.copies
+    if num_gpus % num_copies:
         raise ExperimentError(
-            f"{num_gpus} GPUs cannot be shared by {copies} copies - at `{where}.copies`"
+            f"{num_gpus} GPUs cannot be shared by {num_copies} copies - at `{where}.copies`"
         )
-    each = num_gpus // copies
-    values = {"gpus": str(each), "python": sys.executable, "port": PORT}
+    gpus_per_copy = num_gpus // num_copies
+    values = {"gpus": str(gpus_per_copy), "python": sys.executable, "port": PORT}
     if experiment.model is not None:
         values["model"] = experiment.model
     command = _filled(server.command, values, f"{where}.command")
     launches = tuple(
-        Launch(command, None, range(first, first + each), server.env)
-        for first in range(0, num_gpus, each)
+        Launch(command, None, range(first, first + gpus_per_copy), server.env)
+        for first in range(0, num_gpus, gpus_per_copy)
     )
     return Configuration(
         name=server.name,
@@ -179,19 +184,19 @@ def _command_configuration(experiment: Experiment, server: Command, where: str) 
 
 
 def _filled(command: str, values: Mapping[str, str], where: str) -> tuple[str, ...]:
-    def value(found: re.Match[str]) -> str:
-        if found[1] not in values:
-            hint = "the experiment has no model" if found[1] == "model" else "it is not known"
-            raise ExperimentError(f"{found[0]}: {hint} - at `{where}`")
-        return values[found[1]]
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            hint = "the experiment has no model" if match[1] == "model" else "unknown placeholder"
+            raise ExperimentError(f"{match[0]}: {hint} - at `{where}`")
+        return values[match[1]]
 
     if PORT not in command:
-        raise ExperimentError(f"the command has no {PORT} to listen on - at `{where}`")
+        raise ExperimentError(f"the command has no {PORT} - at `{where}`")
     try:
         words = shlex.split(command)
     except ValueError as error:
         raise ExperimentError(f"{error} - at `{where}`") from error
-    # After splitting, so that a path with blanks stays one word.
+    # Replaced after splitting, so that a path with blanks stays one word.
     return tuple(re.sub(r"\{([a-z_]+)\}", value, word) for word in words)
 
 

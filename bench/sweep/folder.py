@@ -1,8 +1,8 @@
-"""Sweep folder: what of an experiment has been measured, as files.
+"""Sweep folder: the measurements of an experiment as files, which are the sweep's whole state.
 
 experiment.json                        the experiment that the folder belongs to
-points/CONFIGURATION/rate-R.json       run files; each is there only when it is complete
-servers/CONFIGURATION.log              what the servers have written
+points/CONFIGURATION/rate-R.json       run files, one a rate; a file exists only when complete
+servers/CONFIGURATION.log              stdout and stderr of the servers
 summary.json, summary.md, plots/       made from the points
 """
 
@@ -20,7 +20,7 @@ import msgspec
 from bench.sweep.experiment import Experiment, ExperimentError
 from bench.sweep.summary import Run, rate_of
 
-# What may differ when a sweep is started again: it changes no point that has been measured.
+# Keys that may differ when a sweep is started again, because they change no measured point.
 _MAY_CHANGE = ("description", "goals", "rates")
 
 
@@ -30,31 +30,30 @@ class BadRunFile(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SweepFolder:
-    """The paths under ``top``."""
+    """The files of a sweep, all under ``top``."""
 
     top: Path
 
     @property
     def servers(self) -> Path:
-        """Where the logs of servers are."""
+        """The folder of the servers' logs."""
         return self.top / "servers"
 
     @property
     def plots(self) -> Path:
-        """Where the figures are."""
         return self.top / "plots"
 
     def point(self, configuration: str, rate: float) -> Path:
-        """The run file of a configuration at a rate [req/s]."""
+        """Return the path of the run file of a configuration at a rate [req/s]."""
         return self._points(configuration) / f"rate-{repr(rate).removesuffix('.0')}.json"
 
     def runs(self, configuration: str) -> tuple[Run, ...]:
-        """The complete runs by rising rate; ``BadRunFile`` if there is one that is none."""
+        """Read the runs by rising rate. Raises ``BadRunFile`` if a file is not JSON."""
         paths = self._points(configuration).glob("rate-*.json")
         return tuple(sorted((read_run(path) for path in paths), key=rate_of))
 
     def write(self, name: str, content: bytes) -> Path:
-        """All of a file or, if interrupted, what was there before."""
+        """Write a file completely; an interruption leaves the file as it was before."""
         path = self.top / name
         temporary = path.with_name(f"{name}.tmp")
         temporary.write_bytes(content)
@@ -62,10 +61,10 @@ class SweepFolder:
 
     @contextmanager
     def claimed(self, experiment: Experiment) -> Iterator[None]:
-        """Hold the folder for this experiment; made if it is not there.
+        """Lock the folder for this experiment; make it if it does not exist.
 
-        ``ExperimentError`` if another sweep holds it, or if it is of an experiment whose points
-        would not be comparable.
+        Raises ``ExperimentError`` if another sweep holds it, or if it belongs to an experiment
+        whose points would not be comparable.
         """
         self.top.mkdir(parents=True, exist_ok=True)
         with (self.top / "experiment.json").open("a+b") as file:
@@ -93,12 +92,12 @@ class SweepFolder:
         ]
         if changed:
             raise ExperimentError(
-                f"{self.top} is of another experiment: another {', '.join(changed)}"
+                f"{self.top} belongs to another experiment: another {', '.join(changed)}"
             )
 
 
 def read_run(path: Path) -> Run:
-    """A run file; ``BadRunFile`` if it is not JSON."""
+    """Read a run file. Raises ``BadRunFile`` if it is not JSON."""
     try:
         found: Run = msgspec.json.decode(path.read_bytes())
     except msgspec.DecodeError as error:
@@ -107,5 +106,5 @@ def read_run(path: Path) -> Run:
 
 
 def indented(content: Any) -> bytes:
-    """As JSON for people to read."""
+    """Encode as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"

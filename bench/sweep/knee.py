@@ -1,11 +1,12 @@
-"""Knee: which rate to measure next, so that the highest one that holds a goal is found.
+"""Knee: chooses the next rate to measure, to find the highest rate that reaches a goal.
 
-First the given rates in rising order, until joint attainment falls under ``stop_below``. If all of
-them hold the goal, up to ``extend`` more, each ``GROWTH`` times the one before, until one does not.
-Then ``bisect`` times the middle of the gap in which the goal is lost; where the lowest rate does
-not hold it, that gap begins at 0.
+1. The listed rates in rising order, until joint attainment falls below ``stop_below``.
+2. If all of them reach the goal, up to ``extend`` further rates, each ``GROWTH`` times the one
+   before, until one misses the goal.
+3. ``bisect`` times the middle between the highest rate that reaches the goal and the lowest that
+   misses it. If the lowest rate misses it, bisection starts from 0.
 
-All of it follows from what has been measured alone: a sweep that is started again goes on as if it
+The choice depends only on the measured points, so a sweep that is started again continues as if it
 had never stopped.
 """
 
@@ -24,9 +25,9 @@ def next_rate(
     stop_below: float,
     extend: int = 0,
 ) -> float | None:
-    """The next rate [req/s] to measure; None when the knee is known as well as asked for.
+    """Return the next rate [req/s] to measure; None when all steps are done.
 
-    ``points``: joint SLO attainment by rate, ``values``: the rates to begin with, in any order.
+    ``points``: joint SLO attainment by rate. ``values``: the listed rates, in any order.
     """
     ladder = sorted(values)
     ladder += [_rounded(ladder[-1] * GROWTH**step) for step in range(1, extend + 1)]
@@ -41,18 +42,18 @@ def next_rate(
 
 
 def goodput(points: Mapping[float, float], goal: float) -> float | None:
-    """The highest measured rate [req/s] that holds ``goal``, with all lower ones holding it, too.
+    """Return the highest rate [req/s] up to which every measured rate reaches ``goal``.
 
-    None if the lowest does not. Attainment need not fall evenly, since arrivals are random: what
-    lies above the first rate that misses the goal does not count, for a server that is run at up to
-    its goodput would meet that rate. Nothing is interpolated.
+    Return None if the lowest rate misses it. Attainment need not fall evenly, because arrivals are
+    random. Rates above the first miss do not count, because a server that is run at up to its
+    goodput would also see the rate of that miss. Nothing is interpolated.
     """
-    held = None
+    reached = None
     for rate in sorted(points):
         if points[rate] < goal:
             break
-        held = rate
-    return held
+        reached = rate
+    return reached
 
 
 def _middle(
@@ -63,16 +64,16 @@ def _middle(
         return None
     high = min(missed)
     low = goodput(points, goal) or 0.0
-    # Between these two steps of the ladder everything that has been measured is a bisection.
+    # All points strictly between these two rates of the ladder come from bisection.
     floor = max((rate for rate in ladder if rate <= low), default=0.0)
     ceiling = min((rate for rate in ladder if rate >= high), default=high)
-    num_steps = sum(floor < rate < ceiling for rate in points)
+    num_bisections = sum(floor < rate < ceiling for rate in points)
     middle = _rounded((low + high) / 2)
-    if num_steps >= bisect or not low < middle < high:
+    if num_bisections >= bisect or not low < middle < high:
         return None
     return middle
 
 
 def _rounded(rate: float) -> float:
-    """With three significant digits: no rate is known better, and files are named after it."""
+    """Round to three significant digits, because run files are named after the rate."""
     return float(f"{rate:.3g}")

@@ -1,4 +1,4 @@
-"""``python -m bench.sweep``: measures an experiment's servers over rates, up to their knees."""
+"""Run: ``python -m bench.sweep`` measures an experiment's servers over rates up to their knees."""
 
 from __future__ import annotations
 
@@ -29,110 +29,114 @@ _DRY_RUN_PORT = 8000
 
 
 class LoadFailed(Exception):
-    """The load could not be sent; why is in its own output."""
+    """The load could not be sent; its own output says why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as the command line says; the exit status."""
+    """Run the command line and return the exit status."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.output is None and not args.dry_run:
-        parser.error("--output FOLDER is wanted")
+        parser.error("--output FOLDER is required without --dry-run")
     try:
         experiment = read_experiment(args.experiment, args.gpus, args.model, args.trace)
-        known = configurations(experiment)
-        chosen = _chosen(known, args.only)
-        _check(experiment, chosen)
+        every = configurations(experiment)
+        selected = _select(every, args.only)
+        _check(experiment, selected)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if args.dry_run:
-        _print_commands(experiment, chosen, args.output or Path("FOLDER"), args.base_port)
+        _print_commands(experiment, selected, args.output or Path("FOLDER"), args.base_port)
         return 0
     folder = SweepFolder(args.output)
-    sweep = Sweep(experiment, known, folder, args.base_port, args.start_timeout_s)
+    sweep = Sweep(experiment, every, folder, args.base_port, args.start_timeout_s)
     try:
         with _signals(), folder.claimed(experiment):
-            return sweep.run(chosen)
+            return sweep.run(selected)
     except ExperimentError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; start the same command again to continue", file=sys.stderr)
         return INTERRUPTED
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.sweep",
-        description="Measures server configurations over rates. Started again with the same "
-        "folder it goes on where it stopped.",
-        epilog="exit status: 0 when all is measured, 1 if a configuration failed, 2 for a mistake "
-        "in the experiment, 130 when interrupted",
+        description="Measure server configurations over request rates. Start the same command "
+        "again to continue an interrupted sweep.",
+        epilog="Exit status: 0 when everything is measured, 1 if a configuration failed, 2 for an "
+        "invalid experiment, 130 when interrupted.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("experiment", type=Path, metavar="EXPERIMENT.yaml")
-    add("--output", type=_absolute, metavar="FOLDER", help="takes data, logs, plots and summary")
-    add("--gpus", type=int, metavar="N", help="instead of the experiment's; on a CPU: ranks")
-    add("--model", type=Path, metavar="PATH", help="instead of the experiment's")
-    add("--trace", type=Path, metavar="FILE", help="instead of the experiment's")
-    add("--only", nargs="+", metavar="NAME", help="measure these configurations")
-    add("--base-port", type=int, metavar="PORT", help="of the servers; default: any free one")
+    add("--output", type=_absolute, metavar="FOLDER",
+        help="folder for run files, logs, plots, summary. Required without --dry-run.")  # fmt: skip
+    add("--gpus", type=int, metavar="N",
+        help="number of GPUs, or of ranks on the CPU. Default: the experiment's.")  # fmt: skip
+    add("--model", type=Path, metavar="PATH", help="model. Default: the experiment's.")
+    add("--trace", type=Path, metavar="FILE", help="trace file. Default: the experiment's.")
+    add("--only", nargs="+", metavar="NAME",
+        help="measure only these configurations. Default: all.")  # fmt: skip
+    add("--base-port", type=int, metavar="PORT",
+        help="port of the server; copies take the next ones. Default: any free port.")  # fmt: skip
     add("--start-timeout-s", type=float, default=START_TIMEOUT_S, metavar="S",
-        help="how long a server may take to be healthy; default: %(default)g")  # fmt: skip
-    add("--dry-run", action="store_true", help="print the commands, and check what they read")
+        help="time that a server may take until it is healthy. Default: %(default)g.")  # fmt: skip
+    add("--dry-run", action="store_true",
+        help="check experiment, model and trace; print the commands; run nothing")  # fmt: skip
     return parser
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """One experiment and the folder that is its state: what is there is not measured again."""
+    """One experiment and its folder. A rate whose run file exists is not measured again."""
 
     experiment: Experiment
-    known: Sequence[Configuration]
+    every: Sequence[Configuration]
     folder: SweepFolder
     base_port: int | None = None
     start_timeout_s: float = START_TIMEOUT_S
 
-    def run(self, chosen: Sequence[Configuration]) -> int:
-        """Measure what is missing of ``chosen``; the exit status.
+    def run(self, selected: Sequence[Configuration]) -> int:
+        """Measure the missing rates of ``selected`` and return the exit status.
 
-        The summary is written whenever a configuration is done, also when interrupted.
+        The summary is written whenever a configuration is done, and when interrupted.
         """
         failures: dict[str, str] = {}
-        stale = False
+        summary_is_stale = False
         try:
-            for configuration in chosen:
-                if stale:
+            for configuration in selected:
+                if summary_is_stale:
                     self.write_summary(failures)
                 try:
-                    stale = self._measure(configuration)
+                    summary_is_stale = self._measure(configuration)
                 except (ServerFailed, LoadFailed, BadRunFile) as error:
                     failures[configuration.name] = str(error)
                     print(f"failed: {error}", file=sys.stderr, flush=True)
-                    stale = True
+                    summary_is_stale = True
         finally:
             self.write_summary(failures)
         return 1 if failures else 0
 
     def write_summary(self, failures: Mapping[str, str]) -> None:
-        """``summary.json``, ``summary.md`` and ``plots/`` of all that has been measured."""
-        measured = [self._measured(one, failures.get(one.name)) for one in self.known]
+        """Write ``summary.json``, ``summary.md`` and ``plots/`` from all run files."""
+        measured = [self._measured(one, failures.get(one.name)) for one in self.every]
         summary = summarise_sweep(self.experiment, measured)
         self.folder.write("summary.json", indented(summary))
         written = self.folder.write("summary.md", render_sweep(summary).encode())
         experiment = self.experiment
         series = [Series(one.name, one.runs, one.num_gpus) for one in measured if one.runs]
-        peers = {
+        references = {
             one.name: [(rate / experiment.gpus, share) for rate, share in one.points]
             for one in experiment.references
         }
         if series:
-            draw_sweep(experiment.name, series, experiment.goals, self.folder.plots, peers)
+            draw_sweep(experiment.name, series, experiment.goals, self.folder.plots, references)
         print(f"summary: {written}", flush=True)
 
     def _measure(self, configuration: Configuration) -> bool:
-        """Whether there was anything to do."""
+        """Measure the missing rates of a configuration; return whether there were any."""
         rate = self._next_rate(configuration)
         if rate is None:
             print(f"{configuration.name}: complete", flush=True)
@@ -187,22 +191,22 @@ class Sweep:
         )
 
 
-def _chosen(known: Sequence[Configuration], only: Sequence[str] | None) -> list[Configuration]:
-    names = [one.name for one in known]
+def _select(every: Sequence[Configuration], only: Sequence[str] | None) -> list[Configuration]:
+    names = [one.name for one in every]
     for name in only or ():
         if name not in names:
             raise ExperimentError(f"--only {name}: the configurations are {', '.join(names)}")
-    return [one for one in known if only is None or one.name in only]
+    return [one for one in every if only is None or one.name in only]
 
 
-def _check(experiment: Experiment, chosen: Sequence[Configuration]) -> None:
-    """``ValueError`` or OSError if model, trace or load could not be as the experiment says."""
+def _check(experiment: Experiment, selected: Sequence[Configuration]) -> None:
+    """Raise ``ValueError`` or ``OSError`` if the model, a trace or a load is invalid."""
     if experiment.model is None:
-        if any(launch.folder == ROOT for one in chosen for launch in one.launches):
+        if any(launch.folder == ROOT for one in selected for launch in one.launches):
             default_model()
     elif not any(path.is_file() for path in _model_files(Path(experiment.model))):
-        raise ExperimentError(f"{experiment.model} is no model: no config.json, no .gguf file")
-    for configuration in chosen:
+        raise ExperimentError(f"{experiment.model} has no config.json and is no .gguf file")
+    for configuration in selected:
         load = experiment.workload.merged(configuration.load_options)
         make_plan(load.plan_options(experiment.rates.values[0]))
 
@@ -212,10 +216,10 @@ def _model_files(model: Path) -> tuple[Path, ...]:
 
 
 def _print_commands(
-    experiment: Experiment, chosen: Sequence[Configuration], folder: Path, base_port: int | None
+    experiment: Experiment, selected: Sequence[Configuration], folder: Path, base_port: int | None
 ) -> None:
     first_port = _DRY_RUN_PORT if base_port is None else base_port
-    for configuration in chosen:
+    for configuration in selected:
         print(f"# {configuration.name}: {configuration.num_gpus} GPUs")
         ports = range(first_port, first_port + len(configuration.launches))
         for line in commands(configuration, ports):
@@ -228,7 +232,7 @@ def _print_commands(
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP are as Ctrl-C, also where the shell had that ignored."""
+    """Treat SIGTERM and SIGHUP as Ctrl-C, also if the shell had Ctrl-C ignored."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, _interrupt) for number in numbers}
     try:

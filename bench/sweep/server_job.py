@@ -1,4 +1,4 @@
-"""Server job: starts the server under test, waits until it is healthy, and ends all of it."""
+"""Server job: starts a server under test, waits until it is healthy, ends all its processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.sweep.child import Child, first_ended
 from bench.sweep.configuration import PORT, Configuration, Launch
 
 START_TIMEOUT_S = 600.0
-STOP_TIMEOUT_S = 40.0  # torchrun itself kills what is left after 30
+STOP_TIMEOUT_S = 40.0  # torchrun itself kills its ranks after 30
 IDLE_TIMEOUT_S = 60.0
 _HEALTH_INTERVAL_S = 1.0
 _IDLE_INTERVAL_S = 0.2
@@ -31,16 +31,16 @@ _HTTP_TIMEOUT_S = 5.0
 _NUM_TAIL_LINES = 20
 _BUSY = ("num_waiting", "num_running", "num_receiving", "num_sending")
 
-# A proxy of the environment must not come between the sweep and its own server.
+# Without proxies, because the environment's proxy must not be used for the sweep's own server.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 class ServerFailed(Exception):
-    """The server did not start, has died, or does not come to rest; the text says how."""
+    """The server did not start, died, or did not become idle; the text says why."""
 
 
 class ServerJob:
-    """The processes of one configuration; ``with`` gives it healthy and ends them."""
+    """The processes of one configuration. ``with`` starts them, waits, and ends them."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ServerJob:
         self._base_port = base_port
         self._start_timeout_s, self._stop_timeout_s = start_timeout_s, stop_timeout_s
         self._children: list[Child] = []
-        self._logs: list[tuple[Path, int]] = []  # and where this job's part of it begins
+        self._logs: list[tuple[Path, int]] = []  # each with the offset at which this job began
 
     def __enter__(self) -> ServerJob:
         with ExitStack() as on_failure:
@@ -75,7 +75,7 @@ class ServerJob:
         self.stop()
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL for what is left after a while or at another Ctrl-C."""
+        """Send SIGTERM, then SIGKILL to processes left after a timeout or another Ctrl-C."""
         for child in self._children:
             child.signal(signal.SIGTERM)
         deadline_s = time.monotonic() + self._stop_timeout_s
@@ -84,29 +84,30 @@ class ServerJob:
         self._children.clear()
 
     def wait_for(self, load: Child) -> int:
-        """Wait until ``load`` has ended; its status. ``ServerFailed`` at once if a server dies."""
+        """Wait for ``load`` and return its status. Raises ``ServerFailed`` if a server dies."""
         ended = first_ended([load, *self._children], None)
         if ended is not load:
             self.check()
         return load.status()
 
     def check(self) -> None:
-        """``ServerFailed`` if a process has ended."""
+        """Raise ``ServerFailed`` if a process of the server has ended."""
         ended = first_ended(self._children, 0)
         if ended is not None:
             raise ServerFailed(self._why(f"has ended with status {ended.status()}"))
 
     def wait_idle(self) -> None:
-        """Wait until our server has nothing to do; others are taken to have when none waits.
+        """Wait until the replicas of our server have no requests.
 
-        The load waits for all its answers, but replicas may still be giving memory back.
-        ``ServerFailed`` if requests are left after ``IDLE_TIMEOUT_S``.
+        The load waits for all its answers, but replicas may still be freeing memory. Other servers
+        have no ``/cluster`` and count as idle. Raises ``ServerFailed`` if requests are left after
+        ``IDLE_TIMEOUT_S``.
         """
         deadline_s = time.monotonic() + IDLE_TIMEOUT_S
         for url in self.base_urls:
             while busy := _busy_replicas(url):
                 if time.monotonic() > deadline_s:
-                    raise ServerFailed(f"{url} still has work after {IDLE_TIMEOUT_S:g} s: {busy}")
+                    raise ServerFailed(f"{url} is not idle after {IDLE_TIMEOUT_S:g} s: {busy}")
                 self._pause(_IDLE_INTERVAL_S)
 
     def _start(self) -> None:
@@ -133,7 +134,7 @@ class ServerJob:
                 raise ServerFailed(f"{self._configuration.name} cannot start: {error}") from error
 
     def _wait_healthy(self) -> None:
-        started_s = told_s = time.monotonic()
+        started_s = printed_s = time.monotonic()
         waiting = list(self.base_urls)
         path = self._configuration.health_path
         while waiting := [url for url in waiting if not _is_healthy(url + path)]:
@@ -141,18 +142,18 @@ class ServerJob:
             now_s = time.monotonic()
             if now_s - started_s > self._start_timeout_s:
                 raise ServerFailed(self._why(f"is not healthy after {self._start_timeout_s:g} s"))
-            if now_s - told_s > _PROGRESS_INTERVAL_S:
-                told_s = now_s
+            if now_s - printed_s > _PROGRESS_INTERVAL_S:
+                printed_s = now_s
                 print(f"still starting after {now_s - started_s:.0f} s", flush=True)
         print(f"healthy after {time.monotonic() - started_s:.0f} s", flush=True)
 
     def _pause(self, seconds: float) -> None:
-        """Let time pass; a server that ends is noticed at once."""
+        """Wait, but raise ``ServerFailed`` at once if a process of the server ends."""
         first_ended(self._children, seconds)
         self.check()
 
-    def _why(self, what: str) -> str:
-        parts = [f"{self._configuration.name} {what}"]
+    def _why(self, failure: str) -> str:
+        parts = [f"{self._configuration.name} {failure}"]
         for path, start in self._logs:
             with path.open("rb") as log:
                 log.seek(start)
@@ -162,7 +163,7 @@ class ServerJob:
 
 
 def commands(configuration: Configuration, ports: Sequence[int]) -> list[str]:
-    """What would be started, as lines for a shell."""
+    """Return shell lines that start the configuration's processes."""
     lines = []
     for launch, port in zip(configuration.launches, ports, strict=True):
         changed = environment(launch).items() - os.environ.items()
@@ -173,14 +174,14 @@ def commands(configuration: Configuration, ports: Sequence[int]) -> list[str]:
 
 
 def with_port(launch: Launch, port: int) -> list[str]:
-    """The command with the port that has been chosen."""
+    """Return the command with its port filled in."""
     return [word.replace(PORT, str(port)) for word in launch.command]
 
 
 def environment(launch: Launch) -> dict[str, str]:
-    """The environment of a process: the sweep's own, its share of the GPUs, what the file says.
+    """Return the environment of a process: the sweep's, its GPUs, and the experiment's ``env``.
 
-    ``ServerFailed`` if fewer GPUs are visible here.
+    Raises ``ServerFailed`` if fewer GPUs are visible here.
     """
     found = dict(os.environ)
     if launch.gpus is not None:
@@ -190,15 +191,15 @@ def environment(launch: Launch) -> dict[str, str]:
         else:
             names = visible.split(",")[launch.gpus.start : launch.gpus.stop]
             if visible and len(names) < len(launch.gpus):
-                raise ServerFailed(f"{launch.gpus.stop} GPUs are wanted of the visible {visible}")
+                raise ServerFailed(f"{launch.gpus.stop} GPUs are needed, {visible} are visible")
         found["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     return found | dict(launch.env)
 
 
 def _free_ports(count: int, base_port: int | None) -> list[int]:
-    """Ports that nobody listens on. Who does would be taken for the server under test."""
+    """Find ports without a listener, because a listener would pass for the server under test."""
     with ExitStack() as stack:
-        # All are held until the last is known, so that none comes twice.
+        # All stay bound until the last is known, so that no port is returned twice.
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for index, probe in enumerate(probes):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -219,7 +220,7 @@ def _is_healthy(url: str) -> bool:
 
 
 def _busy_replicas(url: str) -> Sequence[Any]:
-    """The replicas of one of our servers that have requests; none of any other."""
+    """Return the replicas of our server that have requests; [] for any other server."""
     found: Any = None
     with (
         suppress(urllib.error.URLError, HTTPException, OSError, msgspec.DecodeError),

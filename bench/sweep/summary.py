@@ -1,4 +1,4 @@
-"""Summary: what a sweep has found, for machines and as tables for people."""
+"""Summary: the results of a sweep, as JSON and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _COUNTS = (
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One configuration with the run files that are there, by rising rate."""
+    """One configuration with its run files, by rising rate."""
 
     name: str
     num_gpus: int
     runs: tuple[Run, ...]
     complete: bool = False
-    failure: str | None = None  # why it could not be completed; lines
+    failure: str | None = None  # why it could not be completed; several lines
 
     @property
     def attainments(self) -> dict[float, float]:
@@ -45,22 +45,22 @@ class Measured:
         return {rate_of(run): run["summary"]["attainment"]["joint"] for run in self.runs}
 
     def completed(self) -> Measured:
-        """The same with nothing left to measure."""
+        """Return a copy marked as complete."""
         return replace(self, complete=True)
 
 
 def rate_of(run: Run) -> float:
-    """The rate [req/s] that a run was asked for."""
+    """Return the rate [req/s] that was requested for a run."""
     return float(run["workload"]["rate"])
 
 
 def summarise_sweep(experiment: Experiment, measured: Sequence[Measured]) -> Json:
-    """The figures of ``summary.json``; rates in requests per second of a whole configuration.
+    """Return the content of ``summary.json``. Rates are [req/s] of a whole configuration.
 
-    Rates are those that were asked for; what random arrivals came to is ``offered_rps``. The knee
-    is bisected at the first goal only, so the others are known as well as the points happen to lie.
-    A goodput of null: not even the lowest measured rate holds the goal. ``knee_found`` is false
-    where all measured rates hold it, so that the goodput may be higher.
+    ``rate`` is the requested rate; ``offered_rps`` is the rate of the arrivals that were drawn. The
+    knee is bisected at the first goal only, so goodput at the other goals is only as exact as the
+    spacing of the points. A goodput of null means that the lowest measured rate misses the goal.
+    ``knee_found`` is false if every measured rate reaches the goal, so goodput may be higher.
     """
     return {
         "name": experiment.name,
@@ -121,7 +121,7 @@ def _stats(distribution: Mapping[str, float] | None) -> dict[str, float] | None:
 
 
 def render_sweep(summary: Mapping[str, Any]) -> str:
-    """``summary.md``: goodput of each configuration, then the points of each."""
+    """Return ``summary.md``: the goodput of each configuration, then the points of each."""
     lines = [f"# {summary['name']}", ""]
     if summary["description"]:
         lines += [summary["description"].strip(), ""]
@@ -176,7 +176,7 @@ def _points_table(configuration: Mapping[str, Any]) -> Iterator[str]:
         late_s = point["lateness_p99_s"]
         if late_s is not None and late_s > LATE_S:
             notes.append(
-                f"Rate {point['rate']:g}: 1 % of the sends were {late_s * 1e3:.0f} ms late."
+                f"Rate {point['rate']:g}: 1 % of the sends were {late_s * 1e3:.0f} ms late or more."
             )
         for text, count in point["errors"].items():
             notes.append(f"Rate {point['rate']:g}: {count} failed: {text}")

@@ -1,4 +1,4 @@
-"""Figures of this package's runs beside guidellm's, from small files in both formats."""
+"""Figures of our runs and of guidellm's, from small files in both formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the load generator's client makes of the bytes that servers send."""
+"""The load generator's client parses the bytes of servers: tokens, errors, split chunks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ScriptedServer:
 
 @asynccontextmanager
 async def listening(server: ScriptedServer) -> AsyncIterator[ScriptedServer]:
-    """The server on a free port."""
+    """Run ``server`` on a free port."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.answer)
     runner = web.AppRunner(app)
@@ -55,7 +55,7 @@ async def listening(server: ScriptedServer) -> AsyncIterator[ScriptedServer]:
 
 
 def event(**fields: Any) -> bytes:
-    """One server-sent event."""
+    """Encode one server-sent event."""
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
 
 
@@ -78,7 +78,7 @@ COUNTED = [
 
 
 async def ask(server: ScriptedServer, **options: Any) -> Record:
-    """One request to ``server``, and its record."""
+    """Send one request to ``server`` and return its record."""
     record = Record(index=0, scheduled_s=0.0, sent_s=0.0, num_prompt_tokens=3, max_tokens=5)
     async with listening(server):
         target = Target((server.url,), "m", **options)

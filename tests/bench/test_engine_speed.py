@@ -1,4 +1,4 @@
-"""The measurements of the engine: each runs to its end on CPUs, and counts what it says it does."""
+"""The micro-benchmarks of the engine: each completes on CPUs and counts correctly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PHASES = ("undisturbed", "paced", "saturated", "on_wire")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Only its configuration: the weights are made up."""
+    """Write a model's configuration; the benchmarks make random weights themselves."""
     path = write_llama_checkpoint(
         tmp_path_factory.mktemp("model"), seed=7, max_position_embeddings=1024
     )
@@ -105,7 +105,7 @@ STEP_NS = 100_000
 
 
 def trace(num_steps: int) -> list[Span]:
-    """Steps of 100 us: input 2 us, pause 3, kernels 40 and 50 with a pause of 1, tokens 2 and 2."""
+    """Make steps of 100 us: input 2, gap 3, kernels 40 and 50 with a gap of 1, gap 2, tokens 2."""
     spans: list[Span] = []
     for step in range(num_steps):
         begin_ns = 7_000_000 + step * STEP_NS

@@ -1,4 +1,4 @@
-"""Experiments: what is accepted, what is refused and how, and the commands that follow."""
+"""Experiments: which files are accepted, the errors for others, and the commands they give."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OUR_SERVER = ("-m", "serve.launch")
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    """A small experiment as YAML gives it; None takes a key away."""
+    """Return a small experiment as decoded YAML. A change to None removes the key."""
     found = {
         "name": "small",
         "objectives": {"ttft_s": 1},
@@ -38,12 +38,12 @@ def content(**changes: Any) -> dict[str, Any]:
 
 
 def expand(**changes: Any) -> dict[str, Configuration]:
-    """Its configurations by name."""
+    """Return the experiment's configurations by name."""
     return {one.name: one for one in configurations(decode(content(**changes)))}
 
 
 def options_of(configuration: Configuration) -> list[str]:
-    """What follows ``--port`` in the command of our server."""
+    """Return the words after ``--port PORT`` in the command of our server."""
     (launch,) = configuration.launches
     start = launch.command.index(PORT)
     assert launch.command[start - 3 : start] == (*OUR_SERVER, "--port")
@@ -190,7 +190,7 @@ def test_a_copy_for_every_gpu_and_one_that_runs_already() -> None:
 
 
 def test_load_command() -> None:
-    """The seed differs with the rate: a prefix cache knows no prompt from the rate before."""
+    """The seed differs with the rate, because a prefix cache would know equal prompts."""
     entry = {
         "name": "peer",
         "command": "x {port}",
@@ -323,7 +323,7 @@ def _total_lengths(experiment: Experiment) -> list[int]:
 
 
 def _trace(folder: Path, num_requests: int) -> Path:
-    """A Mooncake trace, some of it longer than any limit."""
+    """Write a Mooncake trace; some of its requests are longer than any limit."""
     path = folder / "trace.jsonl"
     with path.open("w") as file:
         for index in range(num_requests):

@@ -1,4 +1,4 @@
-"""Which rate is measured next, and what the goodput of measured rates is."""
+"""The choice of the next rate, and the goodput of measured rates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def measure(
     goal: float = GOAL,
     stop_below: float = STOP,
 ) -> list[float]:
-    """The rates in the order in which they are measured."""
+    """Return the rates in the order in which they are measured."""
     points: dict[float, float] = {}
     while (rate := next_rate(points, values, goal, bisect, stop_below, extend)) is not None:
         assert rate not in points
@@ -34,7 +34,7 @@ def measure(
 
 
 def up_to(knee: float) -> Callable[[float], float]:
-    """Everything holds up to the knee, and is a little worse above."""
+    """Return an attainment of 1 up to the knee and of 0.7 above."""
     return lambda rate: 1.0 if rate <= knee else 0.7
 
 

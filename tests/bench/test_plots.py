@@ -1,7 +1,8 @@
-"""The figures: which are drawn of what was measured, and what stands in them."""
+"""The figures: which of them are drawn for a measurement, and the texts in them."""
 
 from __future__ import annotations
 
+import math
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def make_run(rate: float, *, staged: bool = True, sampled: bool = True) -> dict[str, Any]:
-    """Twenty requests whose latencies grow with the rate."""
+    """Make a run of twenty requests whose latencies grow with the rate."""
     records = []
     for index in range(20):
         at = index / rate
         first = at + 0.1 * rate + index / 100
-        timeline = {"arrived_s": at, "prefill_started_s": at + rate / 50} if staged else None
+        timeline: dict[str, float | None] | None = None
+        if staged:
+            timeline = {"arrived_s": at, "prefill_started_s": at + rate / 50}
         records.append(
             Record(
                 index=index,
@@ -49,7 +52,7 @@ def make_run(rate: float, *, staged: bool = True, sampled: bool = True) -> dict[
 
 
 def texts(path: Path) -> str:
-    """All the text of an SVG, which must be well-formed."""
+    """Return all text of an SVG. Raises ``ParseError`` if it is not well-formed."""
     root = ElementTree.parse(path).getroot()
     return "\n".join("".join(node.itertext()) for node in root.iter() if node.tag.endswith("text"))
 
@@ -130,7 +133,7 @@ def test_configurations_are_compared_at_the_highest_rate_that_all_have() -> None
     assert [rate for rate, _ in runs_to_compare(apart)] == [1.0, 1.5]
 
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"error": None, "ttft_s": 0.5, "tpot_s": 0.02},
     {"error": None, "ttft_s": 1.5, "tpot_s": 0.02},
     {"error": None, "ttft_s": 0.5, "tpot_s": None},  # one token
@@ -159,7 +162,8 @@ def test_attainment_at_scaled_objectives(
 def test_neighbours_are_told_apart_without_colour() -> None:
     def lightness(colour: str) -> float:
         red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+        linear = (math.pow(channel, 2.2) for channel in (red, green, blue))
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
     assert all(abs(lightness(a) - lightness(b)) > 0.04 for a, b in pairwise(COLOURS))
     assert all(a != b for a, b in combinations(MARKERS, 2))

@@ -118,15 +118,22 @@ def test_a_prompt_of_hash_ids_has_the_length_asked_for(hash_ids: list[int], leng
     assert set(ids) <= {3, 4}
 
 
-@pytest.mark.parametrize(("seed", "low", "high"), [(0, 9, 8), (0, -1, 8), (-1, 0, 8)])
-def test_ranges_and_seeds_that_make_no_sense_are_refused(seed: int, low: int, high: int) -> None:
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("seed", "low", "high", "words"),
+    [
+        (0, 9, 8, "no token ids from 9 to 8"),
+        (0, -1, 8, "no token ids from -1 to 8"),
+        (-1, 0, 8, "seed must not be negative: -1"),
+    ],
+)
+def test_invalid_ranges_and_seeds_are_refused(seed: int, low: int, high: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         PromptMaker(seed, low, high)
 
 
 def test_a_negative_length_is_refused() -> None:
     maker = PromptMaker(0, LOW, HIGH)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="negative"):
         maker.tokens(0, -1)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="negative"):
         maker.from_hashes(0, [], -1)

@@ -1,4 +1,4 @@
-"""The figures of a run, against cases small enough to work out by hand."""
+"""The figures of a run, for cases small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def made(
     error: str | None = None,
     **more: object,
 ) -> Record:
-    """A request that got its tokens at these times, one each unless ``counts`` says otherwise."""
+    """Make a request that got tokens at these times, one each unless ``counts`` says otherwise."""
     counts = counts or [1] * len(token_times_s)
     return Record(
         index=int(scheduled_s * 1000),
@@ -179,6 +179,6 @@ def test_the_table_tells_of_late_sends_short_answers_and_uncounted_tokens() -> N
     late.max_tokens, late.counted = 9, False
     text = render(run_file({}, [late], 0.0, OBJECTIVES, []))
     assert "200 ms late" in text
-    assert "shorter than asked" in text
+    assert "shorter than requested" in text
     assert "between chunks" in text
     assert "within the objectives (TTFT 1000 ms, TPOT 100 ms): 100.0%" in text

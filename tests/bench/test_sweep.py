@@ -1,4 +1,4 @@
-"""Whole sweeps with real processes: what is measured, kept, gone on with, reported and cleared."""
+"""Whole sweeps with real processes: measuring, resuming, reporting, and ending all processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PNG = b"\x89PNG"
 
 
 def write_experiment(folder: Path, servers: list[dict[str, Any]], **changes: Any) -> Path:
-    """Six requests at each of two rates, within any objective."""
+    """Write an experiment of six requests at each of two rates, with objectives easy to meet."""
     content = {
         "name": "fakes",
         "objectives": {"ttft_s": 60, "tpot_s": 60},
@@ -41,20 +41,20 @@ def write_experiment(folder: Path, servers: list[dict[str, Any]], **changes: Any
 
 
 def points(folder: Path) -> dict[str, bytes]:
-    """Every file under ``points``."""
+    """Read every file under ``points``."""
     top = folder / "points"
     return {str(path.relative_to(top)): path.read_bytes() for path in top.glob("*/*")}
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """The configurations of ``summary.json`` by name."""
+    """Return the configurations of ``summary.json`` by name."""
     found = json.loads((folder / "summary.json").read_bytes())
     return {one["name"]: one for one in found["configurations"]}
 
 
 @contextmanager
 def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that is killed if the test fails; its stdout and stderr are one text."""
+    """Run a process, killed at the end; its stderr goes to its stdout."""
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -100,7 +100,7 @@ def test_a_sweep_measures_once(tmp_path: Path) -> None:
 def test_one_server_failing_does_not_stop_the_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One does not start, one dies under load, one refuses everything, one is well."""
+    """Two do not start, one dies under load, one refuses every request, one works."""
     servers = [
         {"name": "broken", "command": "{python} -c 'exit(\"no {port} today\")'"},
         {"name": "missing", "command": "/no/such/program {port}"},
@@ -243,7 +243,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("leader_is_gone", [False, True])
 def test_a_child_ends_with_all_it_started(tmp_path: Path, leader_is_gone: bool) -> None:
-    """Also what ignores SIGTERM, and what leads a process group of its own."""
+    """Also a process that ignores SIGTERM, and one that leads its own process group."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     bystander = Child([sys.executable, "-c", "import time; time.sleep(600)"], None)

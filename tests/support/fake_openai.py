@@ -1,4 +1,4 @@
-"""A tiny OpenAI-compatible server for sweeps to start: it streams, and fails in the ways asked for.
+"""A small OpenAI-compatible server for tests of sweeps: it streams, or fails as its options say.
 
 python tests/support/fake_openai.py --port 8000 [--refuse | --die | --hold-after N FIFO]
 """
@@ -17,11 +17,12 @@ DIED = 3
 
 
 class Fake:
-    """What the command line asked for, and how many requests have come."""
+    """The handlers of the server, which share its options and a count of requests."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._num_requests = 0
+        self._has_written_pid = False
 
     async def health(self, http: web.Request) -> web.Response:
         return web.Response()
@@ -37,7 +38,8 @@ class Fake:
             os._exit(DIED)
         if self._args.refuse:
             return web.json_response({"error": {"message": "never"}}, status=503)
-        await self._hold()
+        if self._must_hold():
+            await self._hold()
         response = web.StreamResponse()
         await response.prepare(http)
         for count in range(1, body["max_tokens"] + 1):
@@ -47,15 +49,20 @@ class Fake:
         await response.write_eof(b"data: [DONE]\n\n")
         return response
 
-    async def _hold(self) -> None:
-        """While the FIFO is there: tell it who we are, and never answer."""
+    def _must_hold(self) -> bool:
+        """Return whether the request is after the first N and the FIFO still exists."""
         if self._args.hold_after is None:
-            return
-        after, fifo = int(self._args.hold_after[0]), Path(self._args.hold_after[1])
-        if self._num_requests > after and fifo.exists():
-            if self._num_requests == after + 1:
-                fifo.write_text(str(os.getpid()))
-            await asyncio.Event().wait()
+            return False
+        after, fifo = self._args.hold_after
+        return self._num_requests > int(after) and Path(fifo).exists()
+
+    async def _hold(self) -> None:
+        """Write this process's id to the FIFO at the first call; never return."""
+        if not self._has_written_pid:
+            self._has_written_pid = True
+            # In a thread, because opening a FIFO blocks until the test opens its other end.
+            await asyncio.to_thread(Path(self._args.hold_after[1]).write_text, str(os.getpid()))
+        await asyncio.Event().wait()  # never set
 
 
 def main() -> None:
@@ -70,7 +77,7 @@ def main() -> None:
     app.router.add_get("/health", fake.health)
     app.router.add_get("/v1/models", fake.models)
     app.router.add_post("/v1/completions", fake.complete)
-    # Requests that are held would hold up its end, too.
+    # A short timeout, because held requests would delay the shutdown.
     web.run_app(app, host="127.0.0.1", port=args.port, print=None, shutdown_timeout=0.1)
 
 
