@@ -26,7 +26,6 @@ from serve.protocol.messages import (
     AnyMessage,
     Delta,
     Entry,
-    Handover,
     Offer,
     Prefill,
     Push,
@@ -42,13 +41,12 @@ from serve.replica.block_pool import BlockPool
 from serve.replica.incoming import Arrival, IncomingTransfers
 from serve.replica.load import measure_load
 from serve.replica.outgoing import OutgoingTransfers
+from serve.replica.output_processor import OutputProcessor
 from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
 from serve.replica.sequence import Sequence
 from serve.replica.step import build_step
-from serve.replica.stop_check import check_stop
-from serve.replica.timeline import record_first_token, record_start
+from serve.replica.timeline import record_start
 from serve.request import Request
-from serve.tokenizer.detokenizer import Detokenizer
 from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import FRONT_END_RANK
 
@@ -86,7 +84,6 @@ class Replica:
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
-        self._tokenizer = tokenizer
         self._clock = clock
         self._pool = BlockPool(settings.num_blocks)
         self._scheduler = Scheduler(self._pool, settings.limits)
@@ -94,6 +91,7 @@ class Replica:
             settings.replica_id, settings.limits, settings.max_push_blocks
         )
         self._incoming = IncomingTransfers(self._pool, settings.limits, clock)
+        self._outputs = OutputProcessor(tokenizer, settings.eos_token_ids, clock)
         self._active: dict[str, ActiveRequest] = {}
         self._numbers = itertools.count()
         self._num_steps = 0
@@ -191,8 +189,7 @@ class Replica:
             token_ids=list(request.prompt_ids),
         )
         sequence.timeline.prefill_queued_s = self._clock()
-        text = Detokenizer(self._tokenizer, request.sampling, request.prompt_ids)
-        self._active[request.id] = ActiveRequest(sequence, text, decode_replica)
+        self._active[request.id] = self._outputs.start(sequence, decode_replica)
         self._scheduler.add(sequence)
 
     def _offer(self, active: ActiveRequest) -> None:
@@ -203,32 +200,19 @@ class Replica:
 
     def _take_arrival(self, arrival: Arrival) -> None:
         sequence = arrival.sequence
-        text = Detokenizer.resume(self._tokenizer, sequence.request.sampling, arrival.text)
-        self._active[sequence.id] = ActiveRequest(sequence, text, self._settings.replica_id)
+        self._active[sequence.id] = self._outputs.resume(
+            sequence, arrival.text, self._settings.replica_id
+        )
         self._scheduler.add_arrived(sequence)
 
     def _take_token(self, active: ActiveRequest, token_id: int) -> Delta:
-        sequence = active.sequence
-        sequence.token_ids.append(token_id)
-        check = check_stop(sequence, active.detokenizer, token_id, self._settings.eos_token_ids)
-        if sequence.num_output_tokens == 1:
-            record_first_token(sequence, self._clock())
-        if check.reason is not None:
+        processed = self._outputs.process(active, token_id)
+        if processed.finished:
             self._close(active)
-        elif not sequence.decodes_here:
-            self._scheduler.remove(sequence)
-            self._outgoing.hand_over(
-                sequence.id, Handover(sequence.output_ids, active.detokenizer.state())
-            )
-        return Delta(
-            request_id=sequence.id,
-            first_index=sequence.num_output_tokens - 1,
-            token_ids=(token_id,),
-            text=check.text,
-            finish_reason=check.reason,
-            stop_reason=check.stop,
-            timeline=active.unreported_timeline(),
-        )
+        elif processed.handover is not None:
+            self._scheduler.remove(active.sequence)
+            self._outgoing.hand_over(active.sequence.id, processed.handover)
+        return processed.delta
 
     def _abort(self, request_id: str) -> None:
         self._incoming.discard(request_id)
