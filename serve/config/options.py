@@ -8,11 +8,12 @@ import re
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from serve.dispatch.policies import POLICIES
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 GENERATION_CONFIGS = ("auto", "none")
 MODES = ("disaggregated", "colocated")
-DISPATCH_POLICIES = ("round-robin", "least-num-unfinished-tokens")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 # Defaults that depend on other options; the help text quotes them.
@@ -227,10 +228,11 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
     add("--partition-id", type=_INDEX, metavar="N",
         help="The first N replicas prefill, the others decode; at least one of each. "
         "Default: half of the replicas, rounded down.")  # fmt: skip
-    add("--dispatch-policy", choices=DISPATCH_POLICIES, default="least-num-unfinished-tokens",
+    policies = "; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items())
+    add("--dispatch-policy", choices=tuple(POLICIES), default="least-num-unfinished-tokens",
         metavar="POLICY",
-        help="How a replica is chosen for a request: round-robin, or least-num-unfinished-tokens "
-        "(the one with the least work left). Default: %(default)s.")  # fmt: skip
+        help=f"How replicas are chosen for a request. {policies}. "
+        "Default: %(default)s.")  # fmt: skip
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

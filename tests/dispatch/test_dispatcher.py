@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
+from serve.dispatch.policies import POLICIES, DispatchPolicy, Placement
+from serve.dispatch.replica_state import ReplicaState
 from serve.protocol.messages import Abort, Delta, Prefill, ReplicaLoad, Report
 from serve.request import FinishReason, Request, SamplingParams, Timeline
 from serve.topology import ReplicaInfo, Role
@@ -77,6 +80,50 @@ def test_a_colocated_request_stays_with_one_replica() -> None:
     assert counts(dispatcher) == [(5, 5, 1)]
     assert dispatcher.close("a") == [Outgoing(0, Abort("a"))]
     assert counts(dispatcher) == [(0, 0, 0)]
+
+
+class RecordingPolicy(DispatchPolicy):
+    """Places every request on replicas 0 and 1 and records the dispatcher's calls."""
+
+    summary = "for tests"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+
+    def choose(self, request: Request, replicas: Sequence[ReplicaState]) -> Placement:
+        self.calls.append(("choose", request.id))
+        return Placement(PREFILL, DECODE)
+
+    def on_report(self, report: Report) -> None:
+        self.calls.append(("report", report.replica_id))
+
+    def on_finished(self, request: Request, placement: Placement) -> None:
+        self.calls.append(("finished", (request.id, placement)))
+
+
+def test_a_registered_policy_chooses_and_hears_of_reports_and_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = RecordingPolicy()
+    monkeypatch.setitem(POLICIES, "recording", lambda: policy)
+    dispatcher = Dispatcher(DISAGGREGATED, "recording", 8, Clock())
+    dispatcher.dispatch([make_request("a"), make_request("b"), make_request("c")])
+    dispatcher.on_report(report(PREFILL, delta(0, finish_reason=FinishReason.STOP)))
+    dispatcher.close("b")
+    dispatcher.close("b")
+    dispatcher.on_report(report(DECODE))
+    dispatcher.fail_all("lost")
+    place = Placement(PREFILL, DECODE)
+    assert policy.calls == [
+        ("choose", "a"),
+        ("choose", "b"),
+        ("choose", "c"),
+        ("report", PREFILL),
+        ("finished", ("a", place)),
+        ("finished", ("b", place)),
+        ("report", DECODE),
+        ("finished", ("c", place)),
+    ]
 
 
 def test_what_is_counted_from_dispatch_to_the_end() -> None:
