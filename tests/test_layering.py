@@ -41,7 +41,7 @@ ROWS = (
     Row("api", "config dispatch tokenizer request"),
     Row("engine", "config replica sampling model kv comm model_config protocol topology request",
         torch=True),
-    Row("config", "dispatch model_config topology request",
+    Row("config", "dispatch replica model_config topology request",
         packages=_only("msgspec", "huggingface_hub")),
     Row("dispatch", "protocol topology request"),
     Row("replica", "tokenizer protocol topology request"),

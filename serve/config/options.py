@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from serve.dispatch.policies import POLICIES
+from serve.replica.queue_order import QUEUE_ORDERS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
@@ -233,6 +234,9 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
         metavar="POLICY",
         help=f"How replicas are chosen for a request. {policies}. "
         "Default: %(default)s.")  # fmt: skip
+    add("--schedule-policy", choices=tuple(QUEUE_ORDERS), default="fcfs", metavar="POLICY",
+        help="In which order a replica admits its waiting prompts. fcfs: in order of arrival, "
+        "after the requests that it had to preempt. Default: %(default)s.")  # fmt: skip
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

@@ -61,6 +61,7 @@ class ServerConfig:
     chat_template: str | None  # the template's text
     sampling_defaults: SamplingDefaults
     dispatch_policy: str
+    schedule_policy: str
     log_level: str
     notes: tuple[str, ...] = ()  # what was chosen for the user, to be logged
 
@@ -128,7 +129,7 @@ def _configure(given: argparse.Namespace, world_size: int) -> ServerConfig:
 _TAKEN_AS_GIVEN = (
     "host", "port", "api_key", "dtype", "enable_chunked_prefill", "enforce_eager",
     "block_size", "num_blocks", "max_waiting", "drain_timeout_s", "seed", "dispatch_policy",
-    "log_level",
+    "schedule_policy", "log_level",
 )  # fmt: skip
 
 _LIMITS = ("max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")

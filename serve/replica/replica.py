@@ -42,6 +42,7 @@ from serve.replica.incoming import Arrival, IncomingTransfers
 from serve.replica.load import measure_load
 from serve.replica.outgoing import OutgoingTransfers
 from serve.replica.output_processor import OutputProcessor
+from serve.replica.queue_order import QUEUE_ORDERS
 from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
 from serve.replica.sequence import Sequence
 from serve.replica.step import build_step
@@ -72,6 +73,7 @@ class ReplicaSettings:
     limits: SchedulerLimits
     max_push_blocks: int
     eos_token_ids: tuple[int, ...]
+    schedule_policy: str = "fcfs"  # a name in QUEUE_ORDERS
 
 
 class Replica:
@@ -86,7 +88,9 @@ class Replica:
         self._settings = settings
         self._clock = clock
         self._pool = BlockPool(settings.num_blocks)
-        self._scheduler = Scheduler(self._pool, settings.limits)
+        self._scheduler = Scheduler(
+            self._pool, settings.limits, QUEUE_ORDERS[settings.schedule_policy]
+        )
         self._outgoing = OutgoingTransfers(
             settings.replica_id, settings.limits, settings.max_push_blocks
         )

@@ -25,6 +25,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from serve.replica.block_pool import BlockPool
+from serve.replica.queue_order import QueueOrder, fcfs
 from serve.replica.sequence import Sequence
 
 
@@ -83,17 +84,20 @@ class Scheduler:
     blocks run out, the youngest sequence is preempted and later computed again.
     """
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
-        self.waiting: deque[Sequence] = deque()
+    def __init__(
+        self, pool: BlockPool, limits: SchedulerLimits, queue_order: QueueOrder = fcfs
+    ) -> None:
+        self.waiting: deque[Sequence] = deque()  # sorted by ``queue_order``
         self.arrived: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self._pool = pool
         self._limits = limits
+        self._queue_order = queue_order
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose tokens are to be computed here."""
-        self.waiting.append(sequence)
+        bisect.insort(self.waiting, sequence, key=self._queue_order)
 
     def add_arrived(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV came from elsewhere, in blocks that it now owns."""
@@ -211,9 +215,7 @@ class Scheduler:
         victim.num_computed = victim.num_scheduled = 0
         victim.num_preemptions += 1
         self.num_preemptions += 1
-        # Preempted sequences wait before the new ones, the oldest first.
-        index = sum(other.number < victim.number for other in self.waiting)
-        self.waiting.insert(index, victim)
+        self.add(victim)
 
     def _continue_prefills(self, chunks: list[Chunk], budget: int) -> int:
         for sequence in self.running:
