@@ -44,7 +44,7 @@ ROWS = (
     Row("config", "dispatch replica model_config topology request",
         packages=_only("msgspec", "huggingface_hub")),
     Row("dispatch", "protocol topology request"),
-    Row("replica", "tokenizer protocol topology request"),
+    Row("replica", "tokenizer protocol model_config topology request"),
     Row("tokenizer", "protocol request"),
     Row("sampling", "protocol device request", torch=True),
     Row("model", "kv comm model_config protocol", torch=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from serve.config import options
@@ -18,6 +18,9 @@ class PhaseLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     gpu_memory_utilization: float
+
+
+PHASE_LIMITS = tuple(field.name for field in fields(PhaseLimits))
 
 
 def phase_limits(

@@ -6,13 +6,14 @@ import argparse
 import math
 import re
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar, get_args
 
+from serve.config.model_source import LoadFormat
 from serve.dispatch.policies import POLICIES
+from serve.model_config.fields import DTYPES
 from serve.replica.queue_order import QUEUE_ORDERS
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
+KVTransport = Literal["p2p", "symm"]
 GENERATION_CONFIGS = ("auto", "none")
 MODES = ("disaggregated", "colocated")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -179,11 +180,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="How requests are sampled that leave it open: auto, by the temperature, top_p, top_k, "
         "min_p and repetition_penalty in the model's generation_config.json; none, as the OpenAI "
         "API does. Default: %(default)s.")  # fmt: skip
-    add("--dtype", choices=DTYPES, default="auto", metavar="TYPE",
+    add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE",
         help="Type of weights, activations and KV cache: auto, float32, bfloat16 or float16. auto "
         "is float32 on a CPU; on a GPU the checkpoint's own, or bfloat16 where that is float32. "
         "Default: %(default)s.")  # fmt: skip
-    add("--load-format", choices=LOAD_FORMATS, default="auto", metavar="FORMAT",
+    add("--load-format", choices=("auto", *get_args(LoadFormat)), default="auto", metavar="FORMAT",
         help="auto, safetensors, pt (PyTorch .bin files, read without unpickling code), gguf, or "
         "dummy (random weights; needs only config.json). auto takes what the model holds. "
         "Default: %(default)s.")  # fmt: skip
@@ -281,7 +282,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "with the unit KiB, MiB or GiB. Both ranks of every pair keep four buffers of this size "
         "(with --kv-transport symm, every rank as many as the one with the most pairs). Refused "
         "in colocated mode. Default: 256MiB.")  # fmt: skip
-    add("--kv-transport", choices=("p2p", "symm"), metavar="WAY",
+    add("--kv-transport", choices=get_args(KVTransport), metavar="WAY",
         help="How KV crosses between two ranks: p2p, matched sends and receives (NCCL, or gloo on "
         "CPUs); symm, the sender's copy engine writes into the receiver's symmetric memory, which "
         "needs GPUs of one host. Refused in colocated mode. Default: p2p.")  # fmt: skip

@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from serve.config.limits import PhaseLimits, checked_max_model_len, phase_limits
+from serve.config.limits import PHASE_LIMITS, PhaseLimits, checked_max_model_len, phase_limits
 from serve.config.model_source import (
     DEFAULT_NAME,
     LoadFormat,
@@ -19,7 +18,7 @@ from serve.config.model_source import (
     read_chat_template,
     resolve_load_format,
 )
-from serve.config.options import KV_PUSH_BYTES, option_name
+from serve.config.options import KV_PUSH_BYTES, KVTransport, option_name
 from serve.config.options import build_parser as build_parser
 from serve.config.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from serve.model_config.config import ModelConfig
@@ -42,7 +41,7 @@ class ServerConfig:
     host: str
     port: int
     api_key: str | None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    dtype: str  # auto, or one of serve.model_config.fields.DTYPES
     load_format: LoadFormat  # auto is resolved
     replica_specs: tuple[ReplicaSpec, ...]
     partition_id: int  # replicas [0, partition_id) prefill; equal to 0: colocated, all are mixed
@@ -55,7 +54,7 @@ class ServerConfig:
     max_model_len: int | None  # None: what the model and the pools allow
     max_waiting: int
     kv_push_bytes: int
-    kv_transport: Literal["p2p", "symm"]
+    kv_transport: KVTransport
     drain_timeout_s: float
     seed: int
     chat_template: str | None  # the template's text
@@ -132,8 +131,6 @@ _TAKEN_AS_GIVEN = (
     "schedule_policy", "log_level",
 )  # fmt: skip
 
-_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
-
 
 # --- replicas -----------------------------------------------------------------------------------
 
@@ -185,7 +182,7 @@ def _partition_id(
 
 def _refuse_ignored(given: argparse.Namespace, *, colocated: bool) -> None:
     if colocated:
-        names = [f"{phase}_{name}" for phase in ("prefill", "decode") for name in _LIMITS]
+        names = [f"{phase}_{name}" for phase in ("prefill", "decode") for name in PHASE_LIMITS]
         for name in [*names, "kv_push_bytes", "kv_transport"]:
             if getattr(given, name) is not None:
                 raise ValueError(f"{option_name(name)} has no meaning when replicas are colocated")

@@ -36,7 +36,12 @@ class KVLayout:
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens."""
-        return -(-num_tokens // self.block_size)
+        return num_blocks_for(num_tokens, self.block_size)
+
+
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    """Return how many blocks hold ``num_tokens`` tokens; the last one may be partly filled."""
+    return -(-num_tokens // block_size)
 
 
 def shard_kv_heads(num_heads: int, num_kv_heads: int, tp: int, tp_rank: int) -> tuple[int, ...]:

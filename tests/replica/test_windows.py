@@ -65,7 +65,7 @@ def test_a_sequence_lets_go_of_a_block_once() -> None:
     assert sequence.num_out_of_window_blocks == 2
     assert sequence.block_table == [OUT_OF_WINDOW_BLOCK, OUT_OF_WINDOW_BLOCK, 7]
     assert sequence.owned_blocks == [7]
-    with pytest.raises(ValueError, match="4 blocks to be left of 3"):
+    with pytest.raises(ValueError, match="cannot drop 4 of 3 blocks"):
         sequence.drop_out_of_window_blocks(4)
     assert sequence.take_blocks() == [7]
     assert sequence.block_table == []
@@ -206,7 +206,7 @@ def test_a_preempted_sequence_begins_with_all_its_blocks_again() -> None:
     young.block_table = [OUT_OF_WINDOW_BLOCK, OUT_OF_WINDOW_BLOCK, *steps.pool.allocate(5)]
     young.num_out_of_window_blocks = 2
     steps.scheduler.add(old)
-    steps.scheduler.add_arrived(young)
+    steps.scheduler.add_received(young)
     num_left = []
     while not steps.preempted:
         num_left.append(young.num_out_of_window_blocks)
