@@ -1,7 +1,7 @@
 """Dispatch policies: choose the replicas that prefill and decode a request.
 
-To add a policy, derive a class from ``DispatchPolicy`` and enter it in ``POLICIES``. Its key there is
-its name on the command line (``--dispatch-policy``).
+To add a policy, derive a class from ``DispatchPolicy`` and enter it in ``POLICIES``. Its key there
+is its name on the command line (``--dispatch-policy``).
 """
 
 from __future__ import annotations

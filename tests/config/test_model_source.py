@@ -181,4 +181,5 @@ def test_hub_weights_of_one_kind_are_downloaded(
 def test_hub_out_of_reach() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(["--model", "someone/no-such-model"], 2)
-    assert str(caught.value).startswith("--model: someone/no-such-model is no path here and cannot")
+    start = "--model: someone/no-such-model is not a path on this machine and cannot"
+    assert str(caught.value).startswith(start)

@@ -161,7 +161,7 @@ def test_accepted(model: Path, text: str, field: str, value: object) -> None:
         ("--log-level loud", "--log-level: invalid choice"),
         ("--tokenizer /no/such/place", "--tokenizer: /no/such/place"),
         ("--chat-template /no/such/file", "--chat-template: /no/such/file"),
-        ("--tokenizer none --chat-template {{x}}", "no meaning with --tokenizer none"),
+        ("--tokenizer none --chat-template {{x}}", "no effect with --tokenizer none"),
         ("--num-blocks 9 --decode-gpu-memory-utilization 0.5", "together with --num-blocks"),
         ("--num-blocks 3 --block-size 16 --max-model-len 64", "exceeds the 48 tokens"),
         ("--frobnicate", "unrecognized arguments: --frobnicate"),

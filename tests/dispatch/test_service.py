@@ -153,11 +153,11 @@ async def test_submit_takes_all_or_none() -> None:
     cluster.hold_at = 0
     with pytest.raises(Overloaded):
         cluster.service.submit([make_request(str(i)) for i in range(3)])
-    with pytest.raises(ValueError, match="is live"):
+    with pytest.raises(ValueError, match="is active"):
         cluster.service.submit([make_request("a"), make_request("a")])
     cluster.assert_at_rest()
     (stream,) = cluster.service.submit([make_request("a")])
-    with pytest.raises(ValueError, match="is live"):
+    with pytest.raises(ValueError, match="is active"):
         cluster.service.submit([make_request("b"), make_request("a")])
     assert cluster.service.num_active == 1
     cluster.release()
