@@ -1,4 +1,4 @@
-"""Finds the files of a model on this machine: weights, tokenizer, chat template."""
+"""Find the files of a model on this machine: weights, tokenizer, chat template."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="Most tokens in a prompt and its output together. Must not exceed the context that "
         "the model was trained for or the KV cache. Default: the smaller of the two.")  # fmt: skip
     add("--seed", type=_SEED, default=0, metavar="INT",
-        help="Seed of dummy weights and of requests without one. Default: %(default)s.")  # fmt: skip
+        help="Seed of dummy weights and requests without one. Default: %(default)s.")  # fmt: skip
 
 
 def _add_http(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Builds the plan entry of a step, which every rank executes without further state."""
+"""Build the plan entry of a step, which every rank executes without further state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decides whether a token is a request's last one, and which text may be shown."""
+"""Decide whether a token is a request's last one, and which text may be shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stamps the stages of requests into their timelines. Pure."""
+"""Stamp the stages of requests into their timelines. Pure."""
 
 from __future__ import annotations
 

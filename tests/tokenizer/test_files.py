@@ -150,10 +150,10 @@ def test_a_broken_file_is_refused(data: bytes, tmp_path: Path) -> None:
     ("config", "reason"),
     [
         ({"tokenizer_class": "NobodysTokenizer"}, "NobodysTokenizer"),
-        ({"added_tokens_decoder": {"7": {"content": "<s>"}}}, "'<s>' has id 7, but 1"),
+        ({"added_tokens_decoder": {"7": {"content": "<s>"}}}, "'<s>' has id 7, but id 1"),
         ({"eos_token": "<|nowhere|>"}, "'<|nowhere|>' is not in the vocabulary"),
         ({"additional_special_tokens": ["<x>"]}, "'<x>' is not in the vocabulary"),
-        ({"eos_token": 2}, "eos_token: 2 is no token"),
+        ({"eos_token": 2}, "eos_token: 2 is not a token"),
         ({"legacy": "yes"}, "legacy is 'yes', not a bool"),
         ({"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs"),
         ({"chat_template": [1]}, "chat_template is neither"),
@@ -169,7 +169,7 @@ def test_a_configuration_that_cannot_be_honoured_is_refused(
     ("options", "reason"),
     [
         ({"model_type": "char", "vocab_size": 60}, "words or characters"),
-        ({"treat_whitespace_as_suffix": True}, "spaces behind"),
+        ({"treat_whitespace_as_suffix": True}, "spaces after words"),
     ],
 )
 def test_a_model_that_cannot_be_honoured_is_refused(
