@@ -1,4 +1,4 @@
-"""What each sampled token means for its request: text, the end, the timeline, a Delta. Pure."""
+"""OutputProcessor: the text, stop decision, timeline and Delta of each sampled token. Pure."""
 
 from __future__ import annotations
 

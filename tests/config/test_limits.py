@@ -1,4 +1,4 @@
-"""Options of the server that say which replicas there are, and what each may take on."""
+"""The server's options for replicas and their limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the server: what each accepts, refuses and defaults to, and what --help says."""
+"""The server's options: accepted and refused values, defaults, and the help text."""
 
 from __future__ import annotations
 

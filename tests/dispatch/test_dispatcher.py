@@ -1,4 +1,4 @@
-"""The dispatcher, message by message: who is told what, what is counted, what is given out."""
+"""The dispatcher, message by message: messages to replicas, counts, outputs to clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREFILL_LEADER, DECODE_LEADER = 0, 2
 
 
 class Clock:
-    """Stands still unless told."""
+    """A clock that stands still until a test sets it."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -59,7 +59,7 @@ def delta(index: int, id: str = "a", **more: Any) -> Delta:
 
 
 def counts(dispatcher: Dispatcher) -> list[tuple[int, int, int]]:
-    """Prefill tokens, decode tokens and requests of each replica."""
+    """Return the prefill tokens, decode tokens and requests of each replica."""
     return [
         (state.num_prefill_tokens, state.num_decode_tokens, state.num_requests)
         for state in dispatcher.states
@@ -101,7 +101,7 @@ class RecordingPolicy(DispatchPolicy):
         self.calls.append(("finished", (request.id, placement)))
 
 
-def test_a_registered_policy_chooses_and_hears_of_reports_and_ends(
+def test_a_registered_policy_chooses_and_gets_reports_and_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy = RecordingPolicy()
@@ -126,7 +126,7 @@ def test_a_registered_policy_chooses_and_hears_of_reports_and_ends(
     ]
 
 
-def test_what_is_counted_from_dispatch_to_the_end() -> None:
+def test_counts_from_dispatch_to_the_end() -> None:
     dispatcher = make_dispatcher()
     dispatcher.dispatch([make_request()])
     assert counts(dispatcher) == [(5, 0, 1), (0, 5, 1)]  # before any report
@@ -148,15 +148,15 @@ def test_too_many_are_refused_all_or_none() -> None:
         dispatcher.dispatch([make_request("c"), make_request("d")])
     assert (dispatcher.num_active, dispatcher.num_waiting) == (2, 2)
     assert counts(dispatcher) == before
-    dispatcher.on_report(report(PREFILL, delta(0)))  # one less waits, as many are live
+    dispatcher.on_report(report(PREFILL, delta(0)))  # one request fewer waits, none has ended
     assert len(dispatcher.dispatch([make_request("c"), make_request("d")])) == 2
 
 
-def test_an_abort_closes_and_tells_both_replicas_once() -> None:
+def test_an_abort_closes_a_request_and_goes_to_both_replicas_once() -> None:
     dispatcher = make_dispatcher()
     dispatcher.dispatch([make_request()])
-    told = dispatcher.close("a")
-    assert told == [Outgoing(PREFILL_LEADER, Abort("a")), Outgoing(DECODE_LEADER, Abort("a"))]
+    aborts = dispatcher.close("a")
+    assert aborts == [Outgoing(PREFILL_LEADER, Abort("a")), Outgoing(DECODE_LEADER, Abort("a"))]
     assert dispatcher.close("a") == dispatcher.close("never seen") == []
     assert counts(dispatcher) == [(0, 0, 0), (0, 0, 0)]
     assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
@@ -174,10 +174,10 @@ def test_tokens_of_a_closed_request_are_answered_with_another_abort(finished: bo
     outputs, outgoing = dispatcher.on_report(late)
     assert outputs == []
     assert outgoing == [
-        Outgoing(DECODE_LEADER, Abort("a")),  # once, though two deltas came
+        Outgoing(DECODE_LEADER, Abort("a")),  # once for two deltas
         Outgoing(DECODE_LEADER, Abort("unknown")),
     ]
-    assert dispatcher.on_report(late)[1] == outgoing  # it has not heard: again
+    assert dispatcher.on_report(late)[1] == outgoing  # the replica has not received the abort yet
     assert dispatcher.num_active == 1
 
 
@@ -201,7 +201,7 @@ def test_decode_tokens_wait_for_token_0() -> None:
     assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
 
 
-def test_stamps_of_both_replicas_come_together_on_one_clock() -> None:
+def test_stamps_of_both_replicas_are_converted_to_one_clock() -> None:
     clock = Clock()
     dispatcher = make_dispatcher(clock=clock)
     dispatcher.dispatch([make_request()])
@@ -227,12 +227,12 @@ def test_when_the_job_fails_every_request_ends_with_the_reason() -> None:
     dispatcher = make_dispatcher()
     dispatcher.dispatch([make_request("a"), make_request("b")])
     dispatcher.on_report(report(PREFILL, delta(0)))
-    outputs = dispatcher.fail_all("rank 3 is gone")
+    outputs = dispatcher.fail_all("rank 3 is lost")
     assert [(o.request_id, o.first_index, o.token_ids) for o in outputs] == [
         ("a", 1, ()),
         ("b", 0, ()),
     ]
-    assert {(o.finish_reason, o.error) for o in outputs} == {(FinishReason.ERROR, "rank 3 is gone")}
+    assert {(o.finish_reason, o.error) for o in outputs} == {(FinishReason.ERROR, "rank 3 is lost")}
     assert counts(dispatcher) == [(0, 0, 0), (0, 0, 0)]
     assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
     assert dispatcher.fail_all("again") == []

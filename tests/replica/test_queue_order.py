@@ -1,4 +1,4 @@
-"""Queue orders: who is admitted first, and that the order registered under a name is used."""
+"""Queue orders: which sequence is admitted first, and that a policy's registered order is used."""
 
 from __future__ import annotations
 
