@@ -108,7 +108,7 @@ class Dispatcher:
         state.load = report.load
         self._policy.on_report(report)
         outputs: list[Output] = []
-        unknown: set[str] = set()
+        unknown: set[str] = set()  # one Abort for each request, however many tokens arrived
         for delta in report.deltas:
             active = self._active.get(delta.request_id)
             if active is None:

@@ -58,6 +58,7 @@ class Stream:
             return
         self._ended = output.finish_reason is not None
         self.num_tokens += len(output.token_ids)
+        # Join them, so that a reader that stopped does not collect an object for every token.
         if len(self._unread) == MAX_UNREAD:
             merged = self.take()
             self._unread = [merged] if merged is not None else []

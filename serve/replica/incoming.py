@@ -150,6 +150,7 @@ class IncomingTransfers:
         reservation.num_received += 1
         first = push.first_block - reservation.first_block
         blocks = reservation.blocks[first : first + push.num_blocks]
+        # An aborted request needs no KV: the empty entry only frees the staging slot.
         block_ids = () if reservation.aborted else tuple(blocks)
         unpack = Unpack(prefill_replica, number, block_ids)
         return ReceivedPush(unpack, self._end_if_complete(reservation))

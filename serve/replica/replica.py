@@ -173,6 +173,7 @@ class Replica:
         self._num_steps += 1
         for sequence in batch.admitted:
             self._offer(self._active[sequence.id])
+        # Otherwise a step is in flight, and this one starts when that one ends: see on_step.
         if len(self._in_flight) == 1:
             record_start(batch, self._clock())
         return build_step(self._num_steps, batch, self._settings.eos_token_ids)

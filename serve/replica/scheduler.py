@@ -148,6 +148,7 @@ class Scheduler:
         chunks = self._schedule_decodes(preempted)
         budget = self._limits.max_num_batched_tokens - len(chunks)
         budget = self._continue_prefills(chunks, budget)
+        # A new sequence could take the blocks that a preemption has just freed.
         admitted = [] if preempted else self._admit(chunks, budget)
         if not chunks:
             return None

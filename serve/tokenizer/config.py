@@ -69,6 +69,7 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     extra = _extra_special(merged)
     special = {*named.values(), *extra}
     added = _read_added(merged, _read_json(directory / "added_tokens.json"))
+    # added_tokens.json does not mark special tokens, so named and extra tokens count as special.
     return TokenizerConfig(
         tokenizer_class=_optional(merged, "tokenizer_class", str),
         remote_class=_remote_class(merged.get("auto_map")),
@@ -157,7 +158,7 @@ def _read_added(merged: Mapping[str, Any], old: Mapping[str, Any]) -> dict[int, 
 def _remote_class(auto_map: Any) -> str | None:
     """Return the class name of the checkpoint's own code, for error texts: it is never loaded."""
     names = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    if isinstance(names, list | tuple):
+    if isinstance(names, list | tuple):  # the slow class and the fast one, either may be null
         names = next((name for name in reversed(names) if name), None)
     return str(names) if names else None
 

@@ -47,6 +47,7 @@ class Detokenizer:
         skip = sampling.skip_special_tokens
         self._pieces: tuple[bytes, ...] = tokenizer.pieces(skip) if tokenizer else ()
         self._first_chars = frozenset(stop[0] for stop in sampling.stop)
+        # A prompt of special tokens only has no text, so the output begins the text.
         self._at_start = (
             tokenizer is not None
             and tokenizer.strips_leading_space

@@ -61,7 +61,7 @@ def test_ids_and_texts_are_sentencepieces(name: str, tmp_path: Path) -> None:
         assert_same_cut(reference, ids, reference.encode(text), exactly="unigram" not in name)
         assert tokenizer.encode(text) == [bos, *ids]
         if unknown in ids or (name == "bpe-whitespace" and text.startswith("\u2581")):
-            # sentencepiece shows unk as " ⁇ ". A leading U+2581 is extra whitespace only in decoding.
+            # sentencepiece shows unk as " ⁇ ", and strips a leading U+2581 only in decoding.
             pass
         else:
             assert tokenizer.decode([bos, *ids]) == reference.decode(ids)
@@ -198,13 +198,13 @@ def test_as_transformers_reads_a_llama_directory(legacy: bool, tmp_path: Path) -
         "unk_token": "<unk>",
     }
     tokenizer = load(tmp_path, data, config)
-    theirs = LlamaTokenizer.from_pretrained(str(tmp_path))
+    expected_tokenizer = LlamaTokenizer.from_pretrained(str(tmp_path))
     special = {"<s>": 1, "</s>": 2}
     for text in [*TEXTS, *texts_with(special, 21, 150)]:
         # transformers puts no space before a stretch of text that begins with one.
         text = re.sub("(^|>)[ \u2581]+", r"\1", text)
         ids = tokenizer.encode(text)
-        assert ids == theirs.encode(text), text
+        assert ids == expected_tokenizer.encode(text), text
         for skip in (True, False):
-            whole = theirs.decode(ids, skip_special_tokens=skip)
+            whole = expected_tokenizer.decode(ids, skip_special_tokens=skip)
             assert tokenizer.decode(ids, skip) == whole
