@@ -179,9 +179,9 @@ class Scheduler:
 
     def _start_received(self) -> None:
         while self.received and len(self.running) < self._limits.max_num_seqs:
-            self._run(self.received.popleft())
+            self._add_running(self.received.popleft())
 
-    def _run(self, sequence: Sequence) -> None:
+    def _add_running(self, sequence: Sequence) -> None:
         bisect.insort(self.running, sequence, key=lambda other: other.number)
 
     def _schedule_decodes(self, preempted: list[Sequence]) -> list[Chunk]:
@@ -193,7 +193,7 @@ class Scheduler:
             if sequence.num_remaining != 1 or sequence.is_ending or sequence in preempted:
                 continue
             if self._grow(sequence, preempted):
-                chunks.append(_plan(sequence, 1))
+                chunks.append(_schedule_tokens(sequence, 1))
         return chunks
 
     def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
@@ -220,14 +220,14 @@ class Scheduler:
     def _continue_prefills(self, chunks: list[Chunk], budget: int) -> int:
         for sequence in self.running:
             if sequence.num_remaining > 1 and budget > 0:
-                budget -= self._take(sequence, chunks, budget)
+                budget -= self._schedule_prefill(sequence, chunks, budget)
         return budget
 
-    def _take(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
+    def _schedule_prefill(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
         count = sequence.num_remaining
         if self._limits.enable_chunked_prefill:
             count = min(count, budget)
-        chunks.append(_plan(sequence, count))
+        chunks.append(_schedule_tokens(sequence, count))
         return count
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[Sequence]:
@@ -245,9 +245,9 @@ class Scheduler:
             self.waiting.popleft()
             needed = num_blocks_for(len(sequence.token_ids), self._limits.block_size)
             sequence.block_table = self._pool.allocate(needed)
-            self._run(sequence)
+            self._add_running(sequence)
             admitted.append(sequence)
-            budget -= self._take(sequence, chunks, budget)
+            budget -= self._schedule_prefill(sequence, chunks, budget)
         return admitted
 
     def _fits(self, sequence: Sequence) -> bool:
@@ -257,7 +257,7 @@ class Scheduler:
         )
 
 
-def _plan(sequence: Sequence, count: int) -> Chunk:
+def _schedule_tokens(sequence: Sequence, count: int) -> Chunk:
     """Schedule the next ``count`` tokens of ``sequence``."""
     start = sequence.num_scheduled
     is_known = start + count <= len(sequence.token_ids)
