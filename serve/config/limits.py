@@ -1,9 +1,9 @@
-"""What replicas may take on at a time, from the options."""
+"""The limits of prefill and decode replicas, from the options."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from serve.config import options
@@ -13,37 +13,43 @@ from serve.model_config.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class PhaseLimits:
-    """What one replica may take on at a time."""
+    """The limits of the replicas that run one phase."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     gpu_memory_utilization: float
 
 
+PHASE_LIMITS = tuple(field.name for field in fields(PhaseLimits))
+
+
 def phase_limits(
-    given: argparse.Namespace, colocated: bool, model: ModelConfig
+    args: argparse.Namespace, colocated: bool, model: ModelConfig
 ) -> tuple[PhaseLimits, PhaseLimits]:
-    """Those of prefill and of decode replicas. ``ValueError`` if they contradict each other."""
-    context = given.max_model_len or model.max_position_embeddings
-    whole_prompt = 0 if given.enable_chunked_prefill else context
+    """Return the limits of prefill and of decode replicas; colocated, both are the same.
+
+    Raises ``ValueError`` if options contradict each other.
+    """
+    context = args.max_model_len or model.max_position_embeddings
+    whole_prompt = 0 if args.enable_chunked_prefill else context
     if colocated:
-        both = _limits(given, "", max(options.MIXED_BATCHED_TOKENS, whole_prompt))
+        both = _limits(args, "", max(options.MIXED_BATCHED_TOKENS, whole_prompt))
         return both, both
     tokens = max(options.PREFILL_BATCHED_TOKENS, whole_prompt)
     return (
-        _limits(given, "prefill_", tokens),
-        _limits(given, "decode_", options.DECODE_BATCHED_TOKENS),
+        _limits(args, "prefill_", tokens),
+        _limits(args, "decode_", options.DECODE_BATCHED_TOKENS),
     )
 
 
-def _limits(given: argparse.Namespace, prefix: str, default_tokens: int) -> PhaseLimits:
+def _limits(args: argparse.Namespace, prefix: str, default_tokens: int) -> PhaseLimits:
     def value(name: str) -> Any:
-        own = getattr(given, prefix + name)
-        return getattr(given, name) if own is None else own
+        specific = getattr(args, prefix + name)
+        return getattr(args, name) if specific is None else specific
 
     tokens = value("max_num_batched_tokens") or default_tokens
     seqs = value("max_num_seqs") or min(options.MAX_NUM_SEQS, tokens)
-    # Every running sequence takes a token of each step; a prefill replica runs fewer at a time.
+    # Decode needs a token of the step for every sequence. Prefill runs fewer sequences in a step.
     if seqs > tokens and prefix != "prefill_":
         raise ValueError(
             f"{option_name(prefix + 'max_num_seqs')} {seqs} exceeds "
@@ -54,19 +60,22 @@ def _limits(given: argparse.Namespace, prefix: str, default_tokens: int) -> Phas
 
 
 def checked_max_model_len(
-    given: argparse.Namespace, prefill: PhaseLimits, model: ModelConfig, notes: list[str]
+    args: argparse.Namespace, prefill: PhaseLimits, model: ModelConfig, notes: list[str]
 ) -> int | None:
-    """The longest context that was asked for, None if none was. ``ValueError`` if it cannot be.
+    """Return the longest context to serve, or None for as much as the model and the pools allow.
 
-    ``notes`` gets what was chosen for the user.
+    Appends choices made for the user to ``notes``. Raises ``ValueError`` if --max-model-len does
+    not fit.
     """
-    length: int | None = given.max_model_len
-    if given.num_blocks and given.block_size and length:
-        held = given.num_blocks * given.block_size
-        if length > held:
-            raise ValueError(f"--max-model-len {length} exceeds the {held} tokens of --num-blocks")
+    length: int | None = args.max_model_len
+    if args.num_blocks and args.block_size and length:
+        capacity = args.num_blocks * args.block_size
+        if length > capacity:
+            raise ValueError(
+                f"--max-model-len {length} exceeds the {capacity} tokens of --num-blocks"
+            )
     budget = prefill.max_num_batched_tokens
-    if given.enable_chunked_prefill or (length or model.max_position_embeddings) <= budget:
+    if args.enable_chunked_prefill or (length or model.max_position_embeddings) <= budget:
         return length
     if length is not None:
         raise ValueError(

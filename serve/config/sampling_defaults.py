@@ -1,4 +1,4 @@
-"""How requests that leave it open are sampled: what the checkpoint's author recommends."""
+"""SamplingDefaults: sampling parameters for requests that do not set their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from serve.model_config.file import read_generation_config
 from serve.request import SamplingParams
 
-# Lowest and highest value, also of a request's own.
+# The lowest and highest accepted value, for a checkpoint's recommendation and for a request.
 RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
@@ -23,9 +23,9 @@ _ABOVE_ZERO = ("top_p", "repetition_penalty")
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """One value for each field of ``SamplingParams`` that a checkpoint can recommend.
+    """A value for every field of ``SamplingParams`` that a checkpoint can recommend.
 
-    Without a recommendation they are the OpenAI API's.
+    The defaults here are those of the OpenAI API.
     """
 
     temperature: float = 1.0
@@ -34,33 +34,33 @@ class SamplingDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
-    def params(self, **given: Any) -> SamplingParams:
-        """``given`` fields, of which those that are None are left open, and the defaults."""
-        chosen = {name: value for name, value in given.items() if value is not None}
+    def params(self, **requested: Any) -> SamplingParams:
+        """Return the ``requested`` values, with defaults for those that are missing or None."""
+        chosen = {name: value for name, value in requested.items() if value is not None}
         return SamplingParams(**(asdict(self) | chosen))
 
     def __str__(self) -> str:
-        """Those that are not the OpenAI API's: ``temperature 0.7, top_p 0.8``."""
+        """Name the values that differ from the OpenAI API's: ``temperature 0.7, top_p 0.8``."""
         plain = asdict(SamplingDefaults())
         changed = {name: value for name, value in asdict(self).items() if value != plain[name]}
         return ", ".join(f"{name} {value:g}" for name, value in changed.items())
 
 
 def read_sampling_defaults(model: Path) -> SamplingDefaults:
-    """What generation_config.json in the directory ``model`` recommends; nothing in a .gguf file.
+    """Read the recommendations of generation_config.json in the directory ``model``.
 
-    ``do_sample`` is not asked: it is for callers of transformers that give no temperature. Raises
-    ``ValueError`` with one line.
+    A .gguf file has none. ``do_sample`` is ignored, because it is for callers of transformers that
+    set no temperature. Raises ``ValueError`` with one line for a value out of range.
     """
-    given = read_generation_config(model)
-    found = {name: given[name] for name in RANGES if given.get(name) is not None}
+    config = read_generation_config(model)
+    found = {name: config[name] for name in RANGES if config.get(name) is not None}
     for name, value in found.items():
-        if not _is_served(name, value):
+        if not _is_valid(name, value):
             raise ValueError(f"{model}: generation_config.json: {name} {value!r} is not supported")
     return SamplingDefaults(**found | {"top_k": max(0, found.get("top_k", 0))})
 
 
-def _is_served(name: str, value: Any) -> bool:
+def _is_valid(name: str, value: Any) -> bool:
     low, high = RANGES[name]
     is_number = isinstance(value, int if name == "top_k" else int | float)
     if not is_number or isinstance(value, bool) or not low <= value <= high:

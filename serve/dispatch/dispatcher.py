@@ -1,13 +1,16 @@
-"""The cluster on rank 0: where each request went and what came of it. It returns messages.
+"""Dispatcher: the requests of the cluster on rank 0, where each runs and what it has answered.
 
 A request, as rank 0 sees it::
 
     dispatch() -> waiting --token 0--> streaming --last token--> closed
                     |                     |
-                    +----- close() -------+-------------------> closed: its replicas are told
+                    +----- close() -------+-------------------> closed: Abort to its replicas
 
-Token 0 and the others have different senders, so later tokens may come first; they are held. Tokens
-of a closed request are answered with another Abort: the first one may have overtaken its request.
+Token 0 comes from the prefill replica and the others from the decode replica, so later tokens may
+arrive first; they are kept until token 0 is there. Tokens of a closed request are answered with
+another Abort, because the first Abort may have arrived before the request itself.
+
+The methods are synchronous and return the messages to send.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from serve.dispatch.output import Output
-from serve.dispatch.policies import POLICIES, Choice, PolicyInput
+from serve.dispatch.policies import POLICIES, Placement
 from serve.dispatch.replica_state import ReplicaState
 from serve.protocol.messages import Abort, AnyMessage, Delta, Prefill, Report
 from serve.request import FinishReason, Request, Timeline
@@ -25,7 +28,7 @@ from serve.topology import ReplicaInfo
 
 
 class Outgoing(NamedTuple):
-    """A message and the rank that it is for."""
+    """A message and the rank to send it to."""
 
     rank: int
     message: AnyMessage
@@ -40,14 +43,14 @@ class ActiveRequest:
     """One request that is not closed."""
 
     request: Request
-    choice: Choice
+    placement: Placement
     timeline: Timeline
-    num_tokens: int = 0  # given out so far
-    held: dict[int, Delta] = field(default_factory=dict)  # by first index: came too early
+    num_tokens: int = 0  # passed on to the client so far
+    early: dict[int, Delta] = field(default_factory=dict)  # arrived before their turn, by index
 
 
 class Dispatcher:
-    """Synchronous and without I/O; used on the event loop of rank 0."""
+    """Places requests and puts their tokens in order. Used on the event loop of rank 0."""
 
     def __init__(
         self,
@@ -57,12 +60,11 @@ class Dispatcher:
         clock: Callable[[], float],
     ) -> None:
         self._states = [ReplicaState(info) for info in replicas]
-        self._policy = POLICIES[policy]
+        self._policy = POLICIES[policy]()
         self.max_waiting = max_waiting
         self._clock = clock
         self._active: dict[str, ActiveRequest] = {}
-        self._num_dispatched = 0
-        self.num_waiting = 0  # live requests without a first token
+        self.num_waiting = 0  # active requests without a first token
 
     @property
     def num_active(self) -> int:
@@ -75,7 +77,7 @@ class Dispatcher:
         return self._states
 
     def cluster(self) -> list[dict[str, Any]]:
-        """The replicas of ``GET /cluster``."""
+        """Return the replicas as ``GET /cluster`` shows them."""
         return [state.describe() for state in self._states]
 
     def dispatch(self, requests: Sequence[Request]) -> list[Outgoing]:
@@ -87,25 +89,26 @@ class Dispatcher:
         return [self._dispatch_one(request) for request in requests]
 
     def close(self, request_id: str) -> list[Outgoing]:
-        """Close a request and tell its replicas; nothing if it is closed already."""
+        """Close a request and abort it on its replicas. Return nothing if it is closed already."""
         active = self._active.get(request_id)
         if active is None:
             return []
         self._close(active)
-        leaders = {self._states[replica].info.leader for replica in active.choice}
+        leaders = {self._states[replica].info.leader for replica in active.placement}
         return [Outgoing(leader, Abort(request_id)) for leader in sorted(leaders)]
 
     def on_report(
         self, report: Report, offset_s: float = 0.0
     ) -> tuple[list[Output], list[Outgoing]]:
-        """What a replica's report brings the clients, and whom to tell what.
+        """Take in a replica's report. Return the outputs for clients and the messages to send.
 
-        ``offset_s`` converts the replica's clock into rank 0's.
+        ``offset_s`` is added to the replica's time stamps to convert them to rank 0's clock.
         """
         state = self._states[report.replica_id]
         state.load = report.load
+        self._policy.on_report(report)
         outputs: list[Output] = []
-        unknown: set[str] = set()
+        unknown: set[str] = set()  # one Abort for each request, however many tokens arrived
         for delta in report.deltas:
             active = self._active.get(delta.request_id)
             if active is None:
@@ -113,12 +116,12 @@ class Dispatcher:
                 continue
             if delta.timeline is not None:
                 active.timeline.merge(delta.timeline, offset_s)
-            active.held[delta.first_index] = delta
-            outputs += self._release(active)
+            active.early[delta.first_index] = delta
+            outputs += self._pass_on_in_order(active)
         return outputs, [Outgoing(state.info.leader, Abort(r)) for r in sorted(unknown)]
 
     def fail_all(self, reason: str) -> list[Output]:
-        """Close every request with an error; nobody is told, for the job is ending."""
+        """Close every request with an error. The replicas get no Abort: the job is ending."""
         outputs = []
         for active in list(self._active.values()):
             self._close(active)
@@ -136,35 +139,34 @@ class Dispatcher:
         return outputs
 
     def _dispatch_one(self, request: Request) -> Outgoing:
-        choice = self._policy(PolicyInput(request, self._states, self._num_dispatched))
-        self._num_dispatched += 1
-        active = ActiveRequest(request, choice, Timeline(arrived_s=self._clock()))
+        placement = self._policy.choose(request, self._states)
+        active = ActiveRequest(request, placement, Timeline(arrived_s=self._clock()))
         self._active[request.id] = active
         self.num_waiting += 1
-        prefill, decode = self._states[choice.prefill], self._states[choice.decode]
+        prefill, decode = self._states[placement.prefill], self._states[placement.decode]
         prefill.num_prefill_tokens += len(request.prompt_ids)
         decode.num_decode_tokens += len(request.prompt_ids)
-        for state in self._involved(active):
+        for state in self._states_of(active):
             state.num_requests += 1
-        return Outgoing(prefill.info.leader, Prefill(request, choice.decode))
+        return Outgoing(prefill.info.leader, Prefill(request, placement.decode))
 
-    def _involved(self, active: ActiveRequest) -> list[ReplicaState]:
-        return [self._states[replica] for replica in set(active.choice)]
+    def _states_of(self, active: ActiveRequest) -> list[ReplicaState]:
+        return [self._states[replica] for replica in set(active.placement)]
 
-    def _release(self, active: ActiveRequest) -> list[Output]:
-        """The outputs whose turn it is."""
+    def _pass_on_in_order(self, active: ActiveRequest) -> list[Output]:
+        """Return outputs up to the first missing token."""
         outputs = []
-        while (delta := active.held.pop(active.num_tokens, None)) is not None:
-            outputs.append(self._give_out(active, delta))
+        while (delta := active.early.pop(active.num_tokens, None)) is not None:
+            outputs.append(self._pass_on(active, delta))
             if delta.finish_reason is not None:
                 break
         return outputs
 
-    def _give_out(self, active: ActiveRequest, delta: Delta) -> Output:
+    def _pass_on(self, active: ActiveRequest, delta: Delta) -> Output:
         if active.num_tokens == 0 and delta.token_ids:
             self._on_first_token(active)
         active.num_tokens += len(delta.token_ids)
-        self._states[active.choice.decode].num_decode_tokens += len(delta.token_ids)
+        self._states[active.placement.decode].num_decode_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             active.timeline.finished_s = self._clock()
             self._close(active)
@@ -181,13 +183,14 @@ class Dispatcher:
     def _on_first_token(self, active: ActiveRequest) -> None:
         self.num_waiting -= 1
         prompt_length = len(active.request.prompt_ids)
-        self._states[active.choice.prefill].num_prefill_tokens -= prompt_length
+        self._states[active.placement.prefill].num_prefill_tokens -= prompt_length
 
     def _close(self, active: ActiveRequest) -> None:
         del self._active[active.request.id]
         if active.num_tokens == 0:
             self._on_first_token(active)
         context = len(active.request.prompt_ids) + active.num_tokens
-        self._states[active.choice.decode].num_decode_tokens -= context
-        for state in self._involved(active):
+        self._states[active.placement.decode].num_decode_tokens -= context
+        for state in self._states_of(active):
             state.num_requests -= 1
+        self._policy.on_finished(active.request, active.placement)

@@ -1,7 +1,8 @@
-"""Counters and histograms of rank 0, under vLLM's names where stock dashboards ask for them.
+"""Metrics: the Prometheus counters, gauges and histograms of rank 0.
 
-Labels are the dashboards' own: ``model_name``, and ``engine`` for the replica where one is meant
-("0" for what belongs to the whole job). Names that start with ``serve:`` are ours.
+Metrics that vLLM has too carry vLLM's names and labels, so that dashboards made for vLLM work. The
+label ``model_name`` is the model and ``engine`` the replica, or "0" for a metric of the whole job.
+Metrics that only this server has start with ``serve:``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _STAGE_S = (0.0001, 0.001, 0.005, 0.01, 0.025, 0.05, *_ITL_S[4:], 160.0)
 _TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 _ITERATION = (1.0, *(float(2**e) for e in range(3, 15)))
 
-# DistServe's five stages (OSDI'24, section 4): from which stamp to which.
+# DistServe's five stages (OSDI'24, section 4) as the first and last stamp of each.
 _STAGES = {
     "prefill_queue": ("prefill_queued_s", "prefill_started_s"),
     "prefill": ("prefill_started_s", "prefill_ended_s"),
@@ -44,23 +45,32 @@ _STAGES = {
 }
 
 _HISTOGRAMS = {
-    "time_to_first_token_seconds": ("Arrival to first token.", _TTFT_S),
-    "inter_token_latency_seconds": ("Between two outputs, per token.", _ITL_S),
-    "request_time_per_output_token_seconds": ("Mean per request, after the first.", _ITL_S),
-    "e2e_request_latency_seconds": ("Arrival to last token.", _LATENCY_S),
-    "request_queue_time_seconds": ("Waiting for prefill.", _LATENCY_S),
-    "request_prefill_time_seconds": ("Computing the prompt.", _LATENCY_S),
-    "request_decode_time_seconds": ("First token to last.", _LATENCY_S),
-    "request_inference_time_seconds": ("Prefill start to last token.", _LATENCY_S),
-    "request_prompt_tokens": ("Length of the prompt.", _TOKENS),
-    "request_generation_tokens": ("Length of the output.", _TOKENS),
-    "request_max_num_generation_tokens": ("The longest output of the request.", _TOKENS),
+    "time_to_first_token_seconds": ("Time from arrival to the first token.", _TTFT_S),
+    "inter_token_latency_seconds": (
+        "Time between two outputs, divided by the number of tokens in the second.",
+        _ITL_S,
+    ),
+    "request_time_per_output_token_seconds": (
+        "Mean time per output token of a request, without the first token.",
+        _ITL_S,
+    ),
+    "e2e_request_latency_seconds": ("Time from arrival to the last token.", _LATENCY_S),
+    "request_queue_time_seconds": ("Time in the prefill queue.", _LATENCY_S),
+    "request_prefill_time_seconds": ("Time to compute the prompt.", _LATENCY_S),
+    "request_decode_time_seconds": ("Time from the first token to the last.", _LATENCY_S),
+    "request_inference_time_seconds": (
+        "Time from the start of prefill to the last token.",
+        _LATENCY_S,
+    ),
+    "request_prompt_tokens": ("Tokens in the prompt.", _TOKENS),
+    "request_generation_tokens": ("Tokens in the output.", _TOKENS),
+    "request_max_num_generation_tokens": ("Tokens in the longest output of a request.", _TOKENS),
     "request_params_max_tokens": ("max_tokens of the request.", _TOKENS),
     "request_params_n": ("Choices per request.", (1.0, 2.0, 5.0, 10.0, 20.0)),
     "iteration_tokens_total": ("Tokens computed in one step.", _ITERATION),
 }
 
-# The dashboards' names for some of these spans.
+# vLLM's names for some of these stages.
 _VLLM_STAGES = {
     "prefill_queue": "request_queue_time_seconds",
     "prefill": "request_prefill_time_seconds",
@@ -74,7 +84,7 @@ _COUNTERS = {
 
 _GAUGES = {
     "num_requests_running": "Requests in a replica's batches.",
-    "num_requests_waiting": "Requests that wait in a replica.",
+    "num_requests_waiting": "Requests waiting in a replica.",
     "kv_cache_usage_perc": "Used share of a replica's KV blocks, 0 to 1.",
 }
 
@@ -84,8 +94,8 @@ _REPLICA_GAUGES = (
 
 
 @dataclass(slots=True)
-class _Open:
-    """What is remembered of a request until it ends."""
+class _OpenRequest:
+    """What has to be known of a request until it ends."""
 
     request: Request
     arrived_s: float
@@ -96,15 +106,14 @@ class _Open:
 
 @dataclass(slots=True)
 class _LoadGauges:
-    """What shows the load of one replica."""
+    """The metrics that show the load of one replica."""
 
     own: dict[str, Gauge]
     vllm: dict[str, Gauge]
     preemptions: Counter
     num_preemptions: int = 0
 
-    def show(self, load: ReplicaLoad) -> None:
-        """Set everything to ``load``."""
+    def update(self, load: ReplicaLoad) -> None:
         for name, gauge in self.own.items():
             gauge.set(getattr(load, name))
         used = load.num_blocks - load.num_free_blocks
@@ -117,12 +126,15 @@ class _LoadGauges:
 
 
 class Metrics:
-    """One registry of its own. All but ``exposition`` is called on the event loop of rank 0."""
+    """All metrics of a job, in a registry of their own.
+
+    Every method but ``exposition`` is called on the event loop of rank 0.
+    """
 
     def __init__(self, model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._model_name = model_name
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, _OpenRequest] = {}
         self._loads: dict[int, _LoadGauges] = {}
         self._histograms = {
             name: self._family(Histogram, f"vllm:{name}", help_, buckets=buckets).labels(
@@ -131,7 +143,11 @@ class Metrics:
             for name, (help_, buckets) in _HISTOGRAMS.items()
         }
         stages = self._family(
-            Histogram, "serve:request_stage_seconds", "A stage.", "stage", buckets=_STAGE_S
+            Histogram,
+            "serve:request_stage_seconds",
+            "Time in one stage of a request.",
+            "stage",
+            buckets=_STAGE_S,
         )
         self._stages = {stage: stages.labels(model_name, "0", stage) for stage in _STAGES}
         self._counters = {
@@ -141,7 +157,7 @@ class Metrics:
         success = self._family(
             Counter, "vllm:request_success", "Requests ended.", "finished_reason"
         )
-        # All reasons from the start: a counter that appears with its first event shows no rate.
+        # Create all reasons now, because a counter that appears with its first event has no rate.
         self._success = {
             reason: success.labels(model_name, "0", str(reason)) for reason in FinishReason
         }
@@ -162,31 +178,34 @@ class Metrics:
         }
 
     def exposition(self) -> tuple[bytes, str]:
-        """The body of ``GET /metrics`` and its content type. Takes milliseconds: any thread may."""
+        """Return the body of ``GET /metrics`` and its content type.
+
+        It takes milliseconds, so it may be called in any thread.
+        """
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def on_ready(self, replica_id: int, num_blocks: int, block_size: int) -> None:
-        """A replica has ``num_blocks`` blocks of KV cache."""
+        """Publish the size of a replica's KV cache: blocks, and tokens in each block."""
         labels = (self._model_name, str(replica_id), str(block_size), str(num_blocks))
         self._cache_config.labels(*labels).set(1)
 
     def on_call(self, n: int, num_prompts: int) -> None:
-        """A client asks for ``n`` choices of each of so many prompts."""
+        """Count an API call with ``num_prompts`` prompts and ``n`` choices of each."""
         for _ in range(num_prompts):
             self._histograms["request_params_n"].observe(n)
 
     def on_accepted(self, request: Request, now_s: float) -> None:
-        """A request is dispatched."""
-        self._open[request.id] = _Open(request, now_s)
+        """Count a request that was dispatched."""
+        self._open[request.id] = _OpenRequest(request, now_s)
         self._counters["prompt_tokens"].inc(len(request.prompt_ids))
         self._histograms["request_params_max_tokens"].observe(request.sampling.max_tokens)
 
     def on_rejected(self, reason: str, count: int) -> None:
-        """``count`` requests were refused."""
+        """Count ``count`` refused requests."""
         self._rejected.labels(self._model_name, "0", reason).inc(count)
 
     def on_output(self, output: Output, now_s: float) -> None:
-        """Tokens of a request came, or its end."""
+        """Count the new tokens of a request, and its end if it has ended."""
         state = self._open[output.request_id]
         count = len(output.token_ids)
         if count:
@@ -196,15 +215,15 @@ class Metrics:
             self._observe_end(state, output, output.finish_reason, now_s)
 
     def on_report(self, report: Report) -> None:
-        """A replica's load, and what its step computed."""
+        """Show a replica's load and count the tokens of its step."""
         gauges = self._loads.get(report.replica_id)
         if gauges is None:
             gauges = self._loads[report.replica_id] = self._load_gauges(report.replica_id)
-        gauges.show(report.load)
+        gauges.update(report.load)
         if report.num_step_tokens:
             self._histograms["iteration_tokens_total"].observe(report.num_step_tokens)
 
-    def _observe_tokens(self, state: _Open, count: int, now_s: float) -> None:
+    def _observe_tokens(self, state: _OpenRequest, count: int, now_s: float) -> None:
         self._counters["generation_tokens"].inc(count)
         if state.num_tokens == 0:
             state.first_s = now_s
@@ -217,7 +236,7 @@ class Metrics:
         state.last_s = now_s
 
     def _observe_end(
-        self, state: _Open, output: Output, reason: FinishReason, now_s: float
+        self, state: _OpenRequest, output: Output, reason: FinishReason, now_s: float
     ) -> None:
         self._success[reason].inc()
         observe = {name: child.observe for name, child in self._histograms.items()}
@@ -258,7 +277,7 @@ class Metrics:
 
 
 def _span(timeline: Timeline, start: str, end: str) -> float | None:
-    """Seconds between two stamps; None where one is missing."""
+    """Return the seconds between two stamps, or None if one is missing."""
     begin_s, end_s = getattr(timeline, start), getattr(timeline, end)
-    # Two clocks may disagree by the error of their offset.
+    # The stamps may come from two clocks, whose offset has an error: never below zero.
     return None if begin_s is None or end_s is None else max(0.0, end_s - begin_s)

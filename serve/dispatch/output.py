@@ -1,4 +1,4 @@
-"""What a client of the dispatcher gets of its request, step by step."""
+"""Output: the tokens of one request as the dispatcher passes them on, step by step."""
 
 from __future__ import annotations
 

@@ -1,77 +1,112 @@
-"""Where a request is prefilled and where it is decoded: a function per policy, on plain data."""
+"""Dispatch policies: choose the replicas that prefill and decode a request.
+
+To add a policy, derive a class from ``DispatchPolicy`` and enter it in ``POLICIES``. Its key there
+is its name on the command line (``--dispatch-policy``).
+"""
 
 from __future__ import annotations
 
+import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from serve.dispatch.replica_state import ReplicaState
+from serve.protocol.messages import Report
 from serve.request import Request
 
 
-class Choice(NamedTuple):
-    """Replica ids; the same one twice where a replica does both."""
+class Placement(NamedTuple):
+    """The ids of the replicas that prefill and decode a request; equal where one does both."""
 
     prefill: int
     decode: int
 
 
-class PolicyInput(NamedTuple):
-    """What a policy may look at. ``number`` counts the requests dispatched before."""
+class DispatchPolicy(ABC):
+    """Chooses replicas on plain data. Each dispatcher has an instance of its own."""
 
-    request: Request
-    replicas: Sequence[ReplicaState]
-    number: int
+    summary: ClassVar[str]  # completes the help text of --dispatch-policy
+
+    @abstractmethod
+    def choose(self, request: Request, replicas: Sequence[ReplicaState]) -> Placement:
+        """Return where ``request`` runs. ``replicas`` are in order of their ids: only read them.
+
+        The dispatcher calls this once for each request that it dispatches.
+        """
+
+    def on_report(self, report: Report) -> None:  # noqa: B027  # a policy may ignore reports
+        """Note a replica's report. Its load is in the ``ReplicaState`` already."""
+
+    def on_finished(self, request: Request, placement: Placement) -> None:  # noqa: B027
+        """Note that a request is closed: finished, aborted or failed."""
 
 
-Policy = Callable[[PolicyInput], Choice]
+Pick = Callable[[list[ReplicaState]], ReplicaState]
 
 
-def round_robin(given: PolicyInput) -> Choice:
-    """Each in turn, on both sides."""
+def _place(replicas: Sequence[ReplicaState], pick_prefill: Pick, pick_decode: Pick) -> Placement:
+    prefill = pick_prefill([state for state in replicas if state.prefills])
+    if prefill.decodes:  # colocated: the KV stays where it is computed
+        return Placement(prefill.info.id, prefill.info.id)
+    decode = pick_decode([state for state in replicas if state.decodes])
+    return Placement(prefill.info.id, decode.info.id)
 
-    def pick(candidates: list[ReplicaState]) -> ReplicaState:
-        return candidates[given.number % len(candidates)]
 
-    return _choose(given, pick, pick)
+class RoundRobin(DispatchPolicy):
+    """Takes prefill replicas in turn, and decode replicas in turn."""
+
+    summary = "each replica in turn"
+
+    def __init__(self) -> None:
+        self._counter = itertools.count()
+
+    def choose(self, request: Request, replicas: Sequence[ReplicaState]) -> Placement:
+        """Return the next replica of either kind."""
+        turn = next(self._counter)
+
+        def pick(candidates: list[ReplicaState]) -> ReplicaState:
+            return candidates[turn % len(candidates)]
+
+        return _place(replicas, pick, pick)
 
 
-def least_num_unfinished_tokens(given: PolicyInput) -> Choice:
-    """The prefill replica with the fewest prompt tokens to compute, the decode replica with the
-    smallest context to read; where they are equal, each in turn.
+class LeastNumUnfinishedTokens(DispatchPolicy):
+    """Takes the replicas with the least work left; equal ones in turn.
+
+    That is the prefill replica with the fewest prompt tokens to compute, and the decode replica
+    whose requests have the fewest tokens of context.
     """
 
-    def rotated(candidates: list[ReplicaState]) -> list[ReplicaState]:
-        start = given.number % len(candidates)
-        return candidates[start:] + candidates[:start]
+    summary = "the replica with the fewest tokens to work on"
 
-    def pick_prefill(candidates: list[ReplicaState]) -> ReplicaState:
-        return min(rotated(candidates), key=_num_unfinished_tokens)
+    def __init__(self) -> None:
+        self._counter = itertools.count()
 
-    def pick_decode(candidates: list[ReplicaState]) -> ReplicaState:
-        return min(rotated(candidates), key=lambda state: state.num_decode_tokens)
+    def choose(self, request: Request, replicas: Sequence[ReplicaState]) -> Placement:
+        """Return the least loaded replica of either kind."""
+        turn = next(self._counter)
 
-    return _choose(given, pick_prefill, pick_decode)
+        def pick_prefill(candidates: list[ReplicaState]) -> ReplicaState:
+            return min(_rotate(candidates, turn), key=_num_unfinished_tokens)
+
+        def pick_decode(candidates: list[ReplicaState]) -> ReplicaState:
+            return min(_rotate(candidates, turn), key=lambda state: state.num_decode_tokens)
+
+        return _place(replicas, pick_prefill, pick_decode)
+
+
+def _rotate(candidates: list[ReplicaState], turn: int) -> list[ReplicaState]:
+    start = turn % len(candidates)
+    return candidates[start:] + candidates[:start]
 
 
 def _num_unfinished_tokens(state: ReplicaState) -> int:
-    # A replica that also decodes is as busy as both phases make it.
+    # The load of a replica that also decodes is the sum of both phases.
     return state.num_prefill_tokens + (state.num_decode_tokens if state.decodes else 0)
 
 
-def _choose(
-    given: PolicyInput,
-    pick_prefill: Callable[[list[ReplicaState]], ReplicaState],
-    pick_decode: Callable[[list[ReplicaState]], ReplicaState],
-) -> Choice:
-    prefill = pick_prefill([state for state in given.replicas if state.prefills])
-    if prefill.decodes:  # colocated: the KV stays where it is computed
-        return Choice(prefill.info.id, prefill.info.id)
-    decode = pick_decode([state for state in given.replicas if state.decodes])
-    return Choice(prefill.info.id, decode.info.id)
-
-
-POLICIES: dict[str, Policy] = {
-    "round-robin": round_robin,
-    "least-num-unfinished-tokens": least_num_unfinished_tokens,
+POLICIES: dict[str, type[DispatchPolicy]] = {
+    "round-robin": RoundRobin,
+    "least-num-unfinished-tokens": LeastNumUnfinishedTokens,
 }

@@ -1,4 +1,4 @@
-"""What rank 0 knows of one replica: what it reported, and what was sent to it since."""
+"""ReplicaState: what rank 0 knows of one replica, from its reports and from dispatching."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from serve.topology import ReplicaInfo, Role
 
 @dataclass(slots=True)
 class ReplicaState:
-    """Plain data for policies and for ``GET /cluster``."""
+    """Plain data for dispatch policies and ``GET /cluster``.
+
+    ``load`` is the replica's last report. The dispatcher keeps the other counts itself, so that
+    they include requests that the replica has not reported yet.
+    """
 
     info: ReplicaInfo
     load: ReplicaLoad = field(default_factory=ReplicaLoad)
-    num_prefill_tokens: int = 0  # of prompts sent here whose first token has not come
-    num_decode_tokens: int = 0  # context of the live requests that decode here
-    num_requests: int = 0  # live requests with either phase here
+    num_prefill_tokens: int = 0  # of prompts sent here whose first token has not arrived
+    num_decode_tokens: int = 0  # context of the active requests that decode here
+    num_requests: int = 0  # active requests with either phase here
 
     @property
     def prefills(self) -> bool:
@@ -30,7 +34,7 @@ class ReplicaState:
         return self.info.role is not Role.PREFILL
 
     def describe(self) -> dict[str, Any]:
-        """This replica in ``GET /cluster``."""
+        """Return this replica's entry in the answer to ``GET /cluster``."""
         info, load = self.info, self.load
         return {
             "id": info.id,

@@ -1,4 +1,4 @@
-"""What HTTP handlers and the offline interface talk to: submit requests, read their streams."""
+"""Service: submit requests and read their streams, for HTTP handlers and the offline interface."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from serve.request import FinishReason, Request
 
 __all__ = ["Output", "Overloaded", "Service", "Stream", "Unavailable", "read_all"]
 
-MAX_UNREAD = 64  # outputs that a slow reader leaves as they came; beyond, they are joined
+MAX_UNREAD = 64  # outputs kept apart for a slow reader; one more, and they are joined
 RETRY_WHEN_FULL_S = 1.0
 RETRY_WHEN_DOWN_S = 5.0
 
 
 class Overloaded(Exception):
-    """Too many requests wait; try again after ``retry_after_s`` seconds."""
+    """Too many requests wait. The client may try again after ``retry_after_s`` seconds."""
 
     def __init__(self, message: str, retry_after_s: float = RETRY_WHEN_FULL_S) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class Overloaded(Exception):
 
 
 class Unavailable(Exception):
-    """The server is starting or draining; ``reason`` says which."""
+    """The server is starting or draining. ``reason`` says which."""
 
     def __init__(self, reason: str, retry_after_s: float = RETRY_WHEN_DOWN_S) -> None:
         super().__init__(reason)
@@ -40,24 +40,25 @@ class Unavailable(Exception):
 
 
 class Stream:
-    """The outputs of one request, for one reader; ends after the one with a ``finish_reason``.
+    """The outputs of one request, for one reader. It ends after the first ``finish_reason``.
 
-    What a slow reader has not taken comes to it as one output.
+    Outputs that a slow reader has not taken are joined into one.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.num_tokens = 0  # that came so far, read or not
+        self.num_tokens = 0  # received so far, read or not
         self._unread: list[Output] = []
         self._ended = False
         self._changed = asyncio.Event()
 
     def put(self, output: Output) -> None:
-        """Add what came. After the end nothing is added."""
+        """Add an output. Ignore it if the stream has ended."""
         if self._ended:
             return
         self._ended = output.finish_reason is not None
         self.num_tokens += len(output.token_ids)
+        # Join them, so that a reader that stopped does not collect an object for every token.
         if len(self._unread) == MAX_UNREAD:
             merged = self.take()
             self._unread = [merged] if merged is not None else []
@@ -70,7 +71,7 @@ class Stream:
         return self._ended and not self._unread
 
     def take(self) -> Output | None:
-        """All that is unread, as one output; None if there is nothing."""
+        """Return all unread outputs joined into one, or None if there are none."""
         unread, self._unread = self._unread, []
         if len(unread) < 2:
             return unread[0] if unread else None
@@ -82,7 +83,7 @@ class Stream:
         )
 
     def signal(self, changed: asyncio.Event) -> None:
-        """Set ``changed`` whenever something comes, instead of the stream's own event."""
+        """Set ``changed`` at every new output, instead of the stream's own event."""
         self._changed = changed
 
     async def __aiter__(self) -> AsyncIterator[Output]:
@@ -91,12 +92,12 @@ class Stream:
 
 
 async def read_all(streams: Sequence[Stream]) -> AsyncIterator[list[tuple[int, Output]]]:
-    """What came of any of ``streams``, with the index of each; until all have ended."""
+    """Yield the new outputs of ``streams``, each with its stream's index, until all have ended."""
     changed = asyncio.Event()
-    changed.set()  # something may have come already
+    changed.set()  # there may be outputs already
     for stream in streams:
         stream.signal(changed)
-    if len(streams) == 1:  # nearly always: nothing to choose from
+    if len(streams) == 1:  # the common case, which needs no bookkeeping
         only = streams[0]
         while not only.exhausted:
             await changed.wait()
@@ -120,7 +121,7 @@ async def read_all(streams: Sequence[Stream]) -> AsyncIterator[list[tuple[int, O
 
 
 class Service:
-    """Ties requests to streams. Used on the event loop of rank 0."""
+    """Connects requests with their streams. Used on the event loop of rank 0."""
 
     def __init__(
         self,
@@ -142,20 +143,21 @@ class Service:
 
     @property
     def num_active(self) -> int:
-        """Requests that are not answered to their end."""
+        """Requests that have not ended."""
         return self._dispatcher.num_active
 
     @property
     def max_waiting(self) -> int:
-        """Requests without a first token that may be live; ``submit`` never takes more at once."""
+        """How many active requests may lack a first token. ``submit`` never accepts more."""
         return self._dispatcher.max_waiting
 
     def set_ready(
         self, max_model_len: int, block_size: int = 0, num_blocks: Mapping[int, int] | None = None
     ) -> None:
-        """Every replica is ready; contexts hold ``max_model_len`` tokens.
+        """Accept requests from now on: every replica is ready.
 
-        ``num_blocks`` by replica id; it and ``block_size`` are for the metrics only.
+        A context holds up to ``max_model_len`` tokens. ``block_size`` (in tokens) and
+        ``num_blocks`` (by replica id) are for the metrics only.
         """
         self.max_model_len = max_model_len
         self.ready = True
@@ -167,11 +169,11 @@ class Service:
         self.draining = True
 
     async def drained(self) -> None:
-        """Wait until no request is live."""
+        """Wait until no request is active."""
         await self._idle.wait()
 
     def check_open(self) -> None:
-        """``Unavailable`` unless requests are taken."""
+        """Raise ``Unavailable`` if no requests are accepted now."""
         if self.draining:
             raise Unavailable("the server is shutting down")
         if not self.ready:
@@ -180,12 +182,12 @@ class Service:
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         """Accept all of ``requests`` or, raising ``Overloaded`` or ``Unavailable``, none.
 
-        ``ValueError`` if their ids are not unlike each other and those of all live requests.
+        Raises ``ValueError`` if two of them, or one and an active request, have the same id.
         """
         self.check_open()
         ids = {request.id for request in requests}
         if len(ids) < len(requests) or not ids.isdisjoint(self._streams):
-            raise ValueError("a request with this id is live")
+            raise ValueError("a request with this id is active")
         try:
             outgoing = self._dispatcher.dispatch(requests)
         except TooManyWaiting as error:
@@ -201,7 +203,7 @@ class Service:
         return streams
 
     def abort(self, request_id: str) -> None:
-        """Stop a request wherever it is; unknown and ended ones are ignored."""
+        """Stop a request on every replica. Ignore unknown and ended ones."""
         outgoing = self._dispatcher.close(request_id)
         if not outgoing:
             return
@@ -217,7 +219,7 @@ class Service:
         self._send_all(outgoing)
 
     def on_report(self, report: Report, offset_s: float = 0.0) -> None:
-        """Pass a replica's report on to the streams."""
+        """Pass the tokens in a replica's report on to the streams."""
         outputs, outgoing = self._dispatcher.on_report(report, offset_s)
         self._metrics.on_report(report)
         for output in outputs:
@@ -225,13 +227,13 @@ class Service:
         self._send_all(outgoing)
 
     def fail_all(self, reason: str) -> None:
-        """End every stream with an error, and accept nothing more."""
+        """End every stream with an error and accept no more requests."""
         self.draining = True
         for output in self._dispatcher.fail_all(reason):
             self._pass_on(output)
 
     def cluster(self) -> list[dict[str, Any]]:
-        """The replicas of ``GET /cluster``."""
+        """Return the replicas as ``GET /cluster`` shows them."""
         return self._dispatcher.cluster()
 
     def _pass_on(self, output: Output) -> None:

@@ -35,11 +35,11 @@ class KVLayout:
         return math.prod(self.block_shape) * self.element_bytes
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks ``num_tokens`` tokens need."""
         return num_blocks_for(num_tokens, self.block_size)
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    """Return how many blocks hold ``num_tokens`` tokens; the last one may be partly filled."""
     return -(-num_tokens // block_size)
 
 

@@ -145,9 +145,7 @@ class ReplicaLoad(Struct, frozen=True, kw_only=True):
     num_running: int = 0
     num_receiving: int = 0
     num_sending: int = 0
-    num_unfinished_tokens: int = 0
     num_preemptions: int = 0
-    num_steps: int = 0
 
 
 class Report(Message, frozen=True):

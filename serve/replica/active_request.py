@@ -1,4 +1,4 @@
-"""Live: a sequence with what only its replica's leader needs."""
+"""ActiveRequest: a sequence with the state that only its replica's leader needs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from serve.tokenizer.detokenizer import Detokenizer
 
 @dataclass(eq=False, slots=True)
 class ActiveRequest:
-    """One request on its way through this replica."""
+    """One request that this replica prefills or decodes."""
 
     sequence: Sequence
     detokenizer: Detokenizer
     decode_replica: int
-    reported: bool = False  # whether rank 0 has this replica's timeline
+    timeline_reported: bool = False  # whether rank 0 has this replica's timeline
 
     def unreported_timeline(self) -> Timeline | None:
-        """The timeline of this replica, with its first token of the request only."""
-        reported, self.reported = self.reported, True
+        """Return the timeline at the first call, None after that: rank 0 needs it once."""
+        reported, self.timeline_reported = self.timeline_reported, True
         return None if reported else self.sequence.timeline

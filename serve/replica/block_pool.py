@@ -1,4 +1,4 @@
-"""Which KV blocks are free; it knows ids, not tensors."""
+"""BlockPool: which KV blocks of a replica are free. It holds ids, no tensors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """Hands out block ids ``0 .. num_blocks - 1``. A block is free or owned by one holder.
+    """Allocates block ids ``0 .. num_blocks - 1``. A block is free or owned by one holder.
 
-    The pool does not know the holders; it refuses to take back a block that is already free, so a
-    second owner shows itself at the first double free.
+    The pool does not record the holders. It refuses to free a block that is free already, so a bug
+    that gives a block two owners shows at the first double free.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -19,11 +19,14 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody owns."""
+        """Blocks without an owner."""
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` blocks, now owned by the caller. ``ValueError`` if there are fewer free."""
+        """Return ``count`` blocks, which the caller then owns.
+
+        Raises ``ValueError`` if fewer are free.
+        """
         if count > len(self._free):
             raise ValueError(f"{count} blocks asked for, {len(self._free)} free")
         blocks = [self._free.pop() for _ in range(count)]
@@ -32,7 +35,7 @@ class BlockPool:
         return blocks
 
     def free(self, blocks: Iterable[int]) -> None:
-        """Take ``blocks`` back from their owner. ``ValueError`` if one of them is free already."""
+        """Take ``blocks`` back from their owner. Raises ``ValueError`` if one is free already."""
         for block in blocks:
             if self._is_free[block]:
                 raise ValueError(f"block {block} is freed twice")

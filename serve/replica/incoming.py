@@ -1,19 +1,23 @@
-"""What a replica is being given: loans of its blocks to prefill replicas. Pure.
+"""IncomingTransfers: the decode side of KV transfers, from the offer to the last push. Pure.
 
-One loan, with who may touch its blocks::
+The states of one request, with the owner of its blocks::
 
-    Offer --> offered --reserve()--> lent --Push(handover)--> all received --> arrived
-              no blocks              blocks owned by the loan;                 blocks owned by
-                 |                   prefill replica may fill them             the sequence
+    Offer --> offered --reserve()--> reserved --last push received--> received
+              no blocks              blocks owned by the              blocks owned by
+                 |                   reservation; the prefill         the sequence
+                 |                   replica may fill them
                  |                     |
-                 +-- Withdraw, abort   +-- Withdraw(num_pushes) or abort: closing
-                     forgotten             blocks free once every announced push was received
+                 |                     +-- Withdraw or abort --> closing
+                 |                                               blocks are freed when every
+                 |                                               announced push is received
+                 +-- Withdraw or abort --> forgotten
 
-An aborted loan still waits for the end that the prefill side announces (a last push or a Withdraw):
-until then a transfer may be under way.
+The prefill side ends a reservation with its last push or with ``Withdraw(num_pushes)``. An aborted
+reservation waits for that end too, because until then a transfer may still write to its blocks.
 
-Blocks of the prompt that its first decoded token does not see are neither reserved nor sent: both
-sides derive the first one that is from the prompt's length and the model's window.
+With a sliding window, the first decoded token does not see the first blocks of a long prompt. Those
+are neither reserved nor sent. Both sides compute the first block that is needed from the length of
+the prompt and the model's window.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from serve.model_config.kv_layout import num_blocks_for
 from serve.protocol.messages import (
     DetokenizerState,
     Handover,
@@ -42,40 +47,40 @@ class Reservation:
 
     request: Request
     prefill_replica: int
-    first_block: int  # of the prompt, that is in ``blocks``
+    first_block: int  # index in the prompt of the first of ``blocks``
     blocks: list[int]
     number: int  # age on this replica
     num_announced: int = 0
     num_received: int = 0
-    num_expected: int | None = None  # pushes in all, once the prefill side has told
+    num_expected: int | None = None  # pushes in all; None until the prefill side has said so
     handover: Handover | None = None
     aborted: bool = False
     timeline: Timeline = field(default_factory=Timeline)
 
     @property
     def complete(self) -> bool:
-        """The prefill side has ended the loan and every announced push is received."""
+        """Whether the prefill side has ended the reservation and every push is received."""
         return self.num_expected is not None and self.num_received == self.num_expected
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
-    """A sequence that has all its KV here, and where its detokeniser stopped."""
+class ReceivedSequence:
+    """A sequence whose KV is complete on this replica, and the state of its detokeniser."""
 
     sequence: Sequence
-    text: DetokenizerState
+    detokenizer_state: DetokenizerState
 
 
 @dataclass(frozen=True, slots=True)
-class Received:
-    """One push out of its staging slot; ``arrival`` if it completed a sequence."""
+class ReceivedPush:
+    """The plan entry that unpacks a push; ``completed`` is set if it was the sequence's last."""
 
     unpack: Unpack
-    arrival: Arrival | None
+    completed: ReceivedSequence | None
 
 
 class IncomingTransfers:
-    """The decode side of every loan of one replica."""
+    """The offers, reservations and announced pushes of one replica's decode side."""
 
     def __init__(
         self, pool: BlockPool, limits: SchedulerLimits, clock: Callable[[], float]
@@ -83,32 +88,35 @@ class IncomingTransfers:
         self._pool = pool
         self._limits = limits
         self._clock = clock
-        self._offers: dict[str, Offer] = {}  # in the order of their arrival
+        self._offers: dict[str, Offer] = {}  # oldest first
         self._reservations: dict[str, Reservation] = {}
         self._pushes: dict[tuple[int, int], tuple[Reservation, Push]] = {}
 
     @property
     def num_offered(self) -> int:
-        """Offers that wait for blocks."""
+        """Offers without blocks."""
         return len(self._offers)
 
     @property
     def num_reserved(self) -> int:
-        """Loans that have not ended."""
+        """Reservations that have not ended."""
         return len(self._reservations)
 
     def on_offer(self, offer: Offer) -> None:
-        """A prompt is admitted elsewhere and wants blocks here."""
+        """Queue an offer until blocks are reserved for it."""
         self._offers[offer.request.id] = offer
 
     def reserve(self, fits: Callable[[int], bool], next_number: Callable[[], int]) -> list[Offer]:
-        """Lend blocks to waiting offers, in order, while ``fits(num_blocks)``: those to answer."""
+        """Reserve blocks for offers, oldest first, as long as ``fits(num_blocks)``.
+
+        Returns the offers to answer with Ready.
+        """
         granted: list[Offer] = []
         for offer in list(self._offers.values()):
             length = len(offer.request.prompt_ids)
             first = self._limits.num_out_of_window_blocks(length)
-            # One more position: the first token that is decoded here is never short of a block.
-            needed = -(-(length + 1) // self._limits.block_size) - first
+            # One position more than the prompt, so that the first decode step always has its block.
+            needed = num_blocks_for(length + 1, self._limits.block_size) - first
             if not fits(needed):
                 break
             del self._offers[offer.request.id]
@@ -121,7 +129,11 @@ class IncomingTransfers:
         return granted
 
     def on_push(self, push: Push) -> PostReceive:
-        """A push is announced. Every one belongs to a loan: they are made before and end after."""
+        """Return the plan entry that receives an announced push.
+
+        Its reservation exists: pushes start only after Ready, and the reservation ends after the
+        last one.
+        """
         reservation = self._reservations[push.request_id]
         reservation.num_announced += 1
         if reservation.timeline.transfer_started_s is None:
@@ -132,39 +144,41 @@ class IncomingTransfers:
         self._pushes[push.prefill_replica, push.number] = (reservation, push)
         return PostReceive(push.prefill_replica, push.number, push.num_blocks)
 
-    def on_received(self, prefill_replica: int, number: int) -> Received:
-        """Every rank has the push in its staging slot."""
+    def on_received(self, prefill_replica: int, number: int) -> ReceivedPush:
+        """Unpack a push that every rank of this replica has in its staging slot."""
         reservation, push = self._pushes.pop((prefill_replica, number))
         reservation.num_received += 1
         first = push.first_block - reservation.first_block
-        wanted = reservation.blocks[first : first + push.num_blocks]
-        block_ids = () if reservation.aborted else tuple(wanted)
-        return Received(Unpack(prefill_replica, number, block_ids), self._settle(reservation))
+        blocks = reservation.blocks[first : first + push.num_blocks]
+        # An aborted request needs no KV: the empty entry only frees the staging slot.
+        block_ids = () if reservation.aborted else tuple(blocks)
+        unpack = Unpack(prefill_replica, number, block_ids)
+        return ReceivedPush(unpack, self._end_if_complete(reservation))
 
     def on_withdraw(self, withdraw: Withdraw) -> None:
-        """The prefill side ends the loan (or takes back the offer) without a last push."""
+        """End an offer or a reservation without a last push."""
         self._offers.pop(withdraw.request_id, None)
         if reservation := self._reservations.get(withdraw.request_id):
             reservation.num_expected = withdraw.num_pushes
             reservation.aborted = True
-            self._settle(reservation)
+            self._end_if_complete(reservation)
 
-    def discard(self, request_id: str) -> None:
-        """The request is closed; unknown ids are ignored."""
+    def abort(self, request_id: str) -> None:
+        """Forget a request as soon as no transfer writes to its blocks. Ignore unknown ids."""
         self._offers.pop(request_id, None)
         if reservation := self._reservations.get(request_id):
             reservation.aborted = True
 
-    def _settle(self, reservation: Reservation) -> Arrival | None:
+    def _end_if_complete(self, reservation: Reservation) -> ReceivedSequence | None:
         if not reservation.complete:
             return None
         del self._reservations[reservation.request.id]
         if reservation.aborted or reservation.handover is None:
             self._pool.free(reservation.blocks)
             return None
-        return self._arrive(reservation, reservation.handover)
+        return self._make_sequence(reservation, reservation.handover)
 
-    def _arrive(self, reservation: Reservation, handover: Handover) -> Arrival:
+    def _make_sequence(self, reservation: Reservation, handover: Handover) -> ReceivedSequence:
         reservation.timeline.transfer_ended_s = reservation.timeline.decode_queued_s = self._clock()
         sequence = Sequence(
             request=reservation.request,
@@ -177,4 +191,4 @@ class IncomingTransfers:
             num_out_of_window_blocks=reservation.first_block,
             timeline=reservation.timeline,
         )
-        return Arrival(sequence, handover.text)
+        return ReceivedSequence(sequence, handover.text)

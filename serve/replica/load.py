@@ -1,4 +1,4 @@
-"""What a replica holds at this moment, in numbers."""
+"""The load of a replica, counted from its parts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ def measure_load(
     scheduler: Scheduler,
     incoming: IncomingTransfers,
     outgoing: OutgoingTransfers,
-    num_steps: int,
 ) -> ReplicaLoad:
-    """The load of the replica that these belong to."""
+    """Return the load of the replica that these parts belong to."""
     return ReplicaLoad(
         num_blocks=pool.num_blocks,
         num_free_blocks=pool.num_free,
-        num_waiting=len(scheduler.waiting) + len(scheduler.arrived),
+        num_waiting=len(scheduler.waiting) + len(scheduler.received),
         num_running=len(scheduler.running),
         num_receiving=incoming.num_offered + incoming.num_reserved,
         num_sending=outgoing.num_sending,
-        num_unfinished_tokens=scheduler.num_unfinished_tokens,
         num_preemptions=scheduler.num_preemptions,
-        num_steps=num_steps,
     )

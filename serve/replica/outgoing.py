@@ -1,19 +1,21 @@
-"""What a replica is giving away: prompts whose KV goes to a decode replica. Pure.
+"""OutgoingTransfers: the prefill side of KV transfers, from the offer to the last ack. Pure.
 
-One prompt, with who owns its blocks on this side (always the sequence)::
+The states of one prompt. Its sequence owns the blocks until they are freed::
 
-    offered ----Ready----> lent ----Push...Push(handover)----> read out ----last ack----> gone
-       |                     |                                    ^                   blocks free
-       +------withdraw()-----+--- announced pushes are carried out +
+    offered --Ready--> reserved --Push ... Push(handover)--> draining --last ack--> blocks freed
+       |                  |                                     ^
+       +--- withdraw() ---+------ if a push is still unacked ---+
 
-A block is packed as soon as its ``Send`` entry is issued, beside the steps and not between them: a
-push that waited for its place among the steps of a busy replica would wait for whole prompts. So a
-block is being read until the push that carries it is acknowledged, and is free only then. A push
-waits until the one before it in its staging slot is acknowledged; acknowledgements may come out of
-order, for the receiver's ranks and threads report for themselves.
+A push is packed as soon as its ``Send`` entry is issued, on a stream of its own. In the order of
+the steps, a push of a busy replica would wait for whole prompts. So a block may be read until the
+push that carries it is acknowledged, and it is freed only then.
 
-Blocks that the first token after the prompt does not see, for its window has passed them, do not
-travel. The scheduler frees those while the prompt is computed, and no others.
+A push waits until the previous push in its staging slot is acknowledged. Acknowledgements may come
+out of order, because every rank and thread of the receiver reports for itself. An announced push is
+always carried out, even if its request is aborted.
+
+Blocks that are out of the window of the first decoded token are not sent. The scheduler frees
+exactly these while the prompt is computed.
 """
 
 from __future__ import annotations
@@ -26,41 +28,41 @@ from serve.replica.sequence import Sequence
 
 
 @dataclass(eq=False, slots=True)
-class Outgoing:
-    """One prompt on its way."""
+class OutgoingPrompt:
+    """One prompt whose KV goes to a decode replica."""
 
     sequence: Sequence
     decode_replica: int
-    next_block: int  # the first that is still to be pushed
-    ready: bool = False
+    next_block: int  # index in the block table of the first block that is not pushed
+    ready: bool = False  # whether the decode replica has reserved blocks
     num_pushes: int = 0
     num_acknowledged: int = 0
     handover: Handover | None = None  # set once token 0 is sampled
     closed: bool = False  # no push will follow
 
     @property
-    def is_read(self) -> bool:
+    def is_being_read(self) -> bool:
         """Whether an announced push may still read the blocks."""
         return self.num_acknowledged < self.num_pushes
 
 
 @dataclass(slots=True)
 class Link:
-    """What goes to one decode replica: prompts in the order of their offers."""
+    """The pushes and prompts that go to one decode replica."""
 
     next_number: int = 0
-    unacknowledged: dict[int, Outgoing] = field(default_factory=dict)  # by number of the push
-    prompts: list[Outgoing] = field(default_factory=list)
+    unacknowledged: dict[int, OutgoingPrompt] = field(default_factory=dict)  # by push number
+    prompts: list[OutgoingPrompt] = field(default_factory=list)  # in the order of their offers
 
     @property
     def has_slot(self) -> bool:
-        """Whether the slot of the next push is free on both sides."""
+        """Whether the staging slot of the next push is free on both sides."""
         return self.next_number - NUM_STAGING_SLOTS not in self.unacknowledged
 
 
 @dataclass(frozen=True, slots=True)
 class PushPlan:
-    """One push: the announcement and the plan entry; ``last`` if the prompt has no other."""
+    """One push: its announcement and its plan entry. ``last`` if it is the prompt's last push."""
 
     decode_replica: int
     push: Push
@@ -69,27 +71,31 @@ class PushPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Withdrawn:
-    """The end of a loan; ``is_read``: its blocks are free only after ``on_push_received``."""
+class Withdrawal:
+    """The message that ends a transfer without a last push.
+
+    If ``is_being_read``, the blocks may be freed only when ``on_push_received`` returns the
+    sequence.
+    """
 
     decode_replica: int
     message: Withdraw
-    is_read: bool
+    is_being_read: bool
 
 
 class OutgoingTransfers:
-    """The prefill side of every loan of one replica."""
+    """The prompts that one replica offers and sends to decode replicas."""
 
     def __init__(self, replica_id: int, limits: SchedulerLimits, max_push_blocks: int) -> None:
         self._replica_id = replica_id
         self._limits = limits
         self._max_push_blocks = max_push_blocks
         self._links: dict[int, Link] = {}
-        self._prompts: dict[str, Outgoing] = {}
-        self._num_read_out = 0  # closed, and still being read
+        self._prompts: dict[str, OutgoingPrompt] = {}
+        self._num_draining = 0  # closed, with a push that is not acknowledged
 
     def __len__(self) -> int:
-        """Prompts that are offered or lent."""
+        """Return the number of prompts that are offered or reserved."""
         return len(self._prompts)
 
     def __contains__(self, request_id: str) -> bool:
@@ -97,83 +103,84 @@ class OutgoingTransfers:
 
     @property
     def num_sending(self) -> int:
-        """Prompts that are computed and not yet gone, and whatever is still being read."""
-        computed = sum(outgoing.handover is not None for outgoing in self._prompts.values())
-        return computed + self._num_read_out
+        """Prompts that are computed but not sent to the end, and prompts that are draining."""
+        computed = sum(prompt.handover is not None for prompt in self._prompts.values())
+        return computed + self._num_draining
 
     def offer(self, sequence: Sequence, decode_replica: int) -> Offer:
-        """An admitted prompt: ask the decode replica for blocks."""
+        """Return the offer of an admitted prompt, which requests blocks on the decode replica."""
         first_block = self._limits.num_out_of_window_blocks(sequence.num_prompt_tokens)
-        outgoing = Outgoing(sequence, decode_replica, first_block)
-        self._prompts[sequence.id] = outgoing
-        self._links.setdefault(decode_replica, Link()).prompts.append(outgoing)
+        prompt = OutgoingPrompt(sequence, decode_replica, first_block)
+        self._prompts[sequence.id] = prompt
+        self._links.setdefault(decode_replica, Link()).prompts.append(prompt)
         return Offer(self._replica_id, sequence.request)
 
     def on_ready(self, request_id: str) -> None:
-        """The decode replica has reserved the blocks. Unknown ids are ignored."""
-        if outgoing := self._prompts.get(request_id):
-            outgoing.ready = True
+        """Note that the decode replica has reserved the blocks. Ignore unknown ids."""
+        if prompt := self._prompts.get(request_id):
+            prompt.ready = True
 
     def on_push_received(self, decode_replica: int, number: int) -> Sequence | None:
-        """The staging slot of push ``number`` to ``decode_replica`` is free again.
+        """Free the staging slot of push ``number`` to ``decode_replica``.
 
-        Returns the sequence whose blocks nobody reads any more, if this was what was waited for.
+        Returns the sequence whose blocks may be freed now, if this was its last acknowledgement.
         """
-        outgoing = self._links[decode_replica].unacknowledged.pop(number)
-        outgoing.num_acknowledged += 1
-        if not outgoing.closed or outgoing.is_read:
+        prompt = self._links[decode_replica].unacknowledged.pop(number)
+        prompt.num_acknowledged += 1
+        if not prompt.closed or prompt.is_being_read:
             return None
-        self._num_read_out -= 1
-        return outgoing.sequence
+        self._num_draining -= 1
+        return prompt.sequence
 
     def hand_over(self, request_id: str, handover: Handover) -> None:
-        """The prompt is computed and token 0 sampled: its last push may go."""
+        """Allow the last push of a prompt: it is computed and token 0 is sampled."""
         self._prompts[request_id].handover = handover
 
-    def withdraw(self, request_id: str) -> Withdrawn | None:
-        """End the loan without a last push: what to tell the decode replica.
+    def withdraw(self, request_id: str) -> Withdrawal | None:
+        """End a transfer without a last push.
 
-        None if nothing is offered under this id (its last push is announced, or it never was).
+        Returns None if there is nothing to end: the prompt was never offered here, or its last push
+        is announced already.
         """
-        outgoing = self._prompts.get(request_id)
-        if outgoing is None:
+        prompt = self._prompts.get(request_id)
+        if prompt is None:
             return None
-        self._close(outgoing)
-        message = Withdraw(request_id, outgoing.num_pushes)
-        return Withdrawn(outgoing.decode_replica, message, outgoing.is_read)
+        self._close(prompt)
+        message = Withdraw(request_id, prompt.num_pushes)
+        return Withdrawal(prompt.decode_replica, message, prompt.is_being_read)
 
     def next_pushes(self) -> list[PushPlan]:
-        """Every push that can go now, in the order in which it must be announced and issued."""
+        """Return every push that can go now, in the order to announce and issue them."""
         plans: list[PushPlan] = []
         for decode_replica, link in self._links.items():
             while link.has_slot:
-                outgoing = next((o for o in link.prompts if self._num_pushable(o) > 0), None)
-                if outgoing is None:
+                prompt = next((p for p in link.prompts if self._num_pushable(p) > 0), None)
+                if prompt is None:
                     break
-                plans.append(self._push(decode_replica, link, outgoing))
+                plans.append(self._push(decode_replica, link, prompt))
         return plans
 
-    def _num_pushable(self, outgoing: Outgoing) -> int:
-        """Blocks that are complete, lent and not yet pushed."""
-        if not outgoing.ready:
+    def _num_pushable(self, prompt: OutgoingPrompt) -> int:
+        """Return how many blocks the next push carries: computed, reserved and not yet pushed."""
+        if not prompt.ready:
             return 0
-        sequence = outgoing.sequence
-        complete = sequence.num_computed // self._limits.block_size
-        if outgoing.handover is not None:
-            complete = len(sequence.block_table)
-        return min(complete - outgoing.next_block, self._max_push_blocks)
+        sequence = prompt.sequence
+        num_complete = sequence.num_computed // self._limits.block_size
+        if prompt.handover is not None:
+            num_complete = len(sequence.block_table)
+        return min(num_complete - prompt.next_block, self._max_push_blocks)
 
-    def _push(self, decode_replica: int, link: Link, outgoing: Outgoing) -> PushPlan:
-        sequence, first = outgoing.sequence, outgoing.next_block
-        count = self._num_pushable(outgoing)
-        outgoing.next_block += count
-        outgoing.num_pushes += 1
-        last = outgoing.handover is not None and first + count == len(sequence.block_table)
+    def _push(self, decode_replica: int, link: Link, prompt: OutgoingPrompt) -> PushPlan:
+        sequence, first = prompt.sequence, prompt.next_block
+        count = self._num_pushable(prompt)
+        prompt.next_block += count
+        prompt.num_pushes += 1
+        last = prompt.handover is not None and first + count == len(sequence.block_table)
         number, link.next_number = link.next_number, link.next_number + 1
-        link.unacknowledged[number] = outgoing
+        link.unacknowledged[number] = prompt
         if last:
-            self._close(outgoing)
-        handover = outgoing.handover if last else None
+            self._close(prompt)
+        handover = prompt.handover if last else None
         return PushPlan(
             decode_replica,
             Push(self._replica_id, number, sequence.id, first, count, handover),
@@ -181,8 +188,8 @@ class OutgoingTransfers:
             last,
         )
 
-    def _close(self, outgoing: Outgoing) -> None:
-        outgoing.closed = True
-        self._num_read_out += outgoing.is_read
-        del self._prompts[outgoing.sequence.id]
-        self._links[outgoing.decode_replica].prompts.remove(outgoing)
+    def _close(self, prompt: OutgoingPrompt) -> None:
+        prompt.closed = True
+        self._num_draining += prompt.is_being_read
+        del self._prompts[prompt.sequence.id]
+        self._links[prompt.decode_replica].prompts.remove(prompt)

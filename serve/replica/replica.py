@@ -1,16 +1,17 @@
-"""One replica's decisions: what its leader does about every message and every result. Pure.
+"""Replica: the decisions of a replica's leader for every message and every result. Pure.
 
-It joins the scheduler with the transfers in both directions and with detokenising. A request is
-here in one of these states; the blocks belong to the sequence, except in a loan::
+It connects the scheduler, the transfers in both directions and the output processor. These are the
+states of a request on one replica. Its sequence owns its blocks, except while they are reserved::
 
-    Prefill --> waiting --> running --token 0, decodes elsewhere--> sending --last push--> (gone)
+    Prefill --> waiting --> running --token 0, decodes elsewhere--> sending --last push--> closed
                                |                                       |
-    Offer --> offered --> lent --> arrived --> running                 |
-                 |         |          |           |                    |
-                 +---------+----------+-----------+--------------------+--- Abort --> (gone)
-                                                  +--- last token ----------------> (gone)
+    Offer --> offered --> reserved --> received --> running            |
+                 |           |            |            |               |
+                 +-----------+------------+------------+---------------+--- Abort --> closed
+                                                       +--- last token ------------> closed
 
-Every method returns what to send and what to add to the plan; nothing here waits or computes.
+Every method returns the messages to send and the entries to add to the plan. No method waits or
+computes on the GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from serve.protocol.messages import (
     AnyMessage,
     Delta,
     Entry,
-    Handover,
     Offer,
     Prefill,
     Push,
@@ -39,26 +39,26 @@ from serve.protocol.messages import (
 )
 from serve.replica.active_request import ActiveRequest
 from serve.replica.block_pool import BlockPool
-from serve.replica.incoming import Arrival, IncomingTransfers
+from serve.replica.incoming import IncomingTransfers, ReceivedSequence
 from serve.replica.load import measure_load
 from serve.replica.outgoing import OutgoingTransfers
+from serve.replica.output_processor import OutputProcessor
+from serve.replica.queue_order import QUEUE_ORDERS
 from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
 from serve.replica.sequence import Sequence
 from serve.replica.step import build_step
-from serve.replica.stop_check import check_stop
-from serve.replica.timeline import record_first_token, record_start
+from serve.replica.timeline import record_start
 from serve.request import Request
-from serve.tokenizer.detokenizer import Detokenizer
 from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import FRONT_END_RANK
 
-# While one runs, the next one is prepared and waits for its turn on the GPU.
+# One step runs, and the next one is planned and queued so that the GPU never waits for the host.
 MAX_STEPS_IN_FLIGHT = 2
 
 
 @dataclass(slots=True)
 class Actions:
-    """What follows from one event: messages by rank and plan entries, each in order."""
+    """The messages to send, each with its rank, and the entries to add to the plan, in order."""
 
     messages: list[tuple[int, AnyMessage]] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
@@ -66,18 +66,19 @@ class Actions:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """What a replica has to know about itself and the others."""
+    """The constants of one replica."""
 
     replica_id: int
-    leader_of: tuple[int, ...]  # leader's rank by replica id
+    leader_of: tuple[int, ...]  # the leader's rank, by replica id
     num_blocks: int
     limits: SchedulerLimits
     max_push_blocks: int
     eos_token_ids: tuple[int, ...]
+    schedule_policy: str = "fcfs"  # a name in QUEUE_ORDERS
 
 
 class Replica:
-    """The leader's state of one replica."""
+    """The state of one replica, kept on its leader."""
 
     def __init__(
         self,
@@ -86,14 +87,16 @@ class Replica:
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
-        self._tokenizer = tokenizer
         self._clock = clock
         self._pool = BlockPool(settings.num_blocks)
-        self._scheduler = Scheduler(self._pool, settings.limits)
+        self._scheduler = Scheduler(
+            self._pool, settings.limits, QUEUE_ORDERS[settings.schedule_policy]
+        )
         self._outgoing = OutgoingTransfers(
             settings.replica_id, settings.limits, settings.max_push_blocks
         )
         self._incoming = IncomingTransfers(self._pool, settings.limits, clock)
+        self._outputs = OutputProcessor(tokenizer, settings.eos_token_ids, clock)
         self._active: dict[str, ActiveRequest] = {}
         self._numbers = itertools.count()
         self._num_steps = 0
@@ -104,7 +107,7 @@ class Replica:
     # --- events -----------------------------------------------------------------------------
 
     def on_message(self, message: AnyMessage) -> Actions:
-        """What follows from a message of another rank."""
+        """Handle a message of another rank."""
         match message:
             case Prefill(request, decode_replica):
                 self._prefill(request, decode_replica)
@@ -118,26 +121,28 @@ class Replica:
                 self._actions.entries.append(self._incoming.on_push(message))
             case PushReceived(decode_replica, number):
                 if sequence := self._outgoing.on_push_received(decode_replica, number):
-                    self._release(sequence)
+                    self._free_blocks(sequence)
             case Withdraw():
                 self._incoming.on_withdraw(message)
             case _:
-                raise TypeError(f"a replica has no use for {type(message).__name__}")
-        return self._settle()
+                raise TypeError(f"a replica does not handle {type(message).__name__}")
+        self._advance_transfers()
+        return self._take_actions()
 
     def on_received(self, prefill_replica: int, number: int) -> Actions:
-        """Every rank of the replica has a push in its staging slot."""
+        """Handle a push that every rank of this replica has in its staging slot."""
         received = self._incoming.on_received(prefill_replica, number)
         self._actions.entries.append(received.unpack)
         self._send(prefill_replica, PushReceived(self._settings.replica_id, number))
-        if received.arrival is not None:
-            self._take_arrival(received.arrival)
-        return self._settle()
+        if received.completed is not None:
+            self._start_decode(received.completed)
+        self._advance_transfers()
+        return self._take_actions()
 
     def on_step(self, token_ids: SequenceOf[int]) -> Actions:
-        """The oldest step in flight is computed: ``token_ids`` has one id per sampled sequence."""
+        """Handle the result of the oldest step in flight: one token id per sampled sequence."""
         if not self._in_flight:
-            raise RuntimeError("a step's result came, but no step is in flight")
+            raise RuntimeError("a step's result arrived, but no step is in flight")
         batch = self._in_flight.popleft()
         if self._in_flight:
             record_start(self._in_flight[0], self._clock())
@@ -146,16 +151,18 @@ class Replica:
         deltas: list[Delta] = []
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             active = self._active.get(sequence.id)
-            if active is not None and active.sequence is sequence:  # else it has ended meanwhile
+            # A sequence may have ended while the step ran: drop its token.
+            if active is not None and active.sequence is sequence:
                 deltas.append(self._take_token(active, token_id))
-        self._settle_transfers()
+        self._advance_transfers()
         self._report(tuple(deltas), sum(chunk.num_tokens for chunk in batch.chunks))
         return self._take_actions()
 
     def next_step(self) -> Step | None:
-        """The next step to run, if one more may be in flight and there is work.
+        """Plan the next step. Return None if enough steps are in flight or there is no work.
 
-        The offers of the prompts that it admits are among the next actions.
+        Prompts that the step admits may be offered to decode replicas: the next actions that this
+        replica returns contain the offers.
         """
         if len(self._in_flight) == MAX_STEPS_IN_FLIGHT:
             return None
@@ -166,18 +173,22 @@ class Replica:
         self._num_steps += 1
         for sequence in batch.admitted:
             self._offer(self._active[sequence.id])
+        # Otherwise a step is in flight, and this one starts when that one ends: see on_step.
         if len(self._in_flight) == 1:
             record_start(batch, self._clock())
         return build_step(self._num_steps, batch, self._settings.eos_token_ids)
 
     def idle_report(self) -> Actions:
-        """Tell rank 0 of the load, if it changed since it was last told."""
+        """Report the load to rank 0 if no step is in flight and it changed since the last report.
+
+        While steps are in flight, the report of each step carries the load.
+        """
         if not self._in_flight and self._measure_load() != self._reported_load:
             self._report((), 0)
         return self._take_actions()
 
     def heartbeat(self) -> Actions:
-        """Tell rank 0 of the load in any case."""
+        """Report the load to rank 0, changed or not."""
         self._report((), 0)
         return self._take_actions()
 
@@ -191,76 +202,57 @@ class Replica:
             token_ids=list(request.prompt_ids),
         )
         sequence.timeline.prefill_queued_s = self._clock()
-        text = Detokenizer(self._tokenizer, request.sampling, request.prompt_ids)
-        self._active[request.id] = ActiveRequest(sequence, text, decode_replica)
+        self._active[request.id] = self._outputs.start(sequence, decode_replica)
         self._scheduler.add(sequence)
 
     def _offer(self, active: ActiveRequest) -> None:
-        """An admitted prompt whose decode is elsewhere wants blocks there."""
+        """Request blocks on the decode replica, unless the prompt decodes here or has an offer."""
         sequence = active.sequence
         if not sequence.decodes_here and sequence.id not in self._outgoing:
             self._send(active.decode_replica, self._outgoing.offer(sequence, active.decode_replica))
 
-    def _take_arrival(self, arrival: Arrival) -> None:
-        sequence = arrival.sequence
-        text = Detokenizer.resume(self._tokenizer, sequence.request.sampling, arrival.text)
-        self._active[sequence.id] = ActiveRequest(sequence, text, self._settings.replica_id)
-        self._scheduler.add_arrived(sequence)
+    def _start_decode(self, received: ReceivedSequence) -> None:
+        sequence = received.sequence
+        self._active[sequence.id] = self._outputs.resume(
+            sequence, received.detokenizer_state, self._settings.replica_id
+        )
+        self._scheduler.add_received(sequence)
 
     def _take_token(self, active: ActiveRequest, token_id: int) -> Delta:
-        sequence = active.sequence
-        sequence.token_ids.append(token_id)
-        check = check_stop(sequence, active.detokenizer, token_id, self._settings.eos_token_ids)
-        if sequence.num_output_tokens == 1:
-            record_first_token(sequence, self._clock())
-        if check.reason is not None:
+        processed = self._outputs.process(active, token_id)
+        if processed.finished:
             self._close(active)
-        elif not sequence.decodes_here:
-            self._scheduler.remove(sequence)
-            self._outgoing.hand_over(
-                sequence.id, Handover(sequence.output_ids, active.detokenizer.state())
-            )
-        return Delta(
-            request_id=sequence.id,
-            first_index=sequence.num_output_tokens - 1,
-            token_ids=(token_id,),
-            text=check.text,
-            finish_reason=check.reason,
-            stop_reason=check.stop,
-            timeline=active.unreported_timeline(),
-        )
+        elif processed.handover is not None:
+            self._scheduler.remove(active.sequence)
+            self._outgoing.hand_over(active.sequence.id, processed.handover)
+        return processed.delta
 
     def _abort(self, request_id: str) -> None:
-        self._incoming.discard(request_id)
+        self._incoming.abort(request_id)
         if active := self._active.get(request_id):
             self._close(active)
 
     def _close(self, active: ActiveRequest) -> None:
-        """The request ends here, whatever its state."""
+        """End a request on this replica, whatever its state."""
         sequence = active.sequence
         del self._active[sequence.id]
         if self._scheduler.holds(sequence):
             self._scheduler.remove(sequence)
-        withdrawn = self._outgoing.withdraw(sequence.id)
-        if withdrawn is not None:
-            self._send(withdrawn.decode_replica, withdrawn.message)
-            if withdrawn.is_read:  # its blocks are released when that has ended
+        withdrawal = self._outgoing.withdraw(sequence.id)
+        if withdrawal is not None:
+            self._send(withdrawal.decode_replica, withdrawal.message)
+            if withdrawal.is_being_read:  # the last acknowledgement frees the blocks
                 return
-        self._release(sequence)
+        self._free_blocks(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        """Nobody computes or reads the blocks of ``sequence`` any more."""
+    def _free_blocks(self, sequence: Sequence) -> None:
         self._pool.free(sequence.take_blocks())
 
-    # --- what follows -----------------------------------------------------------------------
+    # --- transfers, messages, load ----------------------------------------------------------
 
-    def _settle(self) -> Actions:
-        self._settle_transfers()
-        return self._take_actions()
-
-    def _settle_transfers(self) -> None:
+    def _advance_transfers(self) -> None:
         """Answer the offers that fit now and announce the pushes that can go now."""
-        for offer in self._incoming.reserve(self._can_lend, lambda: next(self._numbers)):
+        for offer in self._incoming.reserve(self._can_reserve, lambda: next(self._numbers)):
             ready = Ready(self._settings.replica_id, offer.request.id)
             self._send(offer.prefill_replica, ready)
         for plan in self._outgoing.next_pushes():
@@ -269,7 +261,7 @@ class Replica:
             if plan.last:
                 del self._active[plan.push.request_id]
 
-    def _can_lend(self, num_blocks: int) -> bool:
+    def _can_reserve(self, num_blocks: int) -> bool:
         return self._scheduler.can_reserve(num_blocks, num_reserved=self._incoming.num_reserved)
 
     def _send(self, replica_id: int, message: AnyMessage) -> None:
@@ -285,6 +277,4 @@ class Replica:
         self._actions.messages.append((FRONT_END_RANK, report))
 
     def _measure_load(self) -> ReplicaLoad:
-        return measure_load(
-            self._pool, self._scheduler, self._incoming, self._outgoing, self._num_steps
-        )
+        return measure_load(self._pool, self._scheduler, self._incoming, self._outgoing)

@@ -1,21 +1,22 @@
-"""Which sequences of a replica run in the next step, and with how many tokens. Pure.
+"""Scheduler: which sequences of a replica run in the next step, and how many tokens of each. Pure.
 
-A sequence is in one of three places; the blocks in its table are owned by the sequence::
+A sequence is in one of three queues and owns the blocks in its table::
 
                  add()                    schedule(): all blocks of its tokens fit
     (new) ----------------> waiting ------------------------------------------> running
                             no blocks <---------------------------------------- has blocks
                                ^            preemption: blocks freed               ^
-                               | preemption                                        | a place is free
-                               +----------------------- arrived <------------------+
-                                                        has blocks, KV received
-                                          add_arrived()
+                               | preemption                                        | max_num_seqs
+                               +----------------------- received <-----------------+ allows it
+                                                        has blocks, KV complete
+                                          add_received()
 
-``remove()`` takes a sequence out of any of them; the blocks go with it.
+``remove()`` takes a sequence out of any queue. Its blocks stay in its table.
 
-Where every layer of the model sees a window only, a running sequence lets go of the blocks that its
-window has passed, when a step's result is known. It is still admitted only if all blocks of its
-tokens fit at once: then it can always finish its prompt, and nobody waits for another in a circle.
+If every layer of the model has a sliding window, the blocks that are out of the window of a running
+sequence are freed when the result of a step is known. A sequence is nevertheless admitted only if
+all blocks of its tokens fit at once. So an admitted prompt can always be finished, and sequences
+cannot wait for each other in a circle.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ import bisect
 from collections import deque
 from dataclasses import dataclass
 
+from serve.model_config.kv_layout import num_blocks_for
 from serve.replica.block_pool import BlockPool
+from serve.replica.queue_order import QueueOrder, fcfs
 from serve.replica.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What a step may hold, and how far back it reads.
+    """The limits of a step, and the shape of the KV cache as far as scheduling needs it.
 
-    A token at position ``p`` reads positions ``> p - window``: the largest window of the model's
-    layers, in tokens; None if some layer sees everything.
+    ``window`` is the largest sliding window of the model's layers, in tokens: a token at position
+    ``p`` reads positions ``> p - window``. It is None if some layer has no window.
     """
 
     max_num_seqs: int
@@ -43,20 +46,20 @@ class SchedulerLimits:
     window: int | None = None
 
     def num_out_of_window_blocks(self, position: int) -> int:
-        """Leading blocks of a sequence that no token at ``position`` or later reads."""
+        """Count the leading blocks of a sequence that no token at ``position`` or later reads."""
         if self.window is None:
             return 0
-        # The token before is kept in any case, so that a prompt always has a block to hand over.
+        # Always keep the token before, so that a prompt has at least one block to send to decode.
         first_kept = position + 1 - max(self.window, 2)
         return max(first_kept, 0) // self.block_size
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The ``num_tokens`` tokens of ``sequence`` from position ``start`` on.
+    """Tokens ``[start, start + num_tokens)`` of ``sequence`` that one step computes.
 
-    ``sample`` if they are its last ones. ``source`` is set if the only token is not known yet: the
-    row of the step before that samples it.
+    ``sample`` is set if they are the last ones, so the step samples the next token. ``source`` is
+    set if the input token is not known yet: the row of the previous step that samples it.
     """
 
     sequence: Sequence
@@ -64,12 +67,12 @@ class Chunk:
     num_tokens: int
     sample: bool
     source: int | None
-    num_preemptions: int  # of the sequence: what was planned before one is void
+    num_preemptions: int  # of the sequence when planned; a later preemption voids the chunk
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The plan of one step. ``admitted`` and ``preempted`` are what changed to make it."""
+    """The plan of one step, with the sequences that were admitted or preempted to make it."""
 
     chunks: tuple[Chunk, ...]
     admitted: tuple[Sequence, ...]
@@ -80,72 +83,72 @@ class Scheduler:
     """Continuous batching over one ``BlockPool``: running decodes first, then prefill chunks.
 
     Decode and chunked prefill share a token budget (Sarathi-Serve, OSDI'24, section 4.2). When
-    blocks run out, the youngest sequence is preempted and later computed again.
+    blocks run out, the youngest sequence is preempted and recomputed later.
     """
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
-        self.waiting: deque[Sequence] = deque()
-        self.arrived: deque[Sequence] = deque()
+    def __init__(
+        self, pool: BlockPool, limits: SchedulerLimits, queue_order: QueueOrder = fcfs
+    ) -> None:
+        self.waiting: deque[Sequence] = deque()  # sorted by ``queue_order``
+        self.received: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self._pool = pool
         self._limits = limits
+        self._queue_order = queue_order
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose tokens are to be computed here."""
-        self.waiting.append(sequence)
+        """Queue a sequence whose KV is to be computed here."""
+        bisect.insort(self.waiting, sequence, key=self._queue_order)
 
-    def add_arrived(self, sequence: Sequence) -> None:
-        """Queue a sequence whose KV came from elsewhere, in blocks that it now owns."""
-        self.arrived.append(sequence)
+    def add_received(self, sequence: Sequence) -> None:
+        """Queue a sequence whose KV was received into blocks that it owns."""
+        self.received.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence; its blocks go with it to the caller."""
-        for place in (self.running, self.waiting, self.arrived):
-            if sequence in place:
-                place.remove(sequence)
+        """Take a sequence out of its queue. The caller is responsible for its blocks then.
+
+        Raises ``ValueError`` if the sequence is in no queue.
+        """
+        for queue in (self.running, self.waiting, self.received):
+            if sequence in queue:
+                queue.remove(sequence)
                 return
         raise ValueError(f"sequence {sequence.id} is not scheduled here")
 
     def holds(self, sequence: Sequence) -> bool:
-        """Whether the sequence waits or runs here."""
-        return any(sequence in place for place in (self.running, self.waiting, self.arrived))
-
-    @property
-    def num_unfinished_tokens(self) -> int:
-        """Tokens whose KV is still to be computed, over all sequences here."""
-        places = (self.running, self.waiting, self.arrived)
-        return sum(sequence.num_remaining for place in places for sequence in place)
+        """Return whether the sequence is in one of the queues."""
+        return any(sequence in queue for queue in (self.running, self.waiting, self.received))
 
     @property
     def num_growing(self) -> int:
         """Sequences that may need one more block at their next token."""
-        return sum(sequence.decodes_here for sequence in self.running) + len(self.arrived)
+        return sum(sequence.decodes_here for sequence in self.running) + len(self.received)
 
     def can_reserve(self, num_blocks: int, *, num_reserved: int) -> bool:
-        """Whether blocks may be promised to a newcomer without driving others out.
+        """Return whether ``num_blocks`` may be reserved for an offer without causing preemption.
 
-        Preempted sequences come first. Whoever runs keeps a block in reserve, unless nothing runs
-        and nothing is lent: then the newcomer has the pool for itself.
+        Waiting sequences come first, because they may have been preempted. One block stays free for
+        every sequence that may grow and for every one of the ``num_reserved`` reservations. If
+        there are none, the offer may take the whole pool.
         """
         if self.waiting:
             return False
-        reserve = self.num_growing + num_reserved
-        return num_blocks + reserve <= self._pool.num_free or (
-            reserve == 0 and num_blocks <= self._pool.num_free
-        )
+        num_kept_free = self.num_growing + num_reserved
+        return num_blocks + num_kept_free <= self._pool.num_free
 
     def schedule(self) -> Batch | None:
-        """The next step, or None if nothing can run. Allocates the blocks that it needs.
+        """Plan the next step and allocate its blocks. Return None if nothing can run.
 
-        The step before may still run: of the tokens that it samples the KV can be planned, since
-        only their values are missing. Two steps before must have been given to ``update``.
+        The previous step may still run: the tokens that it samples can be scheduled, because only
+        their ids are missing. The step before that must have been passed to ``update``.
         """
         preempted: list[Sequence] = []
-        self._start_arrived()
+        self._start_received()
         chunks = self._schedule_decodes(preempted)
         budget = self._limits.max_num_batched_tokens - len(chunks)
         budget = self._continue_prefills(chunks, budget)
+        # A new sequence could take the blocks that a preemption has just freed.
         admitted = [] if preempted else self._admit(chunks, budget)
         if not chunks:
             return None
@@ -154,9 +157,9 @@ class Scheduler:
         return Batch(tuple(chunks), tuple(admitted), tuple(preempted))
 
     def update(self, batch: Batch) -> None:
-        """The step of ``batch`` is computed: its tokens' KV is in the blocks, its samples known.
+        """Note that the step of ``batch`` is computed, so the KV of its tokens is in the blocks.
 
-        The caller appends them to the sequences that still want them.
+        The caller appends the sampled tokens to the sequences that have not ended.
         """
         for chunk in batch.chunks:
             sequence = chunk.sequence
@@ -167,37 +170,38 @@ class Scheduler:
                 sequence.num_pending -= 1
 
     def _free_out_of_window(self, sequence: Sequence) -> None:
-        """Free what the window has passed: a step in flight begins at ``num_computed`` or later."""
+        """Free the blocks that are out of the window of every token still to be computed."""
+        # Steps in flight start at ``num_computed`` or later, so they do not read these blocks.
         count = self._limits.num_out_of_window_blocks(sequence.num_computed)
-        # Of a sequence that has ended the blocks are another's to free.
+        # The blocks of a sequence that has ended are not the scheduler's to free.
         if count > sequence.num_out_of_window_blocks and sequence in self.running:
             self._pool.free(sequence.drop_out_of_window_blocks(count))
 
-    def _start_arrived(self) -> None:
-        while self.arrived and len(self.running) < self._limits.max_num_seqs:
-            self._run(self.arrived.popleft())
+    def _start_received(self) -> None:
+        while self.received and len(self.running) < self._limits.max_num_seqs:
+            self._add_running(self.received.popleft())
 
-    def _run(self, sequence: Sequence) -> None:
+    def _add_running(self, sequence: Sequence) -> None:
         bisect.insort(self.running, sequence, key=lambda other: other.number)
 
     def _schedule_decodes(self, preempted: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []
-        # Oldest first, so that a victim is never in the batch already.
+        # Oldest first: victims are the youngest, so they are never in the batch already.
         for sequence in list(self.running):
             if len(chunks) == self._limits.max_num_batched_tokens:
                 break
             if sequence.num_remaining != 1 or sequence.is_ending or sequence in preempted:
                 continue
             if self._grow(sequence, preempted):
-                chunks.append(_plan(sequence, 1))
+                chunks.append(_schedule_tokens(sequence, 1))
         return chunks
 
     def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """Give ``sequence`` the block of its next position; False if it had to give way itself."""
+        """Allocate the block of the next position. Return False if ``sequence`` was preempted."""
         if sequence.num_tokens <= len(sequence.block_table) * self._limits.block_size:
             return True
         while self._pool.num_free == 0:
-            victim = self.arrived[-1] if self.arrived else self.running[-1]
+            victim = self.received[-1] if self.received else self.running[-1]
             self._preempt(victim)
             preempted.append(victim)
             if victim is sequence:
@@ -211,55 +215,50 @@ class Scheduler:
         victim.num_computed = victim.num_scheduled = 0
         victim.num_preemptions += 1
         self.num_preemptions += 1
-        # Preempted sequences wait before the new ones, the oldest first.
-        index = sum(other.number < victim.number for other in self.waiting)
-        self.waiting.insert(index, victim)
+        self.add(victim)
 
     def _continue_prefills(self, chunks: list[Chunk], budget: int) -> int:
         for sequence in self.running:
             if sequence.num_remaining > 1 and budget > 0:
-                budget -= self._take(sequence, chunks, budget)
+                budget -= self._schedule_prefill(sequence, chunks, budget)
         return budget
 
-    def _take(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
+    def _schedule_prefill(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
         count = sequence.num_remaining
         if self._limits.enable_chunked_prefill:
             count = min(count, budget)
-        chunks.append(_plan(sequence, count))
+        chunks.append(_schedule_tokens(sequence, count))
         return count
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[Sequence]:
         admitted: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._limits.max_num_seqs:
             sequence = self.waiting[0]
-            if sequence.num_pending:  # preempted under a step that still samples it
+            if sequence.num_pending:  # preempted while a step in flight samples its next token
                 break
             whole = not self._limits.enable_chunked_prefill
-            # A prompt over the whole budget still runs, alone.
+            # A prompt that exceeds the budget of an empty step runs alone.
             if whole and sequence.num_remaining > budget and chunks:
                 break
             if not self._fits(sequence):
                 break
             self.waiting.popleft()
-            needed = self._num_blocks(len(sequence.token_ids))
+            needed = num_blocks_for(len(sequence.token_ids), self._limits.block_size)
             sequence.block_table = self._pool.allocate(needed)
-            self._run(sequence)
+            self._add_running(sequence)
             admitted.append(sequence)
-            budget -= self._take(sequence, chunks, budget)
+            budget -= self._schedule_prefill(sequence, chunks, budget)
         return admitted
 
     def _fits(self, sequence: Sequence) -> bool:
-        needed = self._num_blocks(len(sequence.token_ids))
+        needed = num_blocks_for(len(sequence.token_ids), self._limits.block_size)
         return needed + self.num_growing <= self._pool.num_free or (
             not self.running and needed <= self._pool.num_free
         )
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._limits.block_size)
 
-
-def _plan(sequence: Sequence, count: int) -> Chunk:
-    """The next ``count`` tokens, which from now on count as scheduled."""
+def _schedule_tokens(sequence: Sequence, count: int) -> Chunk:
+    """Schedule the next ``count`` tokens of ``sequence``."""
     start = sequence.num_scheduled
     is_known = start + count <= len(sequence.token_ids)
     source = None if is_known else sequence.row

@@ -1,4 +1,4 @@
-"""One request as its replica sees it: tokens, blocks, progress."""
+"""Sequence: one request on a replica, with its tokens, blocks and progress."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ from dataclasses import dataclass, field
 
 from serve.request import Request, Timeline
 
-OUT_OF_WINDOW_BLOCK = (
-    0  # stands in a block table for one that was let go: named, never read or written
-)
+# Placeholder in a block table for a block that is out of the window. It is never read or written.
+OUT_OF_WINDOW_BLOCK = 0
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request on a replica. Whoever keeps the sequence owns its ``owned_blocks``.
+    """A request on a replica. The holder of the sequence owns its ``owned_blocks``.
 
-    ``number`` is its age on the replica: smaller is older. ``token_ids`` is prompt and output, as
-    far as it is known here; ``num_pending`` more tokens (0 or 1) are sampled by a step whose result
-    has not come. The KV of the first ``num_computed`` tokens is in the blocks, that of the first
-    ``num_scheduled`` will be when the steps under way have run.
+    ``number`` is the age on the replica: a smaller number is older. ``token_ids`` holds the prompt
+    and the output tokens that are known here. ``num_pending`` further tokens (0 or 1) are sampled
+    by a step whose result has not arrived. The KV of the first ``num_computed`` tokens is in the
+    blocks. When all steps in flight have run, the KV of the first ``num_scheduled`` tokens is.
 
     ``block_table[i]`` holds positions ``[i * block_size, (i + 1) * block_size)``. Its first
-    ``num_out_of_window_blocks`` entries are ``OUT_OF_WINDOW_BLOCK``: every attention window has
-    passed them, and another sequence may own the blocks that stood there.
+    ``num_out_of_window_blocks`` entries are ``OUT_OF_WINDOW_BLOCK``: no later token reads those
+    positions, and other sequences may own the blocks that held them.
     """
 
     request: Request
@@ -32,7 +31,7 @@ class Sequence:
     num_computed: int = 0
     num_scheduled: int = 0
     num_pending: int = 0
-    row: int = 0  # of the last step that sampled it
+    row: int = 0  # in the sampled rows of the last step that sampled for this sequence
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
     num_out_of_window_blocks: int = 0
@@ -50,54 +49,56 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Length with the token that is being sampled."""
+        """Length, including a token that is being sampled."""
         return len(self.token_ids) + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:
-        """Known tokens generated so far, on any replica."""
+        """Known output tokens, sampled on any replica."""
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
     def next_output_index(self) -> int:
-        """The output index of the next token to be sampled."""
+        """Output index of the next token to be sampled."""
         return self.num_output_tokens + self.num_pending
 
     @property
     def output_ids(self) -> tuple[int, ...]:
-        """The known tokens generated so far."""
+        """The known output tokens."""
         return tuple(self.token_ids[self.num_prompt_tokens :])
 
     @property
     def num_remaining(self) -> int:
-        """Tokens to be scheduled before the next token can be sampled."""
+        """Tokens to schedule before the next token can be sampled."""
         return self.num_tokens - self.num_scheduled
 
     @property
     def owned_blocks(self) -> list[int]:
-        """The blocks of the table that are the sequence's own."""
+        """The blocks of the table that the sequence owns."""
         return self.block_table[self.num_out_of_window_blocks :]
 
     def drop_out_of_window_blocks(self, count: int) -> list[int]:
-        """Let go of the first ``count`` blocks: those among them that were owned, now the caller's.
+        """Replace the first ``count`` blocks with placeholders.
 
-        ``ValueError`` if the table has fewer.
+        Returns those that the sequence owned; the caller owns them now. Raises ``ValueError`` if
+        the table has fewer.
         """
         if count > len(self.block_table):
-            raise ValueError(f"{count} blocks to be left of {len(self.block_table)}")
-        left = self.block_table[self.num_out_of_window_blocks : count]
-        self.block_table[self.num_out_of_window_blocks : count] = [OUT_OF_WINDOW_BLOCK] * len(left)
-        self.num_out_of_window_blocks += len(left)
-        return left
+            raise ValueError(f"cannot drop {count} of {len(self.block_table)} blocks")
+        dropped = self.block_table[self.num_out_of_window_blocks : count]
+        placeholders = [OUT_OF_WINDOW_BLOCK] * len(dropped)
+        self.block_table[self.num_out_of_window_blocks : count] = placeholders
+        self.num_out_of_window_blocks += len(dropped)
+        return dropped
 
     def take_blocks(self) -> list[int]:
-        """All that the sequence owns, now the caller's; its table is empty then."""
+        """Return the owned blocks, which the caller owns then, and empty the table."""
         blocks = self.owned_blocks
         self.block_table, self.num_out_of_window_blocks = [], 0
         return blocks
 
     @property
     def is_ending(self) -> bool:
-        """Whether the token that is being sampled is the last one here, whatever it will be."""
+        """Whether the token that is being sampled is the last one here, whatever its id."""
         last = self.request.sampling.max_tokens if self.decodes_here else 1
         return self.num_pending > 0 and self.next_output_index >= last

@@ -1,4 +1,4 @@
-"""From a batch of sequences to the plan entry that every rank can execute by itself."""
+"""Build the plan entry of a step, which every rank executes without further state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from serve.replica.scheduler import Batch, Chunk
 
 
 def build_step(number: int, batch: Batch, eos_token_ids: tuple[int, ...]) -> Step:
-    """The plan entry of ``batch``: token ids, positions, block tables, and how to sample."""
+    """Return the plan entry of ``batch``: token ids, positions, block tables, how to sample."""
     return Step(
         number,
         tuple(_build_sequence(chunk) for chunk in batch.chunks),
@@ -26,6 +26,6 @@ def _build_sequence(chunk: Chunk) -> StepSequence:
 
 def _build_row(chunk: Chunk, eos_token_ids: tuple[int, ...]) -> SampleRow:
     sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
-    index = sequence.next_output_index - 1  # the token of this step is pending by now
+    index = sequence.next_output_index - 1  # this step's token is counted as pending already
     banned = (*eos_token_ids, *sampling.stop_token_ids) if index < sampling.min_tokens else ()
     return SampleRow(sequence.request, index, banned, sequence.token_ids)

@@ -1,4 +1,4 @@
-"""Whether a token is a request's last one, and what text it adds."""
+"""Decide whether a token is a request's last one, and which text may be shown."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from serve.tokenizer.detokenizer import Detokenizer
 
 @dataclass(frozen=True, slots=True)
 class StopCheck:
-    """``text`` may be shown now; ``reason`` is set if the request ends with this token."""
+    """``text`` may be shown now. ``reason`` is set if the request ends with this token."""
 
     text: str
     reason: FinishReason | None = None
-    stop: str | int | None = None
+    stop: str | int | None = None  # the stop string or stop token id that ended the request
 
 
 def check_stop(
-    sequence: Sequence, output: Detokenizer, token_id: int, eos_token_ids: tuple[int, ...]
+    sequence: Sequence, detokenizer: Detokenizer, token_id: int, eos_token_ids: tuple[int, ...]
 ) -> StopCheck:
-    """Feed the newest token to ``output`` and decide. Before ``min_tokens`` nothing but
-    ``max_tokens`` ends a request; the text of a token that ends it by id is not shown.
+    """Detokenise the newest token of ``sequence`` and decide whether it is the last one.
+
+    Before ``min_tokens`` only ``max_tokens`` ends a request. The text of an end token or a stop
+    token is not shown.
     """
     sampling = sequence.request.sampling
     count = sequence.num_output_tokens
     if count > sampling.min_tokens:
         if token_id in sampling.stop_token_ids:
-            return StopCheck(output.finish(), FinishReason.STOP, token_id)
+            return StopCheck(detokenizer.finish(), FinishReason.STOP, token_id)
         if token_id in eos_token_ids and not sampling.ignore_eos:
-            return StopCheck(output.finish(), FinishReason.STOP)
-    piece = output.push(token_id)
+            return StopCheck(detokenizer.finish(), FinishReason.STOP)
+    piece = detokenizer.push(token_id)
     if piece.stop is not None:
         return StopCheck(piece.text, FinishReason.STOP, piece.stop)
     if count >= sampling.max_tokens:
-        return StopCheck(piece.text + output.finish(), FinishReason.LENGTH)
+        return StopCheck(piece.text + detokenizer.finish(), FinishReason.LENGTH)
     return StopCheck(piece.text)

@@ -1,4 +1,4 @@
-"""When the stages of a request begin and end on its replica, as its timeline has them. Pure."""
+"""Stamp the stages of requests into their timelines. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from serve.replica.sequence import Sequence
 
 
 def record_start(batch: Batch, now_s: float) -> None:
-    """No step is before ``batch`` any more: it runs from now on."""
+    """Stamp the start of the prefills and decodes whose first step is ``batch``.
+
+    To be called when the step before has ended, because ``batch`` runs from then on.
+    """
     for chunk in batch.chunks:
         timeline = chunk.sequence.timeline
         if timeline.prefill_queued_s is not None:
@@ -17,7 +20,7 @@ def record_start(batch: Batch, now_s: float) -> None:
 
 
 def record_first_token(sequence: Sequence, now_s: float) -> None:
-    """The prompt is read; where the replica goes on with it, decode begins."""
+    """Stamp the end of prefill and, if the sequence decodes here, the start of decode."""
     sequence.timeline.prefill_ended_s = now_s
     if sequence.decodes_here:
         sequence.timeline.decode_queued_s = sequence.timeline.decode_started_s = now_s

@@ -188,6 +188,7 @@ class RankProcess:
             ),
             max_push_blocks=self.setup.max_push_blocks,
             eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab_size),
+            schedule_policy=self.config.schedule_policy,
         )
         return Replica(settings, tokenizer, time.monotonic)
 

@@ -1,7 +1,7 @@
-"""What tokenizer_config.json and the two files beside it say about a tokenizer.
+"""TokenizerConfig: the contents of tokenizer_config.json and of the two older files beside it.
 
 Checkpoints from before 2023 keep their special tokens in ``special_tokens_map.json`` and the ids of
-added ones in ``added_tokens.json``; where both generations speak, ``tokenizer_config.json`` wins.
+added tokens in ``added_tokens.json``. A value in ``tokenizer_config.json`` takes precedence.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token found in raw text before the model sees it.
+    """A token that is found in the raw text before the vocabulary's model splits the rest.
 
-    ``lstrip`` and ``rstrip`` take the whitespace beside it along; ``single_word`` matches it only
-    between word boundaries.
+    ``lstrip`` and ``rstrip`` include the whitespace on that side in the match. ``single_word``
+    matches only between word boundaries.
     """
 
     content: str
@@ -34,11 +34,13 @@ class AddedToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerConfig:
-    """``named`` has the keys of NAMED_TOKENS that the files mention, None where they say null.
+    """The settings of one tokenizer.
 
-    ``added`` is by token id; ``extra_special`` are special tokens that are given without one.
-    ``prefix_space`` is None where the files leave it to the vocabulary. ``legacy`` puts that space
-    before every stretch of text between special tokens, not only before the first.
+    ``named`` has those keys of ``NAMED_TOKENS`` that are in the files; its value is None for a
+    null. ``added`` is by token id. ``extra_special`` are special tokens that are given without an
+    id. ``prefix_space`` says whether a space is put before the text; None leaves it to the
+    vocabulary. ``legacy`` puts that space before every stretch of text between special tokens, not
+    only before the first.
     """
 
     tokenizer_class: str | None
@@ -54,10 +56,10 @@ class TokenizerConfig:
 
 
 def read_tokenizer_config(directory: Path) -> TokenizerConfig:
-    """The configuration in ``directory``; a missing file says nothing.
+    """Read the configuration in ``directory``. A missing file counts as empty.
 
-    What is left open is as transformers' LlamaTokenizer was before the key for it existed: bos but
-    no eos, legacy. ``ValueError`` for what cannot be understood or honoured.
+    The defaults are those of transformers' LlamaTokenizer before it had these keys: add bos but not
+    eos, legacy. Raises ``ValueError`` for a malformed or unsupported value.
     """
     own = _read_json(directory / "tokenizer_config.json")
     merged = _read_json(directory / "special_tokens_map.json") | own
@@ -67,6 +69,7 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     extra = _extra_special(merged)
     special = {*named.values(), *extra}
     added = _read_added(merged, _read_json(directory / "added_tokens.json"))
+    # added_tokens.json does not mark special tokens, so named and extra tokens count as special.
     return TokenizerConfig(
         tokenizer_class=_optional(merged, "tokenizer_class", str),
         remote_class=_remote_class(merged.get("auto_map")),
@@ -82,7 +85,7 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
 
 
 def find_remote_class(directory: Path) -> str | None:
-    """The tokenizer class of its own code that the checkpoint in ``directory`` asks for."""
+    """Return the tokenizer class that the checkpoint in ``directory`` brings as code, if any."""
     return _remote_class(_read_json(directory / "tokenizer_config.json").get("auto_map"))
 
 
@@ -94,7 +97,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file.name} holds no JSON object")
+        raise ValueError(f"{file.name} is not a JSON object")
     return value
 
 
@@ -111,10 +114,10 @@ def _flag(merged: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def _token(key: str, value: Any) -> str:
-    """A token as the files spell it: its text, or an object with the text as ``content``."""
+    """Return the text of a token. The files give the text, or an object with it in ``content``."""
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or not content:
-        raise ValueError(f"{key}: {value!r} is no token")
+        raise ValueError(f"{key}: {value!r} is not a token")
     return content
 
 
@@ -123,7 +126,7 @@ def _optional_token(key: str, value: Any) -> str | None:
 
 
 def _extra_special(merged: Mapping[str, Any]) -> tuple[str, ...]:
-    """Both names of the list; the newer one may also map attribute names to tokens."""
+    """Merge the lists under the old and the new key. The new one may map names to tokens."""
     found: list[str] = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = merged.get(key) or []
@@ -132,12 +135,12 @@ def _extra_special(merged: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _read_added(merged: Mapping[str, Any], old: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """The added tokens by id: ``added_tokens_decoder``, else the ids of ``added_tokens.json``."""
+    """Return the added tokens by id, from ``added_tokens_decoder`` or else the older file."""
     decoder = merged.get("added_tokens_decoder")
     if decoder is None:
         return {int(i): AddedToken(_token("added_tokens.json", t), False) for t, i in old.items()}
     if not isinstance(decoder, dict):
-        raise ValueError("added_tokens_decoder is no JSON object")
+        raise ValueError("added_tokens_decoder is not a JSON object")
     found = {}
     for key, value in decoder.items():
         content = _token("added_tokens_decoder", value)
@@ -153,18 +156,18 @@ def _read_added(merged: Mapping[str, Any], old: Mapping[str, Any]) -> dict[int, 
 
 
 def _remote_class(auto_map: Any) -> str | None:
-    """The tokenizer class of the checkpoint's own code, which is only ever named, never loaded."""
+    """Return the class name of the checkpoint's own code, for error texts: it is never loaded."""
     names = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    if isinstance(names, list | tuple):
+    if isinstance(names, list | tuple):  # the slow class and the fast one, either may be null
         names = next((name for name in reversed(names) if name), None)
     return str(names) if names else None
 
 
 def _template(value: Any) -> str | dict[str, str] | None:
-    """A chat template, or several by name."""
+    """Return a chat template, or several by name."""
     if value is None or isinstance(value, str):
         return value
     try:
         return {str(entry["name"]): str(entry["template"]) for entry in value}
     except (TypeError, KeyError) as error:
-        raise ValueError("chat_template is neither a text nor a list of named ones") from error
+        raise ValueError("chat_template is neither a text nor a list of named templates") from error

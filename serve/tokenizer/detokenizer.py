@@ -1,8 +1,8 @@
-"""The text of one request's output, token by token: UTF-8, the first space, stop strings.
+"""Detokenizer: turns the output tokens of one request into text, token by token.
 
-``push`` gives what may be shown after each token. Held back are the bytes of an unfinished
-character, and text that may be the beginning of a stop string. What is held is small and goes
-along in ``DetokenizerState`` when the request moves to another replica.
+``push`` returns the text that may be shown after each token. It holds back the bytes of an
+incomplete UTF-8 character and text that may be the beginning of a stop string. This small state is
+sent along in ``DetokenizerState`` when the request moves to another replica.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from serve.tokenizer.tokenizer import UNKNOWN, Tokenizer
 
 
 class TextPiece(NamedTuple):
-    """``text`` may be shown now; ``stop`` is the stop string that ended it, if one did."""
+    """``text`` may be shown now. ``stop`` is the stop string that ended the output, if any."""
 
     text: str
     stop: str | None = None
@@ -29,8 +29,9 @@ _NOTHING = TextPiece("")
 class Detokenizer:
     """Detokenises one output. Without a tokenizer every text is empty.
 
-    The texts of all pushes and of ``finish`` joined are ``Tokenizer.decode`` of all ids, up to the
-    stop string. Where prompt text precedes the output, its first space is kept.
+    The joined texts of all pushes and of ``finish`` equal ``Tokenizer.decode`` of all ids, up to
+    the stop string. There is one difference: the leading space of an output that follows prompt
+    text is kept.
     """
 
     __slots__ = (
@@ -46,29 +47,30 @@ class Detokenizer:
         skip = sampling.skip_special_tokens
         self._pieces: tuple[bytes, ...] = tokenizer.pieces(skip) if tokenizer else ()
         self._first_chars = frozenset(stop[0] for stop in sampling.stop)
+        # A prompt of special tokens only has no text, so the output begins the text.
         self._at_start = (
             tokenizer is not None
             and tokenizer.strips_leading_space
             and not any(self._piece(token_id) for token_id in prompt_ids)
         )
-        self._partial = b""  # of a character whose other bytes are still to come
-        self._held = ""  # may be the beginning of a stop string
+        self._partial = b""  # first bytes of an incomplete character
+        self._held = ""  # possible beginning of a stop string
         self._num_tokens = 0
 
     @classmethod
     def resume(
         cls, tokenizer: Tokenizer | None, sampling: SamplingParams, state: DetokenizerState
     ) -> Detokenizer:
-        """Go on where ``state`` was taken, on this replica or another."""
-        output = cls(tokenizer, sampling, ())
-        output._at_start = state.at_start
-        output._partial = state.partial
-        output._held = state.held_text
-        output._num_tokens = state.num_tokens
-        return output
+        """Continue an output from the ``state`` that a detokenizer returned, on any replica."""
+        detokenizer = cls(tokenizer, sampling, ())
+        detokenizer._at_start = state.at_start
+        detokenizer._partial = state.partial
+        detokenizer._held = state.held_text
+        detokenizer._num_tokens = state.num_tokens
+        return detokenizer
 
     def state(self) -> DetokenizerState:
-        """All that ``resume`` needs; a few bytes and at most a stop string long."""
+        """Return what ``resume`` needs: a few bytes and at most the length of a stop string."""
         return DetokenizerState(
             partial=self._partial,
             held_text=self._held,
@@ -77,10 +79,11 @@ class Detokenizer:
         )
 
     def push(self, token_id: int) -> TextPiece:
-        """Add one token. After a piece with ``stop`` the output is at its end.
+        """Add one token and return the text that may be shown. A ``stop`` ends the output.
 
-        Of several stop strings in the text, the one that begins first ends it; of those that begin
-        at the same place, the one listed first. Within the first ``min_tokens`` tokens none does.
+        If the text contains several stop strings, the one that begins first counts. If those begin
+        at the same place, the one listed first counts. The first ``min_tokens`` tokens are not
+        searched for stop strings.
         """
         if self._tokenizer is None:
             return _NOTHING
@@ -97,7 +100,7 @@ class Detokenizer:
         return self._split_at_stop(self._held + text)
 
     def finish(self) -> str:
-        """What is still held: shown when the output ends without a stop string."""
+        """Return the text held back, to be shown when the output ends without a stop string."""
         text = self._held + self._partial.decode("utf-8", "replace")
         self._held, self._partial = "", b""
         return text
@@ -106,7 +109,10 @@ class Detokenizer:
         return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else UNKNOWN
 
     def _split_at_stop(self, text: str) -> TextPiece:
-        """``text`` up to the first stop string or up to where one may begin; the rest is held."""
+        """Return ``text`` up to the first stop string, or up to where one may begin.
+
+        Holds back the rest if there is no complete stop string.
+        """
         found: str | None = None
         start = len(text)
         for stop in self._sampling.stop:
@@ -122,7 +128,10 @@ class Detokenizer:
         return TextPiece(text[:start])
 
     def _possible_stop(self, text: str) -> int:
-        """Where ``text`` first may turn into a stop string, none being complete; its end if not."""
+        """Return the first index where ``text`` ends with the beginning of a stop string.
+
+        Returns the length of ``text`` if there is none.
+        """
         stops = self._sampling.stop
         longest = max(map(len, stops))
         for index in range(max(0, len(text) - longest + 1), len(text)):

@@ -1,7 +1,8 @@
-"""Which files hold a tokenizer, and how each kind becomes one of the `tokenizers` library.
+"""Load a tokenizer of the `tokenizers` library from the files of a checkpoint.
 
-In this order: a GGUF file's metadata, ``tokenizer.json``, a sentencepiece ``tokenizer.model``, and
-what else transformers has a class for. Code that comes with a checkpoint is never run.
+The kinds of files, in the order in which they are tried: a GGUF file's metadata,
+``tokenizer.json``, a sentencepiece ``tokenizer.model``, and files of the other classes that
+transformers knows. Code in a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 
 def load_fast(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a directory or a ``.gguf`` file; any error if there is no usable one."""
+    """Load the tokenizer of a directory or a ``.gguf`` file.
+
+    Raises exceptions of many types if there is no usable one, because the libraries do.
+    """
     if path.suffix == ".gguf":
         return _load_gguf(path)
     if not path.is_dir():
@@ -35,11 +39,11 @@ def load_fast(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _load_json(path: Path) -> PreTrainedTokenizerFast:
-    """tokenizer.json says how the model's text was split. transformers 5 would keep of it only the
-    vocabulary, and split as the class does that tokenizer_config.json names.
-    """
     from transformers import PreTrainedTokenizerFast
 
+    # Not the class that tokenizer_config.json names: in transformers 5 it takes only the vocabulary
+    # from tokenizer.json and splits text by its own rules. The model was trained with the rules in
+    # tokenizer.json.
     return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
 
 
@@ -51,8 +55,8 @@ def _load_model_file(path: Path) -> PreTrainedTokenizerFast:
     if config.remote_class is None and _is_known(name):
         return _load_by_class(path)
     raise ValueError(
-        f"tokenizer.model of the class {config.remote_class or name}: "
-        f"supported are {', '.join(CLASSES)}; else tokenizer.json is needed"
+        f"tokenizer.model of the class {config.remote_class or name} is not supported; "
+        f"supported: {', '.join(CLASSES)}; other classes need tokenizer.json"
     )
 
 
@@ -73,7 +77,7 @@ def _load_by_class(path: Path) -> PreTrainedTokenizerFast:
         if (name := find_remote_class(path)) is None:
             raise
         raise ValueError(
-            f"{name} is code of the checkpoint, which is never run: "
+            f"{name} is code in the checkpoint, which is never run; "
             "tokenizer.json or tokenizer.model is needed"
         ) from error
     if not getattr(fast, "is_fast", False):
@@ -82,7 +86,7 @@ def _load_by_class(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _load_gguf(path: Path) -> PreTrainedTokenizerFast:
-    # AutoTokenizer would parse the whole file for a config first, which takes seconds.
+    # Not AutoTokenizer: it first parses the whole file for a model config, which takes seconds.
     from transformers import PreTrainedTokenizerFast
 
     if not path.is_file():
@@ -95,26 +99,28 @@ def _load_gguf(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _split_digits(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """Restore the splitting at digits, which transformers leaves out for these vocabularies: it
-    reads ``"a  12"`` as ``a, ' ', ' ', 1, 2``; the model was trained on ``a, '  ', 1, 2``.
+    """Restore the splitting of numbers into digits, which transformers omits for GGUF files.
+
+    It splits ``"a  12"`` into ``a, ' ', ' ', 1, 2``, but the models were trained with
+    ``a, '  ', 1, 2``.
     """
     from tokenizers import pre_tokenizers
 
     if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
-        return  # split by a pattern that transformers knows, or sentencepiece
+        return  # sentencepiece, or a pattern that transformers restores
     with path.open("rb") as file:
         name = _gguf_string(file, "tokenizer.ggml.pre")
     if name in ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"):
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     elif name not in (None, "default", "gpt-2"):
-        raise ValueError(f"the file names an unknown pre-tokenizer, {name!r}: give --tokenizer")
+        raise ValueError(f"the GGUF file has an unknown pre-tokenizer, {name!r}: give --tokenizer")
 
 
-def _gguf_string(file: BinaryIO, wanted: str) -> str | None:
-    """The string under key ``wanted`` of a GGUF file (version 2 or 3), None if there is none.
+def _gguf_string(file: BinaryIO, name: str) -> str | None:
+    """Return the metadata string ``name`` of a GGUF file (version 2 or 3), or None.
 
-    gguf's own reader would take seconds, for every word of the vocabulary.
+    The reader of the package gguf takes seconds, because it reads every word of the vocabulary.
     """
 
     def number(code: str) -> int:
@@ -136,7 +142,7 @@ def _gguf_string(file: BinaryIO, wanted: str) -> str | None:
     for _ in range(number("Q")):
         key = file.read(number("Q")).decode()
         kind = number("I")
-        if key == wanted and kind == _GGUF_STRING:
+        if key == name and kind == _GGUF_STRING:
             return file.read(number("Q")).decode()
         skip(kind)
     return None

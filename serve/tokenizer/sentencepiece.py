@@ -1,15 +1,15 @@
-"""A sentencepiece model (tokenizer.model) as a tokenizer of the `tokenizers` library.
+r"""Load a sentencepiece model (tokenizer.model) into a tokenizer of the `tokenizers` library.
 
-The model's own rules (Kudo and Richardson 2018; sentencepiece's normalizer.cc and bpe_model.cc) are
-said again in the library's parts: character map, extra whitespace, the space before the text, then
-BPE or unigram with byte fallback. Text encodes to the same ids as with sentencepiece itself, but:
+The rules of sentencepiece (Kudo and Richardson 2018; its normalizer.cc and bpe_model.cc) are built
+from the parts of the library: character map, extra whitespace, the space before the text, then BPE
+or unigram with byte fallback. Text encodes to the same ids as with sentencepiece, except that:
 
-* special tokens are found in the text, as the models that have them were trained;
-* a text that begins with a symbol which the model's author defined gets no space before it;
-* of unigram segmentations with equal scores another one may be taken (sentencepiece adds in single
-  precision, the library in double);
-* the library maps ``\\r\\n`` and a letter with its combining mark as one character, so a character
-  map that knows only the first of the two drops the second.
+* special tokens are found in the text, because models that have them were trained this way;
+* no space is put before a text that begins with a symbol which the model's author defined;
+* a different one of several unigram segmentations with equal scores may be chosen, because
+  sentencepiece adds scores in single precision and the library in double;
+* the library maps ``\r\n``, and a letter with its combining mark, as one character. A character
+  map that has only the first of the two characters drops the second.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 _SPACE = "\u2581"
 _UNIGRAM, _BPE = 1, 2  # trainer_spec.model_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # a piece's type; 5 is unused, 6 a byte
-# Classes whose tokenizer.model needs nothing that their code would do beyond the configuration.
+# Classes whose tokenizer.model can be loaded from the file and the configuration alone.
 CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLM2Tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One entry of the vocabulary, after the configuration's added tokens took their ids."""
+    """One entry of the vocabulary, after added tokens have replaced placeholders."""
 
     text: str
     score: float
@@ -43,7 +43,10 @@ class _Piece:
 
 
 def load_sentencepiece(file: Path, config: TokenizerConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of ``file`` with ``config``'s special tokens; ``ValueError`` in one line."""
+    """Load the tokenizer in ``file`` with the special tokens of ``config``.
+
+    Raises ``ValueError`` with one line if the file cannot be read or is not supported.
+    """
     from transformers import PreTrainedTokenizerFast
 
     proto = _read_proto(file)
@@ -52,7 +55,8 @@ def load_sentencepiece(file: Path, config: TokenizerConfig) -> PreTrainedTokeniz
     _place_added(pieces, config.added)
     named = _named_tokens(proto, pieces, config)
     backend = _build_backend(proto, pieces, config, named)
-    # Tokens that the vocabulary lacks would be appended to it, at ids that the model lacks.
+    # All named tokens are in the vocabulary: transformers would append others, with ids that the
+    # model does not have.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=config.chat_template,
@@ -69,9 +73,9 @@ def _read_proto(file: Path) -> Any:
 
     data = file.read_bytes()
     try:
-        SentencePieceProcessor(model_proto=data)  # it checks more than the parser does
+        SentencePieceProcessor(model_proto=data)  # checks more than the parser
     except RuntimeError as error:
-        raise ValueError(f"{file.name} is no sentencepiece model") from error
+        raise ValueError(f"{file.name} is not a sentencepiece model") from error
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(data)
     if not proto.pieces:
@@ -80,24 +84,26 @@ def _read_proto(file: Path) -> Any:
 
 
 def _check_supported(proto: Any) -> None:
-    """``ValueError`` for rules that the library cannot follow."""
+    """Raise ``ValueError`` for rules that the library cannot reproduce."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE):
         raise ValueError("a sentencepiece model of words or characters is not supported")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
-        raise ValueError("a sentencepiece model with spaces behind or unmarked is not supported")
+        raise ValueError(
+            "a sentencepiece model with spaces after words or unmarked is not supported"
+        )
     if proto.denormalizer_spec.precompiled_charsmap:
         raise ValueError("a sentencepiece model with a denormalizer is not supported")
 
 
 def _place_added(pieces: dict[int, _Piece], added: Mapping[int, AddedToken]) -> None:
-    """Put added tokens at their ids, over the placeholders that the vocabulary keeps for them."""
+    """Put added tokens at their ids, in place of the vocabulary's placeholders."""
     ids = {piece.text: i for i, piece in pieces.items()}
     for token_id, token in added.items():
         if ids.get(token.content, token_id) != token_id:
             raise ValueError(
                 f"added token {token.content!r} has id {token_id}, "
-                f"but {ids[token.content]} in tokenizer.model"
+                f"but id {ids[token.content]} in tokenizer.model"
             )
         old = pieces.get(token_id)
         if token.special or old is None or old.text != token.content:
@@ -107,14 +113,14 @@ def _place_added(pieces: dict[int, _Piece], added: Mapping[int, AddedToken]) -> 
 def _named_tokens(
     proto: Any, pieces: Mapping[int, _Piece], config: TokenizerConfig
 ) -> dict[str, str]:
-    """bos, eos, unk and pad: the configuration's, else the model's own."""
+    """Return bos, eos, unk and pad from the configuration, or else from the model file."""
     trainer = proto.trainer_spec
     own = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
     named = {f"{k}_token": pieces[i].text if i in pieces else None for k, i in own.items()}
     named |= config.named
     vocabulary = {piece.text for piece in pieces.values()}
     if named.get("pad_token") not in vocabulary:
-        named["pad_token"] = None  # nothing here pads; fine-tuners name one without adding it
+        named["pad_token"] = None  # not used here; fine-tuned models name one without adding it
     for token in (*named.values(), *config.extra_special):
         if token is not None and token not in vocabulary:
             raise ValueError(f"special token {token!r} is not in the vocabulary")
@@ -156,8 +162,8 @@ def _model(proto: Any, pieces: Mapping[int, _Piece]) -> tokenizers.models.Model:
         )
     if max(pieces) >= len(pieces):
         raise ValueError(f"the vocabulary has no token with id {_first_hole(pieces)}")
-    # An unknown character costs 10 more than the lowest score of all entries, where sentencepiece
-    # counts those of text alone: the others take that lowest one.
+    # The library scores an unknown character 10 below the lowest score of all entries, and
+    # sentencepiece 10 below the lowest of the normal ones. So the others get that lowest score.
     lowest = min((p.score for p in pieces.values() if p.kind == _NORMAL), default=0.0)
     ordered = [pieces[i] for i in range(len(pieces))]
     table = [(p.text, p.score if p.kind == _NORMAL else lowest) for p in ordered]
@@ -169,9 +175,9 @@ def _first_hole(pieces: Mapping[int, _Piece]) -> int:
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """All pairs of pieces that join to a piece, the best piece first.
+    """Return all pairs of pieces that join to a piece, the piece with the best score first.
 
-    sentencepiece keeps no list of merges: it joins the neighbours with the best joint piece.
+    sentencepiece has no list of merges: it joins the neighbours whose joint piece scores best.
     """
     best_first = sorted(scores, key=lambda text: -scores[text])
     return [
@@ -199,7 +205,7 @@ def _normalizer(
         steps.append(normalizers.Replace(Regex(rf"\A +|[ {_SPACE}]+\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if prefix_always:
-        # The library runs the symbols themselves through here too, where no space may be put.
+        # The library also normalizes the symbols themselves, which must not get a space.
         alone = "|".join(re.escape(symbol) for symbol in symbols)
         start = rf"\A(?!(?:{alone})\z)" if alone else r"\A(?!\z)"
         steps.append(normalizers.Replace(Regex(start), _SPACE))
@@ -212,12 +218,14 @@ def _pre_tokenizer(proto: Any, prefix_first: bool) -> tokenizers.pre_tokenizers.
 
     steps: list[pre_tokenizers.PreTokenizer] = []
     if prefix_first:
-        # Metaspace puts no space before text that begins with its mark. The first one's mark is a
-        # plain space, of which normalizing has left none; the second one makes it the real mark.
+        # Metaspace puts no space before text that begins with its mark. So the mark of the first
+        # step is a plain space, which normalized text never has. The second step replaces it with
+        # the real mark.
         for mark, scheme in ((" ", "first"), (_SPACE, "never")):
             steps.append(pre_tokenizers.Metaspace(mark, prepend_scheme=scheme, split=False))
     if proto.trainer_spec.model_type == _UNIGRAM and proto.trainer_spec.byte_fallback:
-        # The library would find the name of a byte's piece in the text: never let it see one whole.
+        # The library would find names such as <0x0A> in the text and read them as bytes. Splitting
+        # them prevents that.
         name = Regex("<0(?=x[0-9A-F]{2}>)")
         steps.append(pre_tokenizers.Split(name, "merged_with_previous"))
     return pre_tokenizers.Sequence(steps) if steps else None
@@ -226,30 +234,30 @@ def _pre_tokenizer(proto: Any, prefix_first: bool) -> tokenizers.pre_tokenizers.
 def _added_tokens(
     pieces: Mapping[int, _Piece], config: TokenizerConfig, special: set[str]
 ) -> list[tokenizers.AddedToken]:
-    """The tokens to find in text, by id.
+    """Return the tokens to find in text, by id.
 
-    Symbols that the model's author defined are found in normalized text, as sentencepiece does;
-    the others in raw text, as transformers' tokenizers in Python do.
+    Symbols that the model's author defined are found in normalized text, as in sentencepiece. The
+    others are found in raw text, as in the Python tokenizers of transformers.
     """
     from tokenizers import AddedToken as LibraryToken
 
     found = []
     for token_id in sorted(pieces):
         piece = pieces[token_id]
-        given = config.added.get(token_id)
+        added = config.added.get(token_id)
         is_special = piece.text in special or piece.kind == _UNKNOWN
         if piece.kind == _USER_DEFINED and not is_special:
             found.append(LibraryToken(piece.text, normalized=True, special=False))
-        elif given is not None or is_special or piece.kind == _CONTROL:
-            given = given or AddedToken(piece.text, special=True)
+        elif added is not None or is_special or piece.kind == _CONTROL:
+            added = added or AddedToken(piece.text, special=True)
             found.append(
                 LibraryToken(
                     piece.text,
-                    single_word=given.single_word,
-                    lstrip=given.lstrip,
-                    rstrip=given.rstrip,
+                    single_word=added.single_word,
+                    lstrip=added.lstrip,
+                    rstrip=added.rstrip,
                     normalized=False,
-                    special=given.special or is_special,
+                    special=added.special or is_special,
                 )
             )
     return found

@@ -1,13 +1,13 @@
-"""Text into ids and back, the chat template, and what bytes each token stands for.
+"""Tokenizer: text to ids, ids to text, and the chat template.
 
-Decoding does not ask the `tokenizers` library: every token is turned into its bytes once, at load.
-Text is then a join and a UTF-8 decode, the same bytes serve incremental output, and ids that the
-vocabulary lacks can be shown as U+FFFD instead of vanishing. Byte-level BPE and sentencepiece
-vocabularies are spelled like that; a decoder that is not (WordPiece, say) is refused at load.
+Decoding does not use the `tokenizers` library. The bytes of every token are computed once, when the
+tokenizer is loaded. Decoding is then a join and a UTF-8 decode, incremental output uses the same
+bytes, and ids without a token are shown as U+FFFD instead of nothing. This works for byte-level BPE
+and for sentencepiece vocabularies. A tokenizer with another decoder, such as WordPiece, is refused.
 
-Everything here may be called from several threads. The library reports "Already borrowed" where one
-thread changes a tokenizer that another one uses, so nothing changes it after load: truncation and
-padding are switched off there, for good.
+All methods may be called from several threads. The library raises "Already borrowed" if one thread
+changes a tokenizer while another uses it. So truncation and padding are switched off at load, and
+nothing changes the tokenizer after that.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNKNOWN = "\ufffd".encode()  # what an id without a token reads as
+UNKNOWN = "\ufffd".encode()  # the bytes of an id without a token
 _ALL_SPACES = -1
 
 
 def load_tokenizer(path: str, model_path: str, chat_template: str | None) -> Tokenizer:
-    """The tokenizer of a directory or a ``.gguf`` file on this machine.
+    """Load the tokenizer of a directory or a ``.gguf`` file on this machine.
 
-    ``chat_template`` replaces the tokenizer's own: ``chat_template.jinja`` in its directory, else
-    what its configuration or metadata has, else ``chat_template.jinja`` in the directory
-    ``model_path``. ``ValueError``, in one line, if there is no usable one.
+    ``chat_template`` replaces the tokenizer's own. That is ``chat_template.jinja`` in the
+    tokenizer's directory, or else the template in its configuration or metadata, or else
+    ``chat_template.jinja`` in the directory ``model_path``. Raises ``ValueError`` with one line if
+    there is no usable tokenizer, or if its chat template does not compile.
     """
     try:
         fast = load_fast(Path(path))
         template = chat_template or _own_template(fast, Path(path), Path(model_path))
         tokenizer = Tokenizer(fast, template)
-    except Exception as error:  # whatever a broken checkpoint makes transformers raise
+    except Exception as error:  # a broken checkpoint makes transformers raise many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load the tokenizer of {path}: {reason}") from error
     tokenizer.check_chat_template()
@@ -51,7 +52,7 @@ def load_tokenizer(path: str, model_path: str, chat_template: str | None) -> Tok
 
 
 class Tokenizer:
-    """One vocabulary. Ids are in ``range(vocab_size)``, where not every one need have a token."""
+    """One vocabulary. Ids are in ``range(vocab_size)``; some of them may have no token."""
 
     def __init__(self, fast: PreTrainedTokenizerFast, chat_template: str | None) -> None:
         backend: tokenizers.Tokenizer = fast.backend_tokenizer
@@ -75,20 +76,18 @@ class Tokenizer:
         self.eos_token_id: int | None = fast.eos_token_id
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of ``text``. ``ValueError`` for text that is no Unicode (a lone surrogate).
-
-        The batch call releases the GIL while it works, the single one does not.
-        """
+        """Return the ids of ``text``. Raises ``ValueError`` if it contains a lone surrogate."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text has a lone surrogate at position {error.start}") from error
+        # The call for a batch releases the GIL while it works; the call for one text does not.
         batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = batch[0].ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ``ids``; bytes that are no UTF-8 and ids without a token read as U+FFFD."""
+        """Return the text of ``ids``. Invalid UTF-8 and ids without a token become U+FFFD."""
         pieces = self._pieces[skip_special_tokens]
         known = range(self.vocab_size)
         parts = [part for i in ids if (part := pieces[i] if i in known else UNKNOWN)]
@@ -97,22 +96,22 @@ class Tokenizer:
         return b"".join(parts).decode("utf-8", "replace")
 
     def id_to_token(self, token_id: int) -> str:
-        """The token as the vocabulary spells it; U+FFFD if there is none."""
+        """Return the token as the vocabulary spells it, or U+FFFD if the id has none."""
         if not 0 <= token_id < self.vocab_size:
             return "\ufffd"
         return self._backend.id_to_token(token_id) or "\ufffd"
 
     def pieces(self, skip_special_tokens: bool) -> tuple[bytes, ...]:
-        """The bytes of every id; empty for special tokens if those are skipped."""
+        """Return the bytes of every id: none for special tokens if those are skipped."""
         return self._pieces[skip_special_tokens]
 
     @property
     def strips_leading_space(self) -> bool:
-        """Whether the first token of a text loses the space it begins with (sentencepiece)."""
+        """Whether the first token of a text loses its leading space (sentencepiece)."""
         return self._leading_spaces != 0
 
     def strip_first(self, piece: bytes) -> bytes:
-        """``piece``, which begins a text, without the space that encoding put before the text."""
+        """Remove the space that encoding puts before a text from its first ``piece``."""
         if self._leading_spaces == _ALL_SPACES:
             return piece.lstrip(b" ")
         return piece.removeprefix(b" ") if self._leading_spaces else piece
@@ -125,9 +124,10 @@ class Tokenizer:
     def render_chat(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The prompt that the chat template makes of ``messages``, rendered in jinja's sandbox.
+        """Render ``messages`` with the chat template in jinja's sandbox and return the prompt.
 
-        ``kwargs`` are the template's variables. ``ValueError`` with the template's own reason.
+        ``kwargs`` are variables of the template. Raises ``ValueError`` with the template's error
+        text, or if there is no template.
         """
         if self._template is None:
             raise ValueError("the model has no chat template")
@@ -139,12 +139,12 @@ class Tokenizer:
                 tokenize=False,
                 **kwargs,
             )
-        except Exception as error:  # a template is the checkpoint's code: it may raise anything
+        except Exception as error:  # a template is the checkpoint's code and may raise any type
             raise ValueError(str(error) or type(error).__name__) from error
         return str(text)
 
     def check_chat_template(self) -> None:
-        """``ValueError`` if there is a chat template that does not compile."""
+        """Raise ``ValueError`` if the chat template does not compile."""
         from jinja2 import TemplateSyntaxError
 
         if self._template is None:
@@ -152,7 +152,8 @@ class Tokenizer:
         try:
             self.render_chat([{"role": "user", "content": ""}])
         except ValueError as error:
-            cause = error.__cause__  # that a template refuses this trial message is no matter
+            # Other errors are no fault: a valid template may refuse this trial message.
+            cause = error.__cause__
             if isinstance(cause, TemplateSyntaxError):
                 raise ValueError(f"chat template, line {cause.lineno}: {cause.message}") from cause
 
@@ -163,7 +164,8 @@ def _own_template(fast: PreTrainedTokenizerFast, path: Path, model_path: Path) -
     template = _read_template(path) or configured or _read_template(model_path)
     if named and not template:
         log.warning(
-            "no chat: of the chat templates %s none is called default; --chat-template chooses one",
+            "chat is disabled: none of the chat templates %s is named default; "
+            "give one with --chat-template",
             ", ".join(sorted(named)),
         )
     return template or None
@@ -178,9 +180,10 @@ def _read_template(directory: Path) -> str | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary, the other way round.
+    """Return the byte that each character of a byte-level vocabulary stands for.
 
-    Printable Latin-1 stands for itself; the other bytes have the characters from U+0100 on.
+    Printable Latin-1 characters stand for themselves. The characters from U+0100 on stand for the
+    other bytes.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -198,10 +201,10 @@ class _Spelling:
     byte_level: bool
     byte_fallback: bool
     replacements: tuple[tuple[str, str], ...]
-    leading_spaces: int  # that the first token of a text loses: 0, 1 or _ALL_SPACES
+    leading_spaces: int  # removed from the first token of a text: 0, 1 or _ALL_SPACES
 
     def to_bytes(self, token: str) -> bytes:
-        """The bytes that ``token`` stands for."""
+        """Return the bytes that ``token`` stands for."""
         if self.byte_level and all(c in _ALPHABET for c in token):
             return bytes([_ALPHABET[c] for c in token])
         if self.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
@@ -212,13 +215,13 @@ class _Spelling:
 
 
 def _read_decoder(decoder: tokenizers.decoders.Decoder | None) -> _Spelling:
-    """The spelling behind a decoder of `tokenizers`; ``ValueError`` for other kinds."""
+    """Return how a vocabulary with this decoder spells bytes. Raises ``ValueError`` if unknown."""
     if decoder is None:
-        raise ValueError("it has no decoder")
+        raise ValueError("the tokenizer has no decoder")
     state: dict[str, Any] = json.loads(decoder.__getstate__())
     parts = state.get("decoders", [state])
     if any(part.get("type") == "ByteLevel" for part in parts):
-        # Every byte has its character: sentencepiece's steps beside it find nothing to act on.
+        # Every byte has a character of its own, so other steps of the decoder have no effect.
         return _Spelling(True, False, (), 0)
     byte_fallback = fused = False
     replacements: list[tuple[str, str]] = []

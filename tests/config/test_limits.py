@@ -1,4 +1,4 @@
-"""Options of the server that say which replicas there are, and what each may take on."""
+"""The server's options for replicas and their limits."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_replica_spec(model: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "world_size", "part"),
     [
-        ("--replica-spec 2,1 2,1", 8, "needs 4 ranks in all, torchrun started 8"),
-        ("--replica-spec 4,1 2,1", 4, "needs 6 ranks in all, torchrun started 4"),
+        ("--replica-spec 2,1 2,1", 8, "needs 4 ranks in all, but torchrun started 8"),
+        ("--replica-spec 4,1 2,1", 4, "needs 6 ranks in all, but torchrun started 4"),
         ("--replica-spec 1,2 1,1", 3, "pipeline parallelism (pp 2)"),
         ("--replica-spec 3,1 1,1", 4, "tp 3 does not divide the model's 8 query heads"),
         ("--replica-spec 2", 2, "'2' is not of the form TP,PP"),
@@ -42,8 +42,8 @@ def test_replica_spec(model: Path) -> None:
         ("--partition-id -1", 4, "--partition-id -1 is not between 1 and 3"),
         ("--partition-id 1", 1, "--partition-id needs at least two replicas"),
         ("--mode disaggregated", 1, "--mode disaggregated needs at least two replicas"),
-        ("--mode colocated --partition-id 1", 2, "--partition-id has no meaning"),
-        ("--mode colocated --kv-push-bytes 5", 2, "--kv-push-bytes has no meaning"),
+        ("--mode colocated --partition-id 1", 2, "--partition-id has no effect"),
+        ("--mode colocated --kv-push-bytes 5", 2, "--kv-push-bytes has no effect"),
     ],
 )
 def test_replicas_refused(model: Path, text: str, world_size: int, part: str) -> None:
@@ -60,7 +60,7 @@ def test_overrides_refused_when_colocated(model: Path, phase: str, option: str) 
         (f"--mode colocated --{phase}-{option}", 2),
         (f"--{phase}-{option}", 1),
     ):
-        assert refusal(model, text, world_size).startswith(f"{name} has no meaning")
+        assert refusal(model, text, world_size).startswith(f"{name} has no effect")
 
 
 # --- limits -------------------------------------------------------------------------------------

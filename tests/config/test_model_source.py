@@ -1,4 +1,4 @@
-"""Options of the server that name the model: where its files are, and what is wrong with them."""
+"""The server's options for the model: finding its files, and errors in them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_gguf_file(tmp_path: Path) -> None:
         ("absent.gguf", "does not exist"),
         ("weights.bin", "neither a directory nor a .gguf file"),
         ("empty", "has no config.json"),
-        ("only-gguf", "give the file itself, as in m.gguf"),
+        ("only-gguf", "give the file itself, such as m.gguf"),
     ],
 )
 def test_model_refused(tmp_path: Path, name: str, part: str) -> None:
@@ -70,7 +70,7 @@ def test_bad_configurations(model: Path) -> None:
 
 
 def test_generation_config(model: Path) -> None:
-    """How requests are sampled by default; what it does not name is as in the OpenAI API."""
+    """The model's recommendations are the defaults; other values are the OpenAI API's."""
     assert parse(model).sampling_defaults == SamplingDefaults()
     file = model / "generation_config.json"
     given = {"do_sample": True, "temperature": 0.7, "top_k": 20, "min_p": None, "eos_token_id": [2]}
@@ -147,7 +147,7 @@ def test_hub_id_is_downloaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_hub_weights_of_one_kind_are_downloaded(
     model: Path, tmp_path: Path, asked: str, stored: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A repository without safetensors gives its .bin files, unless others were asked for."""
+    """A repository without safetensors gives its .bin files, unless the format is another."""
     hub, here = model, tmp_path / "here"
     here.mkdir()
     (hub / "model.safetensors").unlink()
@@ -181,4 +181,5 @@ def test_hub_weights_of_one_kind_are_downloaded(
 def test_hub_out_of_reach() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(["--model", "someone/no-such-model"], 2)
-    assert str(caught.value).startswith("--model: someone/no-such-model is no path here and cannot")
+    start = "--model: someone/no-such-model is not a path on this machine and cannot"
+    assert str(caught.value).startswith(start)

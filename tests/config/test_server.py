@@ -1,4 +1,4 @@
-"""Options of the server: what each accepts, refuses and defaults to, and what --help says."""
+"""The server's options: accepted and refused values, defaults, and the help text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from serve.config.limits import PhaseLimits
 from serve.config.options import build_parser
 from serve.config.server import ConfigError, parse_args
+from serve.dispatch.policies import POLICIES
+from serve.replica.queue_order import QUEUE_ORDERS, fcfs
 from serve.topology import ReplicaSpec
 from tests.support.config_cases import model, parse, refusal
 from tests.support.paths import ROOT
@@ -39,6 +41,8 @@ def test_defaults(model: Path) -> None:
     assert (config.max_waiting, config.drain_timeout_s, config.seed) == (4096, 25.0, 0)
     assert config.chat_template is None
     assert config.dispatch_policy == "least-num-unfinished-tokens"
+    assert config.dispatch_policy in POLICIES
+    assert config.schedule_policy == "fcfs"
     assert config.log_level == "info"
 
 
@@ -107,6 +111,7 @@ def test_built_in_model_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--seed 9223372036854775807", "seed", 2**63 - 1),
         ("--chat-template {{messages}}", "chat_template", "{{messages}}"),
         ("--dispatch-policy round-robin", "dispatch_policy", "round-robin"),
+        ("--schedule-policy fcfs", "schedule_policy", "fcfs"),
         ("--log-level debug", "log_level", "debug"),
         ("--mode disaggregated", "partition_id", 1),
         ("--mode colocated", "partition_id", 0),
@@ -152,10 +157,11 @@ def test_accepted(model: Path, text: str, field: str, value: object) -> None:
         ("--seed -1", "--seed: -1 is not a seed"),
         ("--seed 9223372036854775808", "is not a seed"),
         ("--dispatch-policy random", "--dispatch-policy: invalid choice"),
+        ("--schedule-policy longest", "--schedule-policy: invalid choice"),
         ("--log-level loud", "--log-level: invalid choice"),
         ("--tokenizer /no/such/place", "--tokenizer: /no/such/place"),
         ("--chat-template /no/such/file", "--chat-template: /no/such/file"),
-        ("--tokenizer none --chat-template {{x}}", "no meaning with --tokenizer none"),
+        ("--tokenizer none --chat-template {{x}}", "no effect with --tokenizer none"),
         ("--num-blocks 9 --decode-gpu-memory-utilization 0.5", "together with --num-blocks"),
         ("--num-blocks 3 --block-size 16 --max-model-len 64", "exceeds the 48 tokens"),
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
@@ -166,6 +172,13 @@ def test_accepted(model: Path, text: str, field: str, value: object) -> None:
 )
 def test_refused(model: Path, text: str, part: str) -> None:
     assert part in refusal(model, text)
+
+
+def test_registered_policies_are_choices(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, "first", POLICIES["round-robin"])
+    monkeypatch.setitem(QUEUE_ORDERS, "longest", fcfs)
+    config = parse(model, "--dispatch-policy first --schedule-policy longest")
+    assert (config.dispatch_policy, config.schedule_policy) == ("first", "longest")
 
 
 def test_a_line_stays_one_line(model: Path) -> None:

@@ -1,12 +1,15 @@
-"""The dispatcher, message by message: who is told what, what is counted, what is given out."""
+"""The dispatcher, message by message: messages to replicas, counts, outputs to clients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
+from serve.dispatch.policies import POLICIES, DispatchPolicy, Placement
+from serve.dispatch.replica_state import ReplicaState
 from serve.protocol.messages import Abort, Delta, Prefill, ReplicaLoad, Report
 from serve.request import FinishReason, Request, SamplingParams, Timeline
 from serve.topology import ReplicaInfo, Role
@@ -22,7 +25,7 @@ PREFILL_LEADER, DECODE_LEADER = 0, 2
 
 
 class Clock:
-    """Stands still unless told."""
+    """A clock that stands still until a test sets it."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -56,7 +59,7 @@ def delta(index: int, id: str = "a", **more: Any) -> Delta:
 
 
 def counts(dispatcher: Dispatcher) -> list[tuple[int, int, int]]:
-    """Prefill tokens, decode tokens and requests of each replica."""
+    """Return the prefill tokens, decode tokens and requests of each replica."""
     return [
         (state.num_prefill_tokens, state.num_decode_tokens, state.num_requests)
         for state in dispatcher.states
@@ -79,7 +82,51 @@ def test_a_colocated_request_stays_with_one_replica() -> None:
     assert counts(dispatcher) == [(0, 0, 0)]
 
 
-def test_what_is_counted_from_dispatch_to_the_end() -> None:
+class RecordingPolicy(DispatchPolicy):
+    """Places every request on replicas 0 and 1 and records the dispatcher's calls."""
+
+    summary = "for tests"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+
+    def choose(self, request: Request, replicas: Sequence[ReplicaState]) -> Placement:
+        self.calls.append(("choose", request.id))
+        return Placement(PREFILL, DECODE)
+
+    def on_report(self, report: Report) -> None:
+        self.calls.append(("report", report.replica_id))
+
+    def on_finished(self, request: Request, placement: Placement) -> None:
+        self.calls.append(("finished", (request.id, placement)))
+
+
+def test_a_registered_policy_chooses_and_gets_reports_and_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = RecordingPolicy()
+    monkeypatch.setitem(POLICIES, "recording", lambda: policy)
+    dispatcher = Dispatcher(DISAGGREGATED, "recording", 8, Clock())
+    dispatcher.dispatch([make_request("a"), make_request("b"), make_request("c")])
+    dispatcher.on_report(report(PREFILL, delta(0, finish_reason=FinishReason.STOP)))
+    dispatcher.close("b")
+    dispatcher.close("b")
+    dispatcher.on_report(report(DECODE))
+    dispatcher.fail_all("lost")
+    place = Placement(PREFILL, DECODE)
+    assert policy.calls == [
+        ("choose", "a"),
+        ("choose", "b"),
+        ("choose", "c"),
+        ("report", PREFILL),
+        ("finished", ("a", place)),
+        ("finished", ("b", place)),
+        ("report", DECODE),
+        ("finished", ("c", place)),
+    ]
+
+
+def test_counts_from_dispatch_to_the_end() -> None:
     dispatcher = make_dispatcher()
     dispatcher.dispatch([make_request()])
     assert counts(dispatcher) == [(5, 0, 1), (0, 5, 1)]  # before any report
@@ -101,15 +148,15 @@ def test_too_many_are_refused_all_or_none() -> None:
         dispatcher.dispatch([make_request("c"), make_request("d")])
     assert (dispatcher.num_active, dispatcher.num_waiting) == (2, 2)
     assert counts(dispatcher) == before
-    dispatcher.on_report(report(PREFILL, delta(0)))  # one less waits, as many are live
+    dispatcher.on_report(report(PREFILL, delta(0)))  # one request fewer waits, none has ended
     assert len(dispatcher.dispatch([make_request("c"), make_request("d")])) == 2
 
 
-def test_an_abort_closes_and_tells_both_replicas_once() -> None:
+def test_an_abort_closes_a_request_and_goes_to_both_replicas_once() -> None:
     dispatcher = make_dispatcher()
     dispatcher.dispatch([make_request()])
-    told = dispatcher.close("a")
-    assert told == [Outgoing(PREFILL_LEADER, Abort("a")), Outgoing(DECODE_LEADER, Abort("a"))]
+    aborts = dispatcher.close("a")
+    assert aborts == [Outgoing(PREFILL_LEADER, Abort("a")), Outgoing(DECODE_LEADER, Abort("a"))]
     assert dispatcher.close("a") == dispatcher.close("never seen") == []
     assert counts(dispatcher) == [(0, 0, 0), (0, 0, 0)]
     assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
@@ -127,10 +174,10 @@ def test_tokens_of_a_closed_request_are_answered_with_another_abort(finished: bo
     outputs, outgoing = dispatcher.on_report(late)
     assert outputs == []
     assert outgoing == [
-        Outgoing(DECODE_LEADER, Abort("a")),  # once, though two deltas came
+        Outgoing(DECODE_LEADER, Abort("a")),  # once for two deltas
         Outgoing(DECODE_LEADER, Abort("unknown")),
     ]
-    assert dispatcher.on_report(late)[1] == outgoing  # it has not heard: again
+    assert dispatcher.on_report(late)[1] == outgoing  # the replica has not received the abort yet
     assert dispatcher.num_active == 1
 
 
@@ -154,7 +201,7 @@ def test_decode_tokens_wait_for_token_0() -> None:
     assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
 
 
-def test_stamps_of_both_replicas_come_together_on_one_clock() -> None:
+def test_stamps_of_both_replicas_are_converted_to_one_clock() -> None:
     clock = Clock()
     dispatcher = make_dispatcher(clock=clock)
     dispatcher.dispatch([make_request()])
@@ -180,12 +227,12 @@ def test_when_the_job_fails_every_request_ends_with_the_reason() -> None:
     dispatcher = make_dispatcher()
     dispatcher.dispatch([make_request("a"), make_request("b")])
     dispatcher.on_report(report(PREFILL, delta(0)))
-    outputs = dispatcher.fail_all("rank 3 is gone")
+    outputs = dispatcher.fail_all("rank 3 is lost")
     assert [(o.request_id, o.first_index, o.token_ids) for o in outputs] == [
         ("a", 1, ()),
         ("b", 0, ()),
     ]
-    assert {(o.finish_reason, o.error) for o in outputs} == {(FinishReason.ERROR, "rank 3 is gone")}
+    assert {(o.finish_reason, o.error) for o in outputs} == {(FinishReason.ERROR, "rank 3 is lost")}
     assert counts(dispatcher) == [(0, 0, 0), (0, 0, 0)]
     assert (dispatcher.num_active, dispatcher.num_waiting) == (0, 0)
     assert dispatcher.fail_all("again") == []

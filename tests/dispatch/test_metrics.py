@@ -1,4 +1,4 @@
-"""Metrics: what stock dashboards ask for is there, and right after a scripted request."""
+"""Metrics: those that stock dashboards use exist, with the right values after a request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Every exposed value by its name and labels, but for the model's name."""
+    """Return every exposed value by its name and its labels without the model's name."""
     found = {}
     for family in text_string_to_metric_families(metrics.exposition()[0].decode()):
         for sample in family.samples:
@@ -53,7 +53,7 @@ def output(index: int, count: int, reason: FinishReason | None = None, **more: T
 
 @pytest.fixture
 def metrics() -> Metrics:
-    """After one request of 4 prompt tokens and 4 output tokens, and one report."""
+    """Return metrics of one request of 4 prompt tokens and 4 output tokens, and of two reports."""
     metrics = Metrics("m")
     sampling = SamplingParams(max_tokens=7)
     metrics.on_ready(0, 100, 16)
@@ -81,7 +81,7 @@ def metrics() -> Metrics:
     return metrics
 
 
-def test_all_that_dashboards_ask_for_is_there(metrics: Metrics) -> None:
+def test_all_metrics_of_stock_dashboards_exist(metrics: Metrics) -> None:
     names = {name for name, _ in samples(metrics)}
     for name in HISTOGRAMS:
         assert {f"vllm:{name}_{part}" for part in ("bucket", "sum", "count")} <= names
@@ -89,7 +89,7 @@ def test_all_that_dashboards_ask_for_is_there(metrics: Metrics) -> None:
     assert {"vllm:request_success_total", "vllm:cache_config_info"} <= names
 
 
-def test_reasons_are_there_before_their_first_request() -> None:
+def test_reasons_exist_before_their_first_request() -> None:
     for reason in ("stop", "length", "abort", "error"):
         assert value(Metrics("m"), "vllm:request_success_total", finished_reason=reason) == 0
 

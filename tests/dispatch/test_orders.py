@@ -1,4 +1,4 @@
-"""The dispatcher under random orders of everything that can cross: reports, aborts, handovers."""
+"""The dispatcher under random orders of reports, aborts and handovers."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from serve.topology import ReplicaInfo, Role
 ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "M": Role.MIXED}
 NUM_REQUESTS = 40
 MAX_WAITING = 12
-CLOCK_SKEW_S = 1000.0  # replica i's clock is this much, times i, ahead of rank 0's
+CLOCK_SKEW_S = 1000.0  # replica i's clock is i times this ahead of rank 0's
 
 
 @dataclass
 class Job:
-    """A request at a replica, as far as its tokens are concerned."""
+    """A request on a replica that makes its tokens."""
 
     request: Request
     decode_replica: int
     next_index: int = 0
-    told: bool = False
+    timeline_reported: bool = False
 
 
 @dataclass
 class Peer:
-    """One replica: makes tokens, hears aborts late, and hands over behind rank 0's back."""
+    """One replica, which makes tokens, receives aborts late and hands over to other peers."""
 
     id: int
     inbox: deque[Prefill | Abort] = field(default_factory=deque)
-    handed: deque[Job] = field(default_factory=deque)  # from prefill peers, on their own link
+    handed: deque[Job] = field(default_factory=deque)  # from prefill peers, on their own links
     outbox: deque[Report] = field(default_factory=deque)
     jobs: dict[str, Job] = field(default_factory=dict)
 
 
 class Cluster:
-    """Peers around a real dispatcher; every channel is in order, the channels among them not."""
+    """Peers around a real dispatcher. Only messages on the same channel keep their order."""
 
     def __init__(self, shape: str, policy: str, seed: int) -> None:
         infos = [ReplicaInfo(i, ROLES[role], (i,), 1, 1) for i, role in enumerate(shape)]
@@ -58,16 +58,16 @@ class Cluster:
         self.aborted: set[str] = set()
         self.num_refused = 0
         self.num_repeated = 0  # aborts that answered tokens of a closed request
-        self.num_held = 0
+        self.num_early = 0
 
     def clock(self) -> float:
-        self.now_s += 0.125  # exact in binary: stamps convert without rounding
+        self.now_s += 0.125  # exact in binary, so stamps convert without rounding
         return self.now_s
 
-    # --- what can happen ------------------------------------------------------------------
+    # --- events ------------------------------------------------------------------
 
     def submit(self) -> None:
-        """A call for up to three choices."""
+        """Submit a call for up to three choices."""
         group = [
             Request(
                 id=f"r{len(self.requests) + i}",
@@ -90,14 +90,14 @@ class Cluster:
         self._send(outgoing)
 
     def abort(self) -> None:
-        """Some client goes away, perhaps after its answer."""
+        """Disconnect a client, which may have its answer already."""
         request_id = self.rng.choice(list(self.requests))
         outgoing = self.dispatcher.close(request_id)
         if outgoing:
             self.aborted.add(request_id)
         self._send(outgoing)
 
-    def hear(self, peer: Peer) -> None:
+    def receive(self, peer: Peer) -> None:
         message = peer.inbox.popleft()
         if isinstance(message, Abort):
             peer.jobs.pop(message.request_id, None)
@@ -110,7 +110,7 @@ class Cluster:
         peer.jobs[job.request.id] = Job(job.request, peer.id, next_index=1)
 
     def step(self, peer: Peer) -> None:
-        """A token for some of the peer's requests, in one report."""
+        """Make a token for some of the peer's requests, in one report."""
         jobs = [job for job in peer.jobs.values() if self.rng.random() < 0.7]
         load = ReplicaLoad(num_running=len(peer.jobs))
         peer.outbox.append(Report(peer.id, load, tuple(self._token(peer, job) for job in jobs)))
@@ -118,21 +118,20 @@ class Cluster:
     def deliver(self, peer: Peer) -> None:
         report = peer.outbox.popleft()
         outputs, outgoing = self.dispatcher.on_report(report, -CLOCK_SKEW_S * peer.id)
-        self.num_held += len(report.deltas) > len(outputs) + len(outgoing)
+        self.num_early += len(report.deltas) > len(outputs) + len(outgoing)
         for output in outputs:
             assert output.request_id not in self.aborted
             self.outputs[output.request_id].append(output)
-        told = [(out.rank, out.message) for out in outgoing]
-        assert all(rank == peer.id and isinstance(message, Abort) for rank, message in told)
+        assert all(out.rank == peer.id and isinstance(out.message, Abort) for out in outgoing)
         ids = [out.message.request_id for out in outgoing if isinstance(out.message, Abort)]
         assert len(set(ids)) == len(ids)
         self.num_repeated += len(ids)
         self._send(outgoing)
 
-    # --- one order of all that --------------------------------------------------------------
+    # --- a random order of events --------------------------------------------------------------
 
     def run(self) -> None:
-        """Until every request is submitted and nothing can happen any more."""
+        """Run random events until every request is submitted and no event is left."""
         while choices := self._choices():
             self.rng.choice(choices)()
             self._check_counts()
@@ -140,7 +139,7 @@ class Cluster:
     def _choices(self) -> list[Callable[[], None]]:
         choices: list[Callable[[], None]] = []
         for peer in self.peers:
-            choices += [partial(self.hear, peer)] if peer.inbox else []
+            choices += [partial(self.receive, peer)] if peer.inbox else []
             choices += [partial(self.take_over, peer)] if peer.handed else []
             choices += [partial(self.step, peer)] if peer.jobs else []
             choices += [partial(self.deliver, peer)] if peer.outbox else []
@@ -157,7 +156,7 @@ class Cluster:
 
     def _token(self, peer: Peer, job: Job) -> Delta:
         index, job.next_index = job.next_index, job.next_index + 1
-        first, job.told = not job.told, True
+        first, job.timeline_reported = not job.timeline_reported, True
         last = job.next_index == job.request.sampling.max_tokens
         if last:
             del peer.jobs[job.request.id]
@@ -177,7 +176,7 @@ class Cluster:
         now_s = self.clock() + CLOCK_SKEW_S * peer.id
         return Timeline(prefill_ended_s=now_s) if index == 0 else Timeline(decode_started_s=now_s)
 
-    # --- what must hold -----------------------------------------------------------------------
+    # --- checks -----------------------------------------------------------------------
 
     def _check_counts(self) -> None:
         active = [r for r in self.requests if r not in self.aborted and not self._ended(r)]
@@ -198,7 +197,7 @@ class Cluster:
 
 
 def check_answers(cluster: Cluster) -> None:
-    """Each request answered once; its tokens in order, none missing; its stamps on one clock."""
+    """Check that each request has one answer, with all tokens in order and stamps on one clock."""
     for id, request in cluster.requests.items():
         outputs = cluster.outputs[id]
         tokens = [token for output in outputs for token in output.token_ids]
@@ -231,21 +230,21 @@ def test_every_request_is_answered_once_in_order(shape: str, policy: str, seed: 
     cluster = Cluster(shape, policy, seed)
     cluster.run()
     check_answers(cluster)
-    # Nothing is left behind, neither here nor there.
+    # No state is left, neither in the dispatcher nor in the peers.
     assert (cluster.dispatcher.num_active, cluster.dispatcher.num_waiting) == (0, 0)
     for state in cluster.dispatcher.states:
         assert (state.num_prefill_tokens, state.num_decode_tokens, state.num_requests) == (0, 0, 0)
     assert not any(peer.jobs for peer in cluster.peers)
 
 
-def test_the_orders_above_are_the_awkward_ones() -> None:
-    """The runs do hold tokens back, refuse requests, and meet aborts that came too early."""
-    held = refused = repeated = aborted = 0
+def test_the_random_orders_include_the_rare_cases() -> None:
+    """The runs include early tokens, refused requests and aborts that arrive before a request."""
+    early = refused = repeated = aborted = 0
     for seed in range(12):
         cluster = Cluster("PPDDD", "round-robin", seed)
         cluster.run()
-        held += cluster.num_held
+        early += cluster.num_early
         refused += cluster.num_refused
         repeated += cluster.num_repeated
         aborted += len(cluster.aborted)
-    assert min(held, refused, repeated, aborted) > 0, (held, refused, repeated, aborted)
+    assert min(early, refused, repeated, aborted) > 0, (early, refused, repeated, aborted)

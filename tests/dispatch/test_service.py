@@ -1,4 +1,4 @@
-"""Service and its streams: merging, draining, failing, and who is told what."""
+"""Service and its streams: joining outputs, aborts, draining and failing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def read(stream: Stream) -> list[Output]:
     return [output async for output in stream]
 
 
-async def test_unread_outputs_come_as_one() -> None:
+async def test_unread_outputs_are_joined() -> None:
     stream = Stream(make_request("a"))
     for index in range(5):
         stream.put(make_output(index, reason=FinishReason.STOP if index == 4 else None))
@@ -40,7 +40,7 @@ async def test_unread_outputs_come_as_one() -> None:
     assert output == make_output(0, 5, FinishReason.STOP)
 
 
-async def test_what_a_slow_reader_leaves_is_joined_and_complete() -> None:
+async def test_outputs_for_a_slow_reader_are_joined_and_complete() -> None:
     stream = Stream(make_request("a"))
     for index in range(1000):
         stream.put(make_output(index, reason=FinishReason.STOP if index == 999 else None))
@@ -141,7 +141,7 @@ async def test_tokens_after_an_abort_are_answered_with_another() -> None:
     (stream,) = cluster.service.submit([make_request("a")])
     await cluster.until(lambda: stream.num_tokens == 1)
     cluster.service.abort("a")
-    cluster.active["a"] = object()  # type: ignore[assignment]  # the decode replica had not heard
+    cluster.active["a"] = object()  # type: ignore[assignment]  # the abort has not arrived
     cluster.report(1, make_delta("a", 1))
     assert cluster.aborted == ["a", "a"]
     assert len(await read(stream)) == 1
@@ -153,20 +153,20 @@ async def test_submit_takes_all_or_none() -> None:
     cluster.hold_at = 0
     with pytest.raises(Overloaded):
         cluster.service.submit([make_request(str(i)) for i in range(3)])
-    with pytest.raises(ValueError, match="is live"):
+    with pytest.raises(ValueError, match="is active"):
         cluster.service.submit([make_request("a"), make_request("a")])
     cluster.assert_at_rest()
     (stream,) = cluster.service.submit([make_request("a")])
-    with pytest.raises(ValueError, match="is live"):
+    with pytest.raises(ValueError, match="is active"):
         cluster.service.submit([make_request("b"), make_request("a")])
     assert cluster.service.num_active == 1
     cluster.release()
     assert (await read(stream))[-1].finish_reason is FinishReason.LENGTH
-    cluster.service.submit([make_request("a")])  # an id may come again after its end
+    cluster.service.submit([make_request("a")])  # an id may be used again after its end
     cluster.service.abort("a")
 
 
-async def test_draining_waits_for_live_requests() -> None:
+async def test_draining_waits_for_active_requests() -> None:
     cluster = FakeCluster(None)
     cluster.hold_at = 1
     (stream,) = cluster.service.submit([make_request("a")])
@@ -203,8 +203,8 @@ async def test_when_the_job_fails_every_stream_ends_with_the_reason() -> None:
         cluster.service.submit([make_request("a")])
 
 
-async def test_a_held_end_does_not_end_a_request_early() -> None:
-    """The decode replica's tokens, and its last one, come before token 0."""
+async def test_an_early_end_waits_for_token_0() -> None:
+    """The decode replica's tokens, with the last one, arrive before token 0."""
     cluster = FakeCluster(None)
     cluster.hold_at = 0
     (stream,) = cluster.service.submit([make_request("a", 3)])

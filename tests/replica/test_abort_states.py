@@ -1,4 +1,4 @@
-"""An abort at each station of a request's way, on the way to either side first: nothing is lost."""
+"""An abort at every stage of a request, with either side receiving it first, leaks nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.simulation import Cluster, random_request
 
 VICTIM = "victim"
 
-Seen = list[tuple[str, AnyMessage]]  # ("sent" or "got", message), of the victim
+Seen = list[tuple[str, AnyMessage]]  # ("sent" or "received", message) of the victim
 
 
 def kinds(seen: Seen, event: str) -> list[type]:
@@ -29,17 +29,19 @@ def has_last_push(seen: Seen, event: str) -> bool:
     return any(isinstance(m, Push) and m.handover is not None for what, m in seen if what == event)
 
 
-STATIONS: dict[str, Callable[[Seen], bool]] = {
+STAGES: dict[str, Callable[[Seen], bool]] = {
     "on its way to prefill": lambda seen: Prefill in kinds(seen, "sent"),
-    "before the Offer": lambda seen: Prefill in kinds(seen, "got"),
-    "before Ready: the Offer is under way": lambda seen: Offer in kinds(seen, "sent"),
-    "before Ready: the Offer is there": lambda seen: Offer in kinds(seen, "got"),
-    "between Ready and Push: Ready is under way": lambda seen: Ready in kinds(seen, "sent"),
-    "between Ready and Push: Ready is there": lambda seen: Ready in kinds(seen, "got"),
+    "before the Offer": lambda seen: Prefill in kinds(seen, "received"),
+    "before Ready: the Offer is sent": lambda seen: Offer in kinds(seen, "sent"),
+    "before Ready: the Offer is received": lambda seen: Offer in kinds(seen, "received"),
+    "between Ready and Push: Ready is sent": lambda seen: Ready in kinds(seen, "sent"),
+    "between Ready and Push: Ready is received": lambda seen: Ready in kinds(seen, "received"),
     "during a push: announced": lambda seen: Push in kinds(seen, "sent"),
-    "during a push: the announcement is there": lambda seen: Push in kinds(seen, "got"),
+    "during a push: the announcement is received": lambda seen: Push in kinds(seen, "received"),
     "after the last push: announced": lambda seen: has_last_push(seen, "sent"),
-    "after the last push: the announcement is there": lambda seen: has_last_push(seen, "got"),
+    "after the last push: the announcement is received": lambda seen: has_last_push(
+        seen, "received"
+    ),
     "decoding": lambda seen: num_tokens(seen) >= 3,
 }
 
@@ -58,8 +60,8 @@ def belongs(message: AnyMessage) -> bool:
             return False
 
 
-class Watched(Cluster):
-    """Notes the victim's messages, and lets one side hear of an abort first."""
+class RecordingCluster(Cluster):
+    """Records the victim's messages, and can deliver an abort to one side first."""
 
     def watch(self) -> Seen:
         self.seen: Seen = []
@@ -72,22 +74,22 @@ class Watched(Cluster):
 
     def _deliver(self, pair: tuple[int, int]) -> None:
         if belongs(self.channels[pair][0]):
-            self.seen.append(("got", self.channels[pair][0]))
+            self.seen.append(("received", self.channels[pair][0]))
         super()._deliver(pair)
 
     def drain_abort(self, replica: int) -> None:
-        """Deliver all that rank 0 has sent to ``replica``, the abort with it, before the rest."""
+        """Deliver all messages from rank 0 to ``replica``, including the abort, before others."""
         while self.channels.get((0, replica + 1)):
             self._deliver((0, replica + 1))
 
 
 @pytest.mark.parametrize("first", ["prefill", "decode", "either"])
-@pytest.mark.parametrize("station", STATIONS)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("seed", range(4))
-def test_abort(station: str, first: str, seed: int) -> None:
-    print(f"seed={seed} station={station} first={first}")
+def test_abort(stage: str, first: str, seed: int) -> None:
+    print(f"seed={seed} stage={stage} first={first}")
     rng = random.Random(seed)
-    cluster = Watched(rng, 1, 1, max_push_blocks=2, max_num_batched_tokens=8)
+    cluster = RecordingCluster(rng, 1, 1, max_push_blocks=2, max_num_batched_tokens=8)
     seen = cluster.watch()
     others = [random_request(rng, i, max_total=40) for i in range(6)]
     victim = Request(
@@ -100,16 +102,16 @@ def test_abort(station: str, first: str, seed: int) -> None:
 
     aborted = False
 
-    def abort_there() -> None:
+    def abort_at_stage() -> None:
         nonlocal aborted
-        if not aborted and STATIONS[station](seen):
+        if not aborted and STAGES[stage](seen):
             aborted = True
             cluster.abort(VICTIM)
             if first != "either":
                 cluster.drain_abort(0 if first == "prefill" else 1)
 
-    cluster.run(abort_there)
-    assert aborted, "the request never came to this station"
+    cluster.run(abort_at_stage)
+    assert aborted, "the request never reached this stage"
     cluster.check([*others, victim])
     assert cluster.endings[VICTIM] == [FinishReason.ABORT]
     assert len(cluster.answers[VICTIM]) < 20

@@ -11,7 +11,7 @@ SHAPES = [(0, 1), (0, 2), (1, 1), (2, 1), (1, 2), (2, 2), (3, 2)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(6))
-def test_every_request_gets_the_models_tokens(shape: tuple[int, int], seed: int) -> None:
+def test_every_request_gets_the_tokens_of_the_model(shape: tuple[int, int], seed: int) -> None:
     storm(seed, shape, abort_rate=0.0)
 
 

@@ -1,4 +1,4 @@
-"""BlockPool and Scheduler: budgets kept, blocks owned once, old before young, nobody starves."""
+"""BlockPool and Scheduler: limits, ownership of blocks, preemption of the youngest, progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_sequence(number: int, prompt: int, output: int, decodes_here: bool = Tr
 
 
 def finish_step(scheduler: Scheduler, pool: BlockPool, batch: Batch) -> list[Sequence]:
-    """What a replica does with a step's result: the sequences that ended."""
+    """Process a step's result as a replica does. Return the sequences that ended."""
     scheduler.update(batch)
     ended = []
     for chunk in batch.chunks:
@@ -48,13 +48,13 @@ def test_a_block_has_one_owner(sizes: list[int], rng: random.Random) -> None:
             owned.append(pool.allocate(size))
         elif owned:
             pool.free(owned.pop(rng.randrange(len(owned))))
-        held = [block for blocks in owned for block in blocks]
-        assert len(set(held)) == len(held)
-        assert len(held) + pool.num_free == 16
-        assert set(held) <= set(range(16))
+        allocated = [block for blocks in owned for block in blocks]
+        assert len(set(allocated)) == len(allocated)
+        assert len(allocated) + pool.num_free == 16
+        assert set(allocated) <= set(range(16))
 
 
-def test_the_pool_refuses_what_cannot_be() -> None:
+def test_the_pool_refuses_too_many_blocks_and_double_frees() -> None:
     pool = BlockPool(2)
     blocks = pool.allocate(2)
     with pytest.raises(ValueError, match="1 blocks asked for, 0 free"):
@@ -72,7 +72,7 @@ def test_the_pool_refuses_what_cannot_be() -> None:
     max_num_seqs=st.integers(1, 6),
     chunked=st.booleans(),
 )
-def test_everybody_finishes_within_the_limits(
+def test_every_sequence_finishes_within_the_limits(
     lengths: list[tuple[int, int]], num_blocks: int, budget: int, max_num_seqs: int, chunked: bool
 ) -> None:
     limits = SchedulerLimits(max_num_seqs, budget, chunked, block_size=4)
@@ -99,7 +99,7 @@ def test_everybody_finishes_within_the_limits(
     assert pool.num_free == num_blocks
 
 
-def test_the_youngest_gives_way() -> None:
+def test_the_youngest_is_preempted() -> None:
     pool = BlockPool(5)
     scheduler = Scheduler(pool, SchedulerLimits(8, 64, True, block_size=4))
     old, young = make_sequence(0, 7, 9), make_sequence(1, 7, 9)
@@ -135,12 +135,12 @@ def test_decodes_go_on_beside_a_long_prompt() -> None:
     assert short.num_output_tokens == 1 + -(-60 // 7)
 
 
-def test_a_newcomer_waits_for_blocks_that_the_running_ones_may_need() -> None:
+def test_a_reservation_leaves_the_blocks_that_running_sequences_may_need() -> None:
     pool = BlockPool(4)
     scheduler = Scheduler(pool, SchedulerLimits(8, 64, True, block_size=4))
-    assert scheduler.can_reserve(4, num_reserved=0), "an idle pool is all the newcomer's"
+    assert scheduler.can_reserve(4, num_reserved=0), "an offer may take the whole idle pool"
     scheduler.add(make_sequence(0, 4, 9))
-    assert not scheduler.can_reserve(1, num_reserved=0), "who waits here comes first"
+    assert not scheduler.can_reserve(1, num_reserved=0), "waiting sequences come first"
     scheduler.schedule()
     assert scheduler.can_reserve(2, num_reserved=0)
     assert not scheduler.can_reserve(3, num_reserved=0)

@@ -1,4 +1,4 @@
-"""Attention windows: blocks that they have passed are free again, and nothing that is read is."""
+"""Sliding windows: out-of-window blocks are freed, and no block that is read is."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def make_sequence(prompt: int, output: int, number: int = 0) -> Sequence:
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 16])
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 17, 64])
-def test_what_is_left_is_what_nobody_reads(window: int, block_size: int) -> None:
+def test_out_of_window_blocks_are_those_that_no_token_reads(window: int, block_size: int) -> None:
     limits = SchedulerLimits(8, 24, True, block_size, window)
-    kept = max(window, 2)  # so that a prompt always has something to hand over
+    kept = max(window, 2)  # so that a prompt always has a block to send
     for position in range(70):
         unread = [p for p in range(position) if p <= position - kept]
         whole = sum((p + 1) % block_size == 0 for p in unread)
@@ -51,21 +51,21 @@ def test_what_is_left_is_what_nobody_reads(window: int, block_size: int) -> None
         assert position == 0 or whole < -(-position // block_size)
 
 
-def test_nothing_is_left_where_a_layer_sees_everything() -> None:
+def test_no_block_is_out_of_window_if_a_layer_has_no_window() -> None:
     assert make_limits(None).num_out_of_window_blocks(10_000) == 0
 
 
-def test_a_sequence_lets_go_of_a_block_once() -> None:
+def test_a_sequence_drops_a_block_once() -> None:
     sequence = make_sequence(10, 1)
     sequence.block_table = [5, 0, 7]
     assert sequence.drop_out_of_window_blocks(1) == [5]
     assert sequence.drop_out_of_window_blocks(1) == []
-    assert sequence.drop_out_of_window_blocks(2) == [0], "a real block 0 is a block"
+    assert sequence.drop_out_of_window_blocks(2) == [0], "block 0 may also be a real block"
     assert sequence.drop_out_of_window_blocks(1) == []
     assert sequence.num_out_of_window_blocks == 2
     assert sequence.block_table == [OUT_OF_WINDOW_BLOCK, OUT_OF_WINDOW_BLOCK, 7]
     assert sequence.owned_blocks == [7]
-    with pytest.raises(ValueError, match="4 blocks to be left of 3"):
+    with pytest.raises(ValueError, match="cannot drop 4 of 3 blocks"):
         sequence.drop_out_of_window_blocks(4)
     assert sequence.take_blocks() == [7]
     assert sequence.block_table == []
@@ -77,7 +77,7 @@ def test_a_sequence_lets_go_of_a_block_once() -> None:
 
 
 class Steps:
-    """A scheduler with up to two steps in flight, and what must hold between them."""
+    """A scheduler with up to two steps in flight, checked after every event."""
 
     def __init__(self, num_blocks: int, limits: SchedulerLimits) -> None:
         self.pool = BlockPool(num_blocks)
@@ -116,13 +116,13 @@ class Steps:
             self.num_ended += 1
 
     def check(self) -> None:
-        """Every block has one owner, and what a step in flight may read still has its own."""
+        """Check that every block has one owner and that steps in flight read owned blocks."""
         owned = [block for s in self.scheduler.running for block in s.owned_blocks]
         assert len(set(owned)) == len(owned)
         assert len(owned) + self.pool.num_free == self.pool.num_blocks
         for sequence in self.scheduler.running:
-            left = sequence.block_table[: sequence.num_out_of_window_blocks]
-            assert left == [OUT_OF_WINDOW_BLOCK] * len(left)
+            dropped = sequence.block_table[: sequence.num_out_of_window_blocks]
+            assert dropped == [OUT_OF_WINDOW_BLOCK] * len(dropped)
         for batch in self.in_flight:
             for chunk in batch.chunks:
                 self._check_reads(chunk)
@@ -149,7 +149,7 @@ class Steps:
     chunked=st.booleans(),
     rng=st.randoms(use_true_random=False),
 )
-def test_everybody_finishes_and_every_block_comes_back(
+def test_every_sequence_finishes_and_every_block_is_freed(
     lengths: list[tuple[int, int]],
     num_blocks: int,
     window: int,
@@ -185,7 +185,7 @@ def test_a_long_answer_needs_no_more_blocks_than_its_window() -> None:
     assert steps.pool.num_free == 5
 
 
-def test_a_prompt_is_admitted_whole_and_lets_go_chunk_by_chunk() -> None:
+def test_a_prompt_is_admitted_whole_and_frees_blocks_chunk_by_chunk() -> None:
     steps = Steps(8, make_limits(8, budget=8))
     sequence = make_sequence(30, 2)
     steps.scheduler.add(sequence)
@@ -194,7 +194,7 @@ def test_a_prompt_is_admitted_whole_and_lets_go_chunk_by_chunk() -> None:
         steps.plan()
         owned.append(len(sequence.owned_blocks))
         steps.finish()
-    # Computed: 0, 8, 16, 24, 30 tokens, of which 7 are still to be read.
+    # Of 0, 8, 16, 24 and 30 computed tokens, the last 7 are still read.
     assert owned == [8, 8, 6, 4, 3]
 
 
@@ -206,14 +206,14 @@ def test_a_preempted_sequence_begins_with_all_its_blocks_again() -> None:
     young.block_table = [OUT_OF_WINDOW_BLOCK, OUT_OF_WINDOW_BLOCK, *steps.pool.allocate(5)]
     young.num_out_of_window_blocks = 2
     steps.scheduler.add(old)
-    steps.scheduler.add_arrived(young)
-    num_left = []
+    steps.scheduler.add_received(young)
+    num_dropped = []
     while not steps.preempted:
-        num_left.append(young.num_out_of_window_blocks)
+        num_dropped.append(young.num_out_of_window_blocks)
         assert steps.plan()
         steps.finish()
     assert steps.preempted == [young]
-    assert num_left[-1] == 3
+    assert num_dropped[-1] == 3
     assert young.block_table == []
     assert young.num_out_of_window_blocks == 0
     while young.num_scheduled == 0:
@@ -258,8 +258,8 @@ def test_preemption_happens_in_a_tight_windowed_pool() -> None:
     assert cluster.max_preemptions > 0
 
 
-class Watched(Cluster):
-    """Notes every message."""
+class RecordingCluster(Cluster):
+    """Records every message."""
 
     def watch(self) -> list[AnyMessage]:
         self.seen: list[AnyMessage] = []
@@ -272,10 +272,10 @@ class Watched(Cluster):
 
 @pytest.mark.parametrize("prompt", [1, 3, 4, 5, 29, 32, 33])
 @pytest.mark.parametrize("window", [1, 2, 4, 5, 9, 31, 100, None])
-def test_what_the_first_decoded_token_does_not_see_stays_behind(
+def test_blocks_out_of_the_first_decoded_tokens_window_are_not_sent(
     prompt: int, window: int | None
 ) -> None:
-    cluster = Watched(random.Random(prompt), 1, 1, window=window, max_num_batched_tokens=8)
+    cluster = RecordingCluster(random.Random(prompt), 1, 1, window=window, max_num_batched_tokens=8)
     seen = cluster.watch()
     request = make_request(prompt, 12)
     num_free: list[int] = []
@@ -294,5 +294,5 @@ def test_what_the_first_decoded_token_does_not_see_stays_behind(
     pushed = [push.first_block + i for push in pushes for i in range(push.num_blocks)]
     assert pushed == list(range(first, -(-prompt // BLOCK_SIZE)))
     assert pushes[-1].handover is not None
-    lent = (prompt + BLOCK_SIZE) // BLOCK_SIZE - first
-    assert set(num_free) == {cluster.nodes[1].num_blocks - lent}
+    reserved = (prompt + BLOCK_SIZE) // BLOCK_SIZE - first
+    assert set(num_free) == {cluster.nodes[1].num_blocks - reserved}

@@ -1,4 +1,4 @@
-"""Configurations from a command line over a tiny model, for the tests of the options."""
+"""Configurations of a tiny model, parsed from a command line, for the tests of the options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serve.config.server import ConfigError, ServerConfig, parse_args
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model of 8 query heads and 128 positions: configuration, empty weights and tokenizer."""
+    """Make a model with 8 query heads and 128 positions, and with empty weights and tokenizer."""
     folder = tmp_path / "tiny-llama"
     folder.mkdir()
     config = {

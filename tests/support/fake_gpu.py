@@ -1,8 +1,8 @@
-"""A replica's fake GPU: a cache of token slots, staging, and a model whose tokens tell on a read.
+"""A replica's fake GPU: a cache of token slots, staging, and a model that reveals wrong reads.
 
-A block that is overwritten, freed too early or filled from the wrong place changes the tokens: the
-next token is a hash of all the KV that the block table leads to and that the window reaches. What
-is freed is wiped, in the order of the plan, as the next owner's writes would be.
+The next token is a hash of all the KV in the sequence's blocks and window. So a block that is
+overwritten, freed too early or filled from the wrong place changes the tokens. Freed blocks are
+wiped in the order of the plan, like the writes of their next owner would.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ Block = list[int | None]
 
 @dataclass(frozen=True, slots=True)
 class Wipe:
-    """Blocks that were freed after everything before in the plan."""
+    """A plan entry that wipes blocks that were freed at this point of the plan."""
 
     block_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """The KV of a token is the token itself, or, with a window, a hash of all that it sees.
+    """The KV of a token is the token itself or, with a window, a hash of the KV that it sees.
 
-    So with a window every token reads, not only those that are sampled from, and a wrong read goes
-    on through all that follows.
+    So with a window every token reads KV, not only the ones that are sampled from, and a wrong read
+    changes all later tokens.
     """
 
     window: int | None = None
 
     def first_seen(self, position: int) -> int:
-        """The first position that a token at ``position`` reads."""
+        """Return the first position that a token at ``position`` reads."""
         return 0 if self.window is None else max(0, position - self.window + 1)
 
     def make_kv(self, token: int, seen: Iterable[int]) -> int:
-        """``seen``: the KV of the tokens before, from ``first_seen`` on."""
+        """Compute the KV of ``token`` from ``seen``, the KV from ``first_seen`` on."""
         return token if self.window is None else _hash([*seen, token])
 
     def next_token(self, seen: Iterable[int]) -> int:
-        """Any change of the KV, the last token's own with it, changes what follows."""
+        """Compute the next token from the KV, including the last token's. Any change changes it."""
         return _hash(seen) % VOCAB_SIZE
 
     def expected_output(self, request: Request) -> list[int]:
-        """What the model says to a request, computed alone."""
+        """Compute the output of a request on its own."""
         kv: list[int] = []
         for token in request.prompt_ids:
             kv.append(self.make_kv(token, kv[self.first_seen(len(kv)) :]))
@@ -83,25 +83,25 @@ def _hash(values: Iterable[int]) -> int:
 
 @dataclass
 class Wires:
-    """What is between the GPUs, by prefill replica, decode replica and number of the push."""
+    """The transfers between GPUs, by prefill replica, decode replica and push number."""
 
     sent: dict[tuple[int, int, int], list[Block]] = field(default_factory=dict)
     posted: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
 
 @dataclass
-class Node:
+class FakeReplica:
     """One replica with its fake GPU: a cache of token slots, staging, a queue of entries.
 
-    Where the model has a window, block 0 belongs to nobody: who touches it went by a placeholder.
+    If the model has a window, block 0 is never used, so that any use of a placeholder is noticed.
     """
 
     replica: Replica
-    num_blocks: int  # beside block 0, if that is nobody's
+    num_blocks: int  # without block 0 if that is never used
     block_size: int
     model: FakeModel
     plan: deque[Entry | Wipe] = field(default_factory=deque)
-    sends: deque[Send] = field(default_factory=deque)  # packed in order, beside the plan
+    sends: deque[Send] = field(default_factory=deque)  # packed in order, on a stream of its own
     staging: dict[tuple[int, int], list[Block]] = field(default_factory=dict)
     results: deque[list[int]] = field(default_factory=deque)
     sampled: list[int] = field(default_factory=list)  # by the last step
@@ -121,12 +121,12 @@ class Node:
 
         self.pool.free = free_and_wipe  # type: ignore[method-assign]
 
-    # --- what the leader plans ----------------------------------------------------------------
+    # --- the leader's plan ----------------------------------------------------------------
 
     def add(self, entry: Entry) -> None:
-        """Queue an entry. Of all that it reads and writes somebody must be the owner by now.
+        """Queue an entry, and check that all blocks that it reads or writes have an owner.
 
-        Packing has a stream of its own: it may come before entries that were queued earlier.
+        Packing has a stream of its own, so it may run before entries that were queued earlier.
         """
         match entry:
             case Step():
@@ -147,7 +147,7 @@ class Node:
     def _check(self, block: int) -> None:
         assert block != OUT_OF_WINDOW_BLOCK or self.model.window is None, "a placeholder is used"
 
-    # --- what the GPU does --------------------------------------------------------------------
+    # --- the GPU --------------------------------------------------------------------
 
     def execute(self, entry: Entry | Wipe, wires: Wires, node_id: int) -> None:
         match entry:
@@ -165,7 +165,7 @@ class Node:
                     self.cache[block] = [None] * self.block_size
 
     def pack(self, wires: Wires, node_id: int) -> None:
-        """Put the blocks of the oldest push on the wire."""
+        """Pack the oldest push and put its blocks on the wire."""
         send = self.sends.popleft()
         key = (node_id, send.decode_replica, send.number)
         wires.sent[key] = [list(self.cache[block]) for block in send.block_ids]
@@ -187,13 +187,13 @@ class Node:
         return tokens
 
     def _check_history(self, row: SampleRow, input_id: int) -> None:
-        """What penalties look at is the prompt, and all that was sampled before."""
+        """Check that penalties get the prompt and all output tokens so far."""
         if not row.request.sampling.has_penalties:
             return
         if row.request.id not in self.expected:
             self.expected[row.request.id] = self.model.expected_output(row.request)
         expected = self.expected[row.request.id]
-        if row.output_index <= len(expected):  # else it has ended, and nobody wants the token
+        if row.output_index <= len(expected):  # else the request has ended and its token is dropped
             history = [*row.request.prompt_ids, *expected[: row.output_index]]
             assert [*row.token_ids[: len(history) - 1], input_id] == history
 

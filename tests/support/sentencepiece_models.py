@@ -34,7 +34,7 @@ ALPHABET = "aabcdehoqrtu   \n\t1234日本東京é🙂ж\u2581<>x,."
 
 
 def train(**options: Any) -> bytes:
-    """A small sentencepiece model, as the bytes of a tokenizer.model."""
+    """Train a small sentencepiece model. Return the bytes of its tokenizer.model."""
     rng = random.Random(7)
     separators = [" ", " ", " ", "  ", "    "]
     lines = (
@@ -94,12 +94,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @cache
 def model(name: str) -> bytes:
-    """The model of MODELS, trained once."""
+    """Return a model of MODELS, trained once."""
     return train(**MODELS[name])
 
 
 def processor(data: bytes, **normalizer: bool) -> sentencepiece.SentencePieceProcessor:
-    """Sentencepiece's own tokenizer, with fields of its normalizer changed."""
+    """Return sentencepiece's own tokenizer, with fields of its normalizer changed."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(data)
     for key, value in normalizer.items():
         setattr(proto.normalizer_spec, key, value)
@@ -107,7 +107,7 @@ def processor(data: bytes, **normalizer: bool) -> sentencepiece.SentencePiecePro
 
 
 def load(directory: Path, data: bytes, config: Mapping[str, Any] | None = None) -> Tokenizer:
-    """Our tokenizer of a directory with ``data`` as tokenizer.model."""
+    """Load our tokenizer from a directory with ``data`` as tokenizer.model."""
     (directory / "tokenizer.model").write_bytes(data)
     if config is not None:
         (directory / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,6 +1,6 @@
-"""A cluster in one thread: real replicas' decisions, fake GPUs, and every event order there is.
+"""A cluster in one thread: real replicas, fake GPUs, and events in random order.
 
-Messages keep their order per pair of ranks and nothing else.
+The only order kept is that of the messages between one pair of ranks.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from serve.protocol.messages import NUM_STAGING_SLOTS, Abort, AnyMessage, Delta,
 from serve.replica.replica import Actions, Replica, ReplicaSettings
 from serve.replica.scheduler import SchedulerLimits
 from serve.request import FinishReason, Request, SamplingParams
-from tests.support.fake_gpu import EOS, VOCAB_SIZE, FakeModel, Node, Wires
+from tests.support.fake_gpu import EOS, VOCAB_SIZE, FakeModel, FakeReplica, Wires
 
 
 class Cluster:
-    """Replicas, the channels between them, and rank 0's record of what was answered."""
+    """Replicas, the channels between them, and rank 0's record of the answers."""
 
     def __init__(
         self,
@@ -38,14 +38,14 @@ class Cluster:
         self.clock = 0.0
         count = max(num_prefill + num_decode, 1)
         limits = SchedulerLimits(max_num_seqs, max_num_batched_tokens, chunked, block_size, window)
-        leaders = tuple(range(1, count + 1))  # rank 0 only dispatches here
+        leaders = tuple(range(1, count + 1))  # rank 0 only dispatches
         self.model = FakeModel(window)
-        num_reserved = 0 if window is None else 1  # see Node
+        num_unused = 0 if window is None else 1  # block 0, see FakeReplica
         self.nodes = [
-            Node(
+            FakeReplica(
                 Replica(
                     ReplicaSettings(
-                        i, leaders, num_blocks + num_reserved, limits, max_push_blocks, (EOS,)
+                        i, leaders, num_blocks + num_unused, limits, max_push_blocks, (EOS,)
                     ),
                     None,
                     self._now,
@@ -58,7 +58,7 @@ class Cluster:
         ]
         self.channels: dict[tuple[int, int], deque[AnyMessage]] = {}
         self.wires = Wires()
-        self.notices: list[tuple[int, int, int]] = []  # received, and not yet heard of
+        self.unreported: list[tuple[int, int, int]] = []  # received, but not reported to the leader
         self.answers: dict[str, dict[int, int]] = {}
         self.endings: dict[str, list[FinishReason]] = {}
         self.places: dict[str, tuple[int, int]] = {}
@@ -69,7 +69,7 @@ class Cluster:
         self.clock += 1.0
         return self.clock
 
-    # --- what rank 0 does ---------------------------------------------------------------------
+    # --- rank 0 ---------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         count = len(self.nodes)
@@ -95,14 +95,14 @@ class Cluster:
 
     def _on_delta(self, replica_id: int, delta: Delta) -> None:
         endings = self.endings[delta.request_id]
-        # Token 0 has a sender of its own, and may come after the end.
+        # Token 0 comes from the prefill replica, so it may arrive after the end.
         is_late_start = delta.first_index == 0 and FinishReason.ABORT not in endings
         if endings and not is_late_start:
             self._post(0, replica_id + 1, Abort(delta.request_id))
             return
         for offset, token in enumerate(delta.token_ids):
             index = delta.first_index + offset
-            assert index not in self.answers[delta.request_id], "a token came twice"
+            assert index not in self.answers[delta.request_id], "a token arrived twice"
             self.answers[delta.request_id][index] = token
         if delta.finish_reason is not None:
             endings.append(delta.finish_reason)
@@ -110,7 +110,7 @@ class Cluster:
     # --- events ---------------------------------------------------------------------------------
 
     def run(self, on_event: Callable[[], None] = lambda: None) -> None:
-        """Let random enabled events happen until none is left."""
+        """Run random enabled events until none is left."""
         while events := self._enabled():
             self.rng.choice(events)()
             on_event()
@@ -130,8 +130,8 @@ class Cluster:
         for key in self.wires.posted:
             if key in self.wires.sent:
                 events.append(lambda key=key: self._receive(key))
-        for key in self.notices:
-            events.append(lambda key=key: self._notice(key))
+        for key in self.unreported:
+            events.append(lambda key=key: self._report_received(key))
         return events
 
     def _deliver(self, pair: tuple[int, int]) -> None:
@@ -149,7 +149,7 @@ class Cluster:
         self._apply(i, self.nodes[i].replica.on_step(self.nodes[i].results.popleft()))
 
     def _receive(self, key: tuple[int, int, int]) -> None:
-        """A transfer completes; per link the older one first, as on a stream."""
+        """Complete a transfer; on one link the oldest first, as on a stream."""
         prefill, decode, _ = key
         number = min(k[2] for k in self.wires.posted if k[:2] == (prefill, decode))
         key = (prefill, decode, number)
@@ -158,11 +158,11 @@ class Cluster:
         slot = (prefill, number % NUM_STAGING_SLOTS)
         assert slot not in self.nodes[decode].staging, "a staging slot is overwritten"
         self.nodes[decode].staging[slot] = blocks
-        self.notices.append(key)
+        self.unreported.append(key)
 
-    def _notice(self, key: tuple[int, int, int]) -> None:
-        """The leader hears of it: from several ranks and threads, so not always in order."""
-        self.notices.remove(key)
+    def _report_received(self, key: tuple[int, int, int]) -> None:
+        """Report a received push to the leader, in any order: several ranks and threads report."""
+        self.unreported.remove(key)
         prefill, decode, number = key
         self._apply(decode, self.nodes[decode].replica.on_received(prefill, number))
 
@@ -182,7 +182,7 @@ class Cluster:
     def _post(self, source: int, target: int, message: AnyMessage) -> None:
         self.channels.setdefault((source, target), deque()).append(message)
 
-    # --- what must hold at the end ----------------------------------------------------------------
+    # --- checks at the end ----------------------------------------------------------------
 
     def check(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -204,7 +204,7 @@ class Cluster:
 
 
 def random_request(rng: random.Random, number: int, max_total: int) -> Request:
-    """A request whose prompt and output fit ``max_total`` tokens."""
+    """Make a request whose prompt and output together fit into ``max_total`` tokens."""
     length = rng.randint(1, max_total - 1)
     return Request(
         id=f"r{number}",
@@ -212,13 +212,15 @@ def random_request(rng: random.Random, number: int, max_total: int) -> Request:
         sampling=SamplingParams(
             max_tokens=rng.randint(1, max_total - length),
             ignore_eos=rng.random() < 0.5,
-            repetition_penalty=rng.choice((1.0, 1.3)),  # what it looks at is checked
+            repetition_penalty=rng.choice(
+                (1.0, 1.3)
+            ),  # FakeReplica checks the tokens it depends on
         ),
     )
 
 
 def storm(seed: int, shape: tuple[int, int], *, abort_rate: float, **options: object) -> Cluster:
-    """Sixty requests at random moments, aborts among them, checked at the end."""
+    """Run sixty requests and aborts at random moments, and check the answers at the end."""
     print(f"seed={seed} shape={shape} abort_rate={abort_rate} {options}")
     rng = random.Random(seed)
     cluster = Cluster(rng, *shape, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Chat templates: the model's own, given ones, and what they refuse."""
+"""Chat templates: the model's own, one given by option, and their errors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def _write_tokenizer(directory: Path, file: str, template: Any, jinja: str | None) -> None:
-    """A tokenizer of one kind with ``template`` in its configuration and ``jinja`` beside it."""
+    """Make a tokenizer with ``template`` in its configuration and ``jinja`` in a file beside it."""
     directory.mkdir()
     config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "chat_template": template}
     if file == "tokenizer.json":
@@ -128,7 +128,7 @@ def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
 )
-def test_what_a_template_refuses_is_a_value_error(
+def test_an_error_raised_by_a_template_is_a_value_error(
     tmp_path: Path, template: str, reason: str
 ) -> None:
     tokenizer = _with_template(tmp_path, template)

@@ -1,4 +1,4 @@
-"""Incremental text equals decoding everything at once, wherever it is handed over or stopped."""
+"""Incremental text equals decoding all ids at once, for any handover and any stop string."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _run(
     prompt_ids: tuple[int, ...] = (),
     handovers: frozenset[int] = frozenset(),
 ) -> tuple[str, str | None, int]:
-    """All text, the stop string, and the number of tokens it took."""
+    """Return the whole text, the stop string, and the number of tokens until then."""
     output = Detokenizer(tokenizer, sampling, prompt_ids)
     text = ""
     for count, token_id in enumerate(ids, 1):
@@ -85,7 +85,7 @@ def test_joined_pieces_are_the_whole_decoded(
     assert (text, stop) == (smollm2().decode(ids, skip), None)
 
 
-def test_half_a_character_is_held_and_an_invalid_byte_is_shown() -> None:
+def test_half_a_character_is_held_back_and_an_invalid_byte_is_shown() -> None:
     ids = smollm2().encode("🙂")
     assert len(ids) > 1
     output = Detokenizer(smollm2(), _params(), ())
@@ -126,7 +126,7 @@ def test_the_first_space_is_kept_after_a_prompt(
     ids = data.draw(_llama_ids(llama.vocab_size), "output")
     sampling = _params(skip_special_tokens=skip)
     text, _, _ = _run(llama, sampling, ids, tuple(prompt_ids), handovers)
-    # A full stop after the prompt keeps its last bytes from joining with the output's first.
+    # A full stop after the prompt, so that its last bytes cannot join with the output's first.
     dot = llama.encode("x.", add_special_tokens=False)[-1:]
     if llama.decode(prompt_ids, skip):
         whole = llama.decode([*prompt_ids, *dot, *ids], skip)
@@ -149,10 +149,10 @@ def test_first_token_with_and_without_a_prompt(llama: Tokenizer) -> None:
 def _naive(
     sampling: SamplingParams, ids: list[int], tokenizer: Tokenizer
 ) -> tuple[str, str | None, int]:
-    """Look at the whole text after each token. Text within ``min_tokens`` cannot begin a stop."""
+    """Search the whole text after each token. A stop cannot begin within ``min_tokens`` tokens."""
     settled = 0
     for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count]).rstrip("\ufffd")  # unfinished characters
+        text = tokenizer.decode(ids[:count]).rstrip("\ufffd")  # incomplete characters
         if count <= sampling.min_tokens:
             settled = len(text)
             continue
@@ -188,7 +188,9 @@ def test_stop_strings_against_a_naive_search(
     words=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=12),
     stop=st.lists(st.sampled_from(STOPS), min_size=1, max_size=4, unique=True),
 )
-def test_no_more_is_held_than_may_become_a_stop_string(words: list[str], stop: list[str]) -> None:
+def test_only_the_beginning_of_a_stop_string_is_held_back(
+    words: list[str], stop: list[str]
+) -> None:
     tokenizer = smollm2()
     output = Detokenizer(tokenizer, _params(stop=tuple(stop)), ())
     for token_id in (i for word in words for i in tokenizer.encode(word)):

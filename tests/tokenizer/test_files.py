@@ -1,4 +1,4 @@
-"""Which files make a tokenizer, what their configuration changes, and whose code never runs."""
+"""Tokenizer files: the kinds that load, the effect of their configuration, code that never runs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_files_of_older_checkpoints(tmp_path: Path) -> None:
 
 
 def plant_code(directory: Path) -> Path:
-    """Code in ``directory`` that a loader which trusts it would run; the file it would leave."""
+    """Put code into ``directory`` that must not run. Return the file that it would write."""
     trace = directory / "it-ran"
     source = f"open({str(trace)!r}, 'w').close()\nclass OwnTokenizer: pass\n"
     (directory / "tokenization_own.py").write_text(source)
@@ -133,7 +133,7 @@ def refusal(directory: Path, data: bytes | None, config: Mapping[str, Any]) -> s
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     if data is not None:
         (directory / "tokenizer.model").write_bytes(data)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="cannot load the tokenizer of") as caught:
         load_tokenizer(str(directory), str(directory), None)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -150,10 +150,10 @@ def test_a_broken_file_is_refused(data: bytes, tmp_path: Path) -> None:
     ("config", "reason"),
     [
         ({"tokenizer_class": "NobodysTokenizer"}, "NobodysTokenizer"),
-        ({"added_tokens_decoder": {"7": {"content": "<s>"}}}, "'<s>' has id 7, but 1"),
+        ({"added_tokens_decoder": {"7": {"content": "<s>"}}}, "'<s>' has id 7, but id 1"),
         ({"eos_token": "<|nowhere|>"}, "'<|nowhere|>' is not in the vocabulary"),
         ({"additional_special_tokens": ["<x>"]}, "'<x>' is not in the vocabulary"),
-        ({"eos_token": 2}, "eos_token: 2 is no token"),
+        ({"eos_token": 2}, "eos_token: 2 is not a token"),
         ({"legacy": "yes"}, "legacy is 'yes', not a bool"),
         ({"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs"),
         ({"chat_template": [1]}, "chat_template is neither"),
@@ -169,7 +169,7 @@ def test_a_configuration_that_cannot_be_honoured_is_refused(
     ("options", "reason"),
     [
         ({"model_type": "char", "vocab_size": 60}, "words or characters"),
-        ({"treat_whitespace_as_suffix": True}, "spaces behind"),
+        ({"treat_whitespace_as_suffix": True}, "spaces after words"),
     ],
 )
 def test_a_model_that_cannot_be_honoured_is_refused(

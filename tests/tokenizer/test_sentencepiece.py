@@ -1,4 +1,4 @@
-"""tokenizer.model files give the ids and texts that sentencepiece and transformers give."""
+"""tokenizer.model files give the same ids and texts as sentencepiece and transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def assert_incremental(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None
 
 
 def one_mark(text: str) -> str:
-    """``text`` with one U+FFFD for a run of them: how many a broken character gets is free."""
+    """Join runs of U+FFFD, because decoders may give a broken character any number of them."""
     return re.sub("\ufffd+", "\ufffd", text)
 
 
@@ -35,7 +35,7 @@ def assert_same_cut(
     expected: list[int],
     exactly: bool,
 ) -> None:
-    """The same ids, or a cut of the same text with the same score, of which either is right."""
+    """Check that the ids are the same or, unless ``exactly``, another cut with the same score."""
     if exactly or ids == expected:
         assert ids == expected
         return
@@ -61,7 +61,8 @@ def test_ids_and_texts_are_sentencepieces(name: str, tmp_path: Path) -> None:
         assert_same_cut(reference, ids, reference.encode(text), exactly="unigram" not in name)
         assert tokenizer.encode(text) == [bos, *ids]
         if unknown in ids or (name == "bpe-whitespace" and text.startswith("\u2581")):
-            pass  # shown as nothing, not as " ⁇ "; that space is no extra one to encoding alone
+            # sentencepiece shows unk as " ⁇ ", and strips a leading U+2581 only in decoding.
+            pass
         else:
             assert tokenizer.decode([bos, *ids]) == reference.decode(ids)
         assert_incremental(tokenizer, [bos, *ids], True)
@@ -78,9 +79,11 @@ def test_random_ids_read_as_in_sentencepiece(name: str, tmp_path: Path) -> None:
     for _ in range(200):
         ids = rng.choices(shown, k=rng.randrange(12))
         if ids[:1] == [space]:
-            continue  # sentencepiece leaves a first space that is spelled as a byte
+            continue  # sentencepiece keeps a leading space that is spelled as a byte
         if MODELS[name].get("remove_extra_whitespaces"):
-            ids = reference.encode(reference.decode(ids))  # it strips what it never encodes
+            ids = reference.encode(
+                reference.decode(ids)
+            )  # decoding strips whitespace that encoding never produces
         assert one_mark(tokenizer.decode(ids)) == one_mark(reference.decode(ids))
         assert_incremental(tokenizer, ids, True)
 
@@ -106,7 +109,7 @@ def test_a_symbol_at_the_start_has_no_space_before_it(tmp_path: Path) -> None:
 
 
 def reference_ids(data: bytes, text: str, special: Mapping[str, int], legacy: bool) -> list[int]:
-    """``text`` cut at special tokens, every stretch encoded by sentencepiece."""
+    """Cut ``text`` at special tokens and encode every stretch with sentencepiece."""
     first, later = processor(data), processor(data, add_dummy_prefix=False)
     ids: list[int] = []
     start = 0
@@ -138,7 +141,7 @@ def test_special_tokens_in_text(name: str, legacy: bool | None, tmp_path: Path) 
 
 
 def internlm2(directory: Path, name: str) -> tuple[Tokenizer, dict[str, int]]:
-    """InternLM2's kind of directory: placeholders for its added tokens, and a class of its own."""
+    """Make a directory like InternLM2's: placeholders for added tokens and a class of its own."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model(name))
     start = len(proto.pieces)
     contents = ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start")
@@ -195,13 +198,13 @@ def test_as_transformers_reads_a_llama_directory(legacy: bool, tmp_path: Path) -
         "unk_token": "<unk>",
     }
     tokenizer = load(tmp_path, data, config)
-    theirs = LlamaTokenizer.from_pretrained(str(tmp_path))
+    expected_tokenizer = LlamaTokenizer.from_pretrained(str(tmp_path))
     special = {"<s>": 1, "</s>": 2}
     for text in [*TEXTS, *texts_with(special, 21, 150)]:
-        # Theirs puts no space before a stretch of text that begins with one.
+        # transformers puts no space before a stretch of text that begins with one.
         text = re.sub("(^|>)[ \u2581]+", r"\1", text)
         ids = tokenizer.encode(text)
-        assert ids == theirs.encode(text), text
+        assert ids == expected_tokenizer.encode(text), text
         for skip in (True, False):
-            whole = theirs.decode(ids, skip_special_tokens=skip)
+            whole = expected_tokenizer.decode(ids, skip_special_tokens=skip)
             assert tokenizer.decode(ids, skip) == whole

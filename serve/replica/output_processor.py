@@ -1,0 +1,82 @@
+"""OutputProcessor: the text, stop decision, timeline and Delta of each sampled token. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serve.protocol.messages import Delta, DetokenizerState, Handover
+from serve.replica.active_request import ActiveRequest
+from serve.replica.sequence import Sequence
+from serve.replica.stop_check import check_stop
+from serve.replica.timeline import record_first_token
+from serve.tokenizer.detokenizer import Detokenizer
+from serve.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedToken:
+    """The result of one sampled token.
+
+    The request has ended if ``finished``. It continues on its decode replica if ``handover`` is
+    set. Otherwise its next token is sampled here.
+    """
+
+    delta: Delta
+    handover: Handover | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the token is the request's last one."""
+        return self.delta.finish_reason is not None
+
+
+class OutputProcessor:
+    """Processes the sampled tokens of one replica.
+
+    It knows neither blocks nor the scheduler nor transfers: the replica acts on what it returns.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
+        clock: Callable[[], float],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+
+    def start(self, sequence: Sequence, decode_replica: int) -> ActiveRequest:
+        """Return the active request of a prompt without output."""
+        request = sequence.request
+        detokenizer = Detokenizer(self._tokenizer, request.sampling, request.prompt_ids)
+        return ActiveRequest(sequence, detokenizer, decode_replica)
+
+    def resume(
+        self, sequence: Sequence, state: DetokenizerState, decode_replica: int
+    ) -> ActiveRequest:
+        """Return the active request of a sequence whose first tokens another replica processed."""
+        detokenizer = Detokenizer.resume(self._tokenizer, sequence.request.sampling, state)
+        return ActiveRequest(sequence, detokenizer, decode_replica)
+
+    def process(self, active: ActiveRequest, token_id: int) -> ProcessedToken:
+        """Append ``token_id`` to the sequence, detokenise it and decide whether it is the last."""
+        sequence = active.sequence
+        sequence.token_ids.append(token_id)
+        check = check_stop(sequence, active.detokenizer, token_id, self._eos_token_ids)
+        if sequence.num_output_tokens == 1:
+            record_first_token(sequence, self._clock())
+        handover = None
+        if check.reason is None and not sequence.decodes_here:
+            handover = Handover(sequence.output_ids, active.detokenizer.state())
+        delta = Delta(
+            request_id=sequence.id,
+            first_index=sequence.num_output_tokens - 1,
+            token_ids=(token_id,),
+            text=check.text,
+            finish_reason=check.reason,
+            stop_reason=check.stop,
+            timeline=active.unreported_timeline(),
+        )
+        return ProcessedToken(delta, handover)
