@@ -99,12 +99,20 @@ def test_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"WORLD_SIZE": None}, {"LOCAL_RANK": None}, {"RANK": "8"}, {"LOCAL_RANK": "4"}, {"RANK": "x"}],
+    ("change", "reason"),
+    [
+        ({"WORLD_SIZE": None}, "WORLD_SIZE is not: start with torchrun"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not: start with torchrun"),
+        ({"RANK": "8"}, "RANK=8, WORLD_SIZE=8"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4, LOCAL_WORLD_SIZE=4"),
+        ({"RANK": "x"}, "invalid literal for int.*'x'"),
+    ],
 )
-def test_half_a_place_is_refused(change: dict[str, str | None]) -> None:
+def test_an_incomplete_or_impossible_rank_environment_is_refused(
+    change: dict[str, str | None], reason: str
+) -> None:
     environ = {name: text for name, text in (ENVIRON | change).items() if text is not None}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=reason):
         read_rank_info(environ)
 
 

@@ -52,9 +52,10 @@ class Fake:
         if self._args.hold_after is None:
             return
         after, fifo = int(self._args.hold_after[0]), Path(self._args.hold_after[1])
-        if self._num_requests > after and fifo.exists():
-            if self._num_requests == after + 1:
-                fifo.write_text(str(os.getpid()))
+        number = self._num_requests
+        if number > after and await asyncio.to_thread(fifo.exists):
+            if number == after + 1:
+                await asyncio.to_thread(fifo.write_text, str(os.getpid()))
             await asyncio.Event().wait()
 
 

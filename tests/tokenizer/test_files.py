@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,7 +134,7 @@ def refusal(directory: Path, data: bytes | None, config: Mapping[str, Any]) -> s
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     if data is not None:
         (directory / "tokenizer.model").write_bytes(data)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(str(directory))) as caught:
         load_tokenizer(str(directory), str(directory), None)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_metaspace_decoder(tmp_path: Path) -> None:
 
 
 def _refusal(path: Path) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         load_tokenizer(str(path), str(path), None)
     assert "\n" not in str(caught.value)
     return str(caught.value)
