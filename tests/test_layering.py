@@ -222,6 +222,7 @@ def test_only_rows_that_allow_torch_import_it(tree: dict[str, Module]) -> None:
 
 
 def test_importing_launch_does_not_import_torch(tree: dict[str, Module]) -> None:
+    """``serve.launch`` checks its options before it imports torch."""
     chain = find_torch(tree, "serve.launch", eager=True)
     assert chain is None, " -> ".join(chain or ())
 
