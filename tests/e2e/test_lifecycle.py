@@ -207,7 +207,9 @@ def run_to_end(*options: str, num_ranks: int = 2) -> list[str]:
     """Return the log lines of a job that cannot start, without torchrun's own."""
     with serving(*options, num_ranks=num_ranks, ready=False) as server:
         assert server.wait_exited(60.0) != 0
-        assert 'File "' + os.getcwd() + "/serve/" not in server.log, "the log has a traceback of ours"
+        assert 'File "' + os.getcwd() + "/serve/" not in server.log, (
+            "the log has a traceback of ours"
+        )
         return [line for line in server.log.splitlines() if re.match(r"serve: |.* rank \d ", line)]
 
 
