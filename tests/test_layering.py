@@ -1,4 +1,4 @@
-"""Who may import whom: one row for each folder of serve/, checked against the import statements."""
+"""Layers: which folder of serve/ may import which, checked against the import statements."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.support.paths import ROOT
 class Row:
     """One folder of ``serve/``, or one module at its top.
 
-    ``imports`` names the rows below that it may import. Without ``torch`` no import leads to torch,
-    at whatever distance. ``packages`` are the packages beside the standard library that it may use;
-    None means any.
+    ``imports`` names the rows below that it may import. Without ``torch`` none of its imports may
+    lead to torch, directly or through other modules. ``packages`` are the packages outside the
+    standard library that it may import; None means any.
     """
 
     name: str
@@ -32,7 +32,7 @@ def _only(*packages: str) -> frozenset[str]:
     return frozenset(packages)
 
 
-# Top to bottom. A row imports rows below it only, so no two rows know each other.
+# Top to bottom. A row imports only rows below it, so no two rows can import each other.
 ROWS = (
     Row("launch", "runtime config topology", torch=True),
     Row("llm", "runtime dispatch config tokenizer topology request", torch=True),
@@ -58,15 +58,15 @@ ROWS = (
 )  # fmt: skip
 
 TORCH = {"torch", "triton", "flash_attn", "torchvision", "torchaudio"}
-# Other packages that import torch as soon as they are imported.
+# Other packages that import torch when they are imported.
 BRINGS_TORCH = {"accelerate"}
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """The imports of one module: ``inner`` are ours, ``outer`` the top names of all others.
+    """The imports of one module: our modules in ``inner``, other packages' top names in ``outer``.
 
-    ``eager`` is the part of both that runs when the module is imported.
+    ``eager`` holds the imports of both kinds that run when the module is imported.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Module:
 
 
 def read_tree(top: Path, package: str) -> dict[str, Module]:
-    """Every module of ``package`` below ``top`` by its dotted name, without ``__init__`` files."""
+    """Read every module of ``package`` below ``top`` by dotted name, except ``__init__`` files."""
     files = {
         ".".join(path.relative_to(top).with_suffix("").parts): path
         for path in sorted((top / package).rglob("*.py"))
@@ -86,7 +86,7 @@ def read_tree(top: Path, package: str) -> dict[str, Module]:
 
 
 def read_module(name: str, source: str, known: Iterable[str]) -> Module:
-    """The imports in ``source``; ``known`` names the modules that are ours."""
+    """Read the imports in ``source``; ``known`` names our modules."""
     package = name.partition(".")[0]
     tree = ast.parse(source)
     every = frozenset(_imports(name, ast.walk(tree), set(known)))
@@ -112,7 +112,8 @@ def _imports(name: str, nodes: Iterable[ast.AST], known: set[str]) -> Iterator[s
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{name}: write imports absolutely"
+            assert node.level == 0, f"{name}: write imports absolutely"
+            assert node.module is not None
             full = [f"{node.module}.{alias.name}" for alias in node.names]
             targets = [target if target in known else node.module for target in full]
         for target in targets:
@@ -120,7 +121,7 @@ def _imports(name: str, nodes: Iterable[ast.AST], known: set[str]) -> Iterator[s
 
 
 def row_of(name: str, rows: Sequence[Row] = ROWS) -> Row:
-    """The row of a module. ``KeyError`` if ``rows`` lacks its folder."""
+    """Return the row of a module. Raises ``KeyError`` if ``rows`` has none for its folder."""
     folder = name.split(".")[1]
     for row in rows:
         if row.name == folder:
@@ -128,50 +129,50 @@ def row_of(name: str, rows: Sequence[Row] = ROWS) -> Row:
     raise KeyError(f"serve/{folder} has no row in ROWS of tests/test_layering.py")
 
 
-def find_offences(tree: Mapping[str, Module], rows: Sequence[Row] = ROWS) -> list[str]:
-    """Every import that the rows forbid, one line each."""
-    offences = []
+def find_forbidden(tree: Mapping[str, Module], rows: Sequence[Row] = ROWS) -> list[str]:
+    """List every import that the rows forbid, one line each."""
+    forbidden = []
     for module in tree.values():
         row = row_of(module.name, rows)
         for target in sorted(module.inner):
             if target not in tree:
-                offences.append(f"{module.name} imports {target}, which is not a module")
+                forbidden.append(f"{module.name} imports {target}, which is not a module")
             elif row_of(target, rows).name not in (row.name, *row.imports.split()):
-                offences.append(f"{module.name} imports {target}, which its row does not allow")
+                forbidden.append(f"{module.name} imports {target}, which its row does not allow")
         foreign = module.outer - set(sys.stdlib_module_names)
         if row.packages is not None and foreign - row.packages:
-            offences.append(f"{module.name} imports {sorted(foreign - row.packages)}")
-    return offences
+            forbidden.append(f"{module.name} imports {sorted(foreign - row.packages)}")
+    return forbidden
 
 
 def find_torch(tree: Mapping[str, Module], start: str, *, eager: bool) -> list[str] | None:
-    """The imports by which ``start`` leads to torch, directly or through our modules, or None."""
-    ways = {start: [start]}
+    """Find a chain of imports from ``start`` to torch, or return None."""
+    chains = {start: [start]}
     queue = [start]
     for name in queue:
         if name in TORCH | BRINGS_TORCH:
-            return ways[name]
+            return chains[name]
         if name not in tree:
             continue
         module = tree[name]
         for target in sorted(module.eager if eager else module.inner | module.outer):
-            if target not in ways:
-                ways[target] = [*ways[name], target]
+            if target not in chains:
+                chains[target] = [*chains[name], target]
                 queue.append(target)
     return None
 
 
 def find_cycle(tree: Mapping[str, Module]) -> list[str] | None:
-    """One cycle of imports, or None."""
+    """Find a cycle of imports, or return None."""
     finished: set[str] = set()
 
-    def visit(name: str, way: list[str]) -> list[str] | None:
-        if name in way:
-            return [*way[way.index(name) :], name]
+    def visit(name: str, chain: list[str]) -> list[str] | None:
+        if name in chain:
+            return [*chain[chain.index(name) :], name]
         if name in finished or name not in tree:
             return None
         for target in sorted(tree[name].inner):
-            cycle = visit(target, [*way, name])
+            cycle = visit(target, [*chain, name])
             if cycle:
                 return cycle
         finished.add(name)
@@ -206,27 +207,28 @@ def test_rows_allow_nothing_unused(tree: dict[str, Module]) -> None:
 
 
 def test_imports_are_allowed(tree: dict[str, Module]) -> None:
-    offences = find_offences(tree)
-    assert not offences, "\n".join(offences)
+    forbidden = find_forbidden(tree)
+    assert not forbidden, "\n".join(forbidden)
 
 
-def test_no_cycles(tree: dict[str, Module]) -> None:
+def test_imports_have_no_cycles(tree: dict[str, Module]) -> None:
     cycle = find_cycle(tree)
     assert not cycle, " -> ".join(cycle or ())
 
 
-def test_torch_is_reached_only_where_a_row_allows_it(tree: dict[str, Module]) -> None:
+def test_only_rows_that_allow_torch_import_it(tree: dict[str, Module]) -> None:
     for name in tree:
-        way = None if row_of(name).torch else find_torch(tree, name, eager=False)
-        assert way is None, " -> ".join(way or ())
+        chain = None if row_of(name).torch else find_torch(tree, name, eager=False)
+        assert chain is None, " -> ".join(chain or ())
 
 
-def test_launch_checks_options_before_torch(tree: dict[str, Module]) -> None:
-    way = find_torch(tree, "serve.launch", eager=True)
-    assert way is None, " -> ".join(way or ())
+def test_importing_launch_does_not_import_torch(tree: dict[str, Module]) -> None:
+    """``serve.launch`` checks its options before it imports torch."""
+    chain = find_torch(tree, "serve.launch", eager=True)
+    assert chain is None, " -> ".join(chain or ())
 
 
-def test_package_files_import_nothing() -> None:
+def test_init_files_import_nothing() -> None:
     for path in sorted((ROOT / "serve").rglob("__init__.py")):
         nodes = ast.walk(ast.parse(path.read_text()))
         assert not [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)], path
@@ -255,18 +257,18 @@ def _tree_of(**sources: str) -> dict[str, Module]:
         ("serve__topology", "import msgspec", "msgspec"),
     ],
 )
-def test_offences_are_found(name: str, source: str, reason: str) -> None:
+def test_forbidden_imports_are_reported(name: str, source: str, reason: str) -> None:
     others = {"serve__engine__runner": "", "serve__model__llama": ""}
-    offences = find_offences(_tree_of(**{**others, name: source}))
-    assert len(offences) == 1
-    assert reason in offences[0]
+    forbidden = find_forbidden(_tree_of(**{**others, name: source}))
+    assert len(forbidden) == 1
+    assert reason in forbidden[0]
 
 
-def test_what_a_row_allows_is_no_offence() -> None:
+def test_allowed_imports_are_not_reported() -> None:
     tree = _tree_of(
         serve__engine__worker="import serve.model.llama", serve__model__llama="import torch"
     )
-    assert not find_offences(tree)
+    assert not find_forbidden(tree)
 
 
 def test_cycles_are_found() -> None:
@@ -275,7 +277,7 @@ def test_cycles_are_found() -> None:
     assert find_cycle(_tree_of(serve__a="import serve.b", serve__b="")) is None
 
 
-def test_torch_is_found_through_others() -> None:
+def test_torch_is_found_through_other_modules() -> None:
     tree = _tree_of(serve__a="from serve import b", serve__b="def f():\n import torch.nn")
     assert find_torch(tree, "serve.a", eager=False) == ["serve.a", "serve.b", "torch"]
     assert find_torch(tree, "serve.a", eager=True) is None

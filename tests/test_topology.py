@@ -1,4 +1,4 @@
-"""Topology: who holds what and who talks to whom."""
+"""Topology: the ranks of each replica, their roles, and the connections between ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def topologies(draw: st.DrawFn) -> Topology:
     return build_topology(specs, draw(st.integers(1, len(specs) - 1)), draw(st.booleans()))
 
 
-def test_replicas_lie_one_after_another() -> None:
+def test_replicas_take_consecutive_ranks() -> None:
     topology = build_topology([ReplicaSpec(2), ReplicaSpec(1), ReplicaSpec(4)], 2, False)
     assert [replica.ranks for replica in topology.replicas] == [(0, 1), (2,), (3, 4, 5, 6)]
     assert [replica.leader for replica in topology.replicas] == [0, 2, 3]
@@ -34,36 +34,36 @@ def test_replicas_lie_one_after_another() -> None:
     assert [topology.tp_rank(rank) for rank in range(7)] == [0, 1, 0, 0, 1, 2, 3]
     assert [(p.id, d.id) for p, d in topology.links()] == [(0, 2), (1, 2)]
     assert [topology.control_peers(rank) for rank in range(7)] == [
-        (1, 2, 3, 4, 5, 6),  # everybody
+        (1, 2, 3, 4, 5, 6),  # every other rank
         (0,),
-        (0, 3),  # its decode leader
-        (0, 2, 4, 5, 6),  # a prefill leader, its followers
+        (0, 3),  # the decode replica's leader
+        (0, 2, 4, 5, 6),  # the prefill leaders and its own followers
         (0, 3),
         (0, 3),
         (0, 3),
     ]
 
 
-def test_mixed_replicas_do_both_and_exchange_no_kv() -> None:
+def test_mixed_replicas_have_both_roles_and_no_links() -> None:
     topology = build_topology([ReplicaSpec(1), ReplicaSpec(2)], 0, True)
     assert {replica.role for replica in topology.replicas} == {Role.MIXED}
     assert topology.prefill_replicas == topology.decode_replicas == topology.replicas
     assert topology.links() == ()
 
 
-def test_one_replica_alone() -> None:
+def test_a_single_rank_has_no_peers() -> None:
     topology = build_topology([ReplicaSpec(1)], 0, True)
     assert topology.control_peers(0) == ()
     assert topology.replica_of(0).ranks == (0,)
 
 
-def test_pipeline_stages_share_layers_within_a_stage() -> None:
+def test_tp_ranks_restart_in_each_pipeline_stage() -> None:
     topology = build_topology([ReplicaSpec(2, 2)], 0, True)
     assert [topology.tp_rank(rank) for rank in range(4)] == [0, 1, 0, 1]
 
 
 @given(topologies())
-def test_ranks_and_peers_agree(topology: Topology) -> None:
+def test_peers_are_symmetric_and_include_the_leaders(topology: Topology) -> None:
     ranks = [rank for replica in topology.replicas for rank in replica.ranks]
     assert ranks == list(range(topology.world_size))
     for rank in ranks:
@@ -88,23 +88,31 @@ def test_a_phase_without_replicas_is_refused(partition_id: int) -> None:
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_rank_that_does_not_exist_is_refused(rank: int) -> None:
     topology = build_topology([ReplicaSpec(1), ReplicaSpec(1)], 1, False)
-    for ask in (topology.replica_of, topology.tp_rank, topology.control_peers):
+    for query in (topology.replica_of, topology.tp_rank, topology.control_peers):
         with pytest.raises(ValueError, match=f"rank {rank} "):
-            ask(rank)
+            query(rank)
 
 
-def test_place() -> None:
+def test_the_rank_is_read_from_the_environment() -> None:
     assert read_rank_info({}) == RankInfo(0, 1, 0, 1)
     assert read_rank_info(ENVIRON) == RankInfo(5, 8, 1, 4)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"WORLD_SIZE": None}, {"LOCAL_RANK": None}, {"RANK": "8"}, {"LOCAL_RANK": "4"}, {"RANK": "x"}],
+    ("change", "reason"),
+    [
+        ({"WORLD_SIZE": None}, "WORLD_SIZE is not: start with torchrun"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not: start with torchrun"),
+        ({"RANK": "8"}, "RANK=8, WORLD_SIZE=8"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4, LOCAL_WORLD_SIZE=4"),
+        ({"RANK": "x"}, "invalid literal for int.*'x'"),
+    ],
 )
-def test_half_a_place_is_refused(change: dict[str, str | None]) -> None:
+def test_an_incomplete_or_impossible_rank_environment_is_refused(
+    change: dict[str, str | None], reason: str
+) -> None:
     environ = {name: text for name, text in (ENVIRON | change).items() if text is not None}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=reason):
         read_rank_info(environ)
 
 
@@ -113,12 +121,12 @@ def test_topology_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_fastest_ping_sets_the_clock() -> None:
+def test_the_fastest_ping_sets_the_clock_offset() -> None:
     remote_ahead_s = 1000.0
     samples = [
-        (10.0, 1010.9 + 0.0, 11.0),  # the way there was slow
+        (10.0, 1010.9 + 0.0, 11.0),  # the request was slow
         (20.0, 1020.001, 20.002),
-        (30.0, 1030.0, 30.5),  # the way back was slow
+        (30.0, 1030.0, 30.5),  # the reply was slow
     ]
     assert best_offset(samples) == pytest.approx(-remote_ahead_s, abs=1e-9)
     with pytest.raises(ValueError, match="no ping"):

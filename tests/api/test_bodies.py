@@ -209,7 +209,8 @@ async def test_the_rest_is_refused_by_name(field: str, value: object) -> None:
 )  # fmt: skip
 async def test_wrong_prompts(prompt: object) -> None:
     status, body, service = await post({"prompt": prompt})
-    assert status == 400 and body["error"]["param"] == "prompt", body
+    assert status == 400, body
+    assert body["error"]["param"] == "prompt", body
     assert not service.requests
 
 
@@ -226,7 +227,8 @@ async def test_wrong_prompts(prompt: object) -> None:
 )  # fmt: skip
 async def test_wrong_messages(messages: object) -> None:
     status, body, service = await post({"messages": messages}, CHAT)
-    assert status == 400 and body["error"]["param"] == "messages", body
+    assert status == 400, body
+    assert body["error"]["param"] == "messages", body
     assert not service.requests
 
 
@@ -264,7 +266,7 @@ async def test_sampling_arrives_as_asked() -> None:
 
 
 async def test_what_a_request_leaves_open_is_as_the_model_recommends() -> None:
-    recommended = {
+    recommended: dict[str, Any] = {
         "temperature": 0.6, "top_p": 0.8, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.05,
     }  # fmt: skip
     settings = {"sampling": SamplingDefaults(**recommended)}

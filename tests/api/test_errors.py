@@ -161,7 +161,7 @@ async def test_wrong_key(tokenizer: Tokenizer) -> None:
     cluster = FakeCluster(tokenizer, api_key="kéy")
     async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
         for given in (None, "Bearer", "Bearer wrong", "Basic kéy", "kéy", "Bearer \udcff"):
-            headers = {} if given is None else {"Authorization": given}
+            headers: dict[str, str] = {} if given is None else {"Authorization": given}
             for path in ("/v1/models", COMPLETIONS, "/tokenize", "/nowhere", "/%76%31/models"):
                 async with http.request("POST", path, headers=headers) as response:
                     error = await check_error(response, 401)

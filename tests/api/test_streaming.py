@@ -12,12 +12,12 @@ import aiohttp
 import openai
 import pytest
 
-from serve.api import generate
+from serve.api.answers import CompletionFormat
 from serve.protocol.messages import Delta
 from serve.request import FinishReason
 from tests.support.fake_service import FIRST_ID, MODEL, FakeCluster, texts
 
-HELLO = [{"role": "user", "content": "Hello"}]
+HELLO: Any = [{"role": "user", "content": "Hello"}]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -80,7 +80,7 @@ async def test_a_token_without_text_makes_a_chunk(
     task = asyncio.create_task(stream(http, COMPLETIONS))
     await cluster.until(lambda: bool(cluster.active))
     (request_id,) = cluster.active
-    end = {"finish_reason": FinishReason.STOP, "stop_reason": "###"}
+    end: dict[str, Any] = {"finish_reason": FinishReason.STOP, "stop_reason": "###"}
     for index, more in enumerate(({}, end)):
         delta = Delta(request_id=request_id, first_index=index, token_ids=(5,), text="", **more)
         cluster.report(0, delta)
@@ -101,11 +101,15 @@ async def test_error_on_the_way(url: str, cluster: FakeCluster, num_seen: int) -
         assert len(cluster.active) == 2
         cluster.service.fail_all("rank 3 is lost")
         cluster.active.clear()
-        text = ""
-        with pytest.raises(openai.APIError, match="rank 3 is lost"):
+        pieces: list[str] = []
+
+        async def read() -> None:
             async for chunk in answer:
-                text += chunk.choices[0].delta.content or ""
-    assert sorted(text) == sorted(texts(num_seen) * 2)
+                pieces.append(chunk.choices[0].delta.content or "")
+
+        with pytest.raises(openai.APIError, match="rank 3 is lost"):
+            await read()
+    assert sorted("".join(pieces)) == sorted(texts(num_seen) * 2)
 
 
 async def test_error_event_is_followed_by_done(
@@ -139,7 +143,7 @@ async def test_exception_in_a_stream_is_an_event(
     def fail(*args: Any) -> None:
         raise KeyError("inner detail")
 
-    monkeypatch.setattr(generate.CompletionFormat, "chunk", fail)
+    monkeypatch.setattr(CompletionFormat, "chunk", fail)
     cluster.hold_at = 2
     chunks = await stream(http, COMPLETIONS)
     assert chunks[-1]["error"]["code"] == 500
@@ -251,7 +255,11 @@ async def test_many_clients_at_once(url: str, cluster: FakeCluster, seed: int) -
     async with aiohttp.ClientSession(url) as http:
 
         async def one() -> None:
-            body = {"prompt": "Hello", "n": rng.randint(1, 3), "max_tokens": rng.randint(1, 20)}
+            body: dict[str, Any] = {
+                "prompt": "Hello",
+                "n": rng.randint(1, 3),
+                "max_tokens": rng.randint(1, 20),
+            }
             leaves = rng.random() < 0.3
             async with http.post(COMPLETIONS, json={**body, "stream": True}) as response:
                 if leaves:

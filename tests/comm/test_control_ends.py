@@ -220,7 +220,7 @@ async def live_and_leave(folder: str) -> None:
         node.channel.send(peer, Abort("x" * MEGABYTE))
     node.channel.goodbye()
     await node.channel.closed()
-    Path(folder, f"{node.rank}").write_text(f"{node.lost}")
+    await asyncio.to_thread(Path(folder, f"{node.rank}").write_text, f"{node.lost}")
     os._exit(0)
 
 

@@ -40,14 +40,19 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return samples(metrics)[name, frozenset(labels.items())]
 
 
-def output(index: int, count: int, reason: FinishReason | None = None, **more: Timeline) -> Output:
+def output(
+    index: int,
+    count: int,
+    reason: FinishReason | None = None,
+    timeline: Timeline | None = None,
+) -> Output:
     return Output(
         request_id="a",
         first_index=index,
         token_ids=tuple(range(count)),
         text="",
         finish_reason=reason,
-        **more,
+        timeline=timeline,
     )
 
 

@@ -1,4 +1,4 @@
-"""Without any option, eight ranks are four prefill and four decode replicas that answer."""
+"""Eight ranks without options: four prefill and four decode replicas that answer a chat."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.mark.slow
-async def test_a_chat_answer_from_eight_ranks() -> None:
+async def test_eight_ranks_split_into_halves_and_answer() -> None:
     with serving(num_ranks=8) as server:
         async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as sdk:
             done = await sdk.chat.completions.create(

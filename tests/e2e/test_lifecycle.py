@@ -1,4 +1,4 @@
-"""How a job ends: drained, told twice, with a rank dead or silent, orphaned, or never started."""
+"""The end of a job: drained, stopped by signals, with a lost rank, or refused at its start."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.support.checkpoints import write_llama_checkpoint
 from tests.support.clients import Client, events, greedy_body
 from tests.support.server import Server, serving
 
-# Long enough not to end by itself before a test has done what it is about.
+# More tokens than a request gets before its test ends the job.
 ENDLESS = 30_000
-GONE_S = 8.0  # promised: 5 s after a connection is lost
+EXIT_S = 8.0  # ranks exit within 5 s of a lost connection; the rest is slack
 
 ONE_TO_ONE = ("--tokenizer", "none", "--num-blocks", "2100")
 
@@ -42,9 +42,10 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def gone(server: Server, timeout_s: float = GONE_S) -> int:
+async def all_exited(server: Server, timeout_s: float = EXIT_S) -> int:
+    """Wait until every process of the job has exited and return torchrun's exit status."""
     pids = list(server.rank_pids().values())
-    status = await asyncio.to_thread(server.wait_gone, timeout_s)
+    status = await asyncio.to_thread(server.wait_exited, timeout_s)
     assert not [pid for pid in pids if is_alive(pid)]
     return status
 
@@ -57,10 +58,10 @@ def is_alive(pid: int) -> bool:
 
 
 async def error_event(response: aiohttp.ClientResponse) -> str:
-    """The error with which a stream ends."""
+    """Read a stream to its end and return the message of the error that ends it."""
     last: dict[str, object] = {}
     async for event in events(response):
-        assert "error" not in last, "something came after the error"
+        assert "error" not in last, "an event followed the error"
         last = event
     error = last["error"]
     assert isinstance(error, dict)
@@ -68,14 +69,14 @@ async def error_event(response: aiohttp.ClientResponse) -> str:
     return str(error["message"])
 
 
-# --- asked to stop ------------------------------------------------------------------------------
+# --- stopped by a signal ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_lets_open_streams_finish(
     model: Path, session: aiohttp.ClientSession, number: signal.Signals
 ) -> None:
-    """Ctrl-C as torchrun passes it on, and more than once."""
+    """The ranks get SIGINT twice, because torchrun may pass a Ctrl-C on more than once."""
     with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
         client = Client(session, server.url)
         response = await client.open_stream([1, 2, 3], 2500)
@@ -97,10 +98,10 @@ async def test_a_signal_lets_open_streams_finish(
         assert 1 + sum(len(chunk["choices"][0]["token_ids"]) for chunk in chunks) >= 2499
         assert chunks[-1]["choices"][0]["finish_reason"] == "length"
         assert (await waiting)["usage"]["completion_tokens"] == 1500
-        assert await gone(server) == 0  # torchrun's, if every rank's is
+        assert await all_exited(server) == 0  # torchrun returns 0 only if every rank does
 
 
-async def test_a_second_sigterm_ends_open_streams(
+async def test_a_second_sigterm_ends_open_streams_at_once(
     model: Path, session: aiohttp.ClientSession
 ) -> None:
     with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
@@ -109,39 +110,39 @@ async def test_a_second_sigterm_ends_open_streams(
         await asyncio.to_thread(server.wait_log, "stopping; 1 requests are still open")
         server.signal_ranks(signal.SIGTERM)
         assert "shutting down" in await error_event(response)
-        assert await gone(server) == 0
+        assert await all_exited(server) == 0
 
 
-async def test_draining_takes_no_longer_than_allowed(
-    model: Path, session: aiohttp.ClientSession
-) -> None:
+async def test_draining_ends_after_its_timeout(model: Path, session: aiohttp.ClientSession) -> None:
     options = ("--drain-timeout-s", "0.5")
     with serving("--model", str(model), *ONE_TO_ONE, *options, num_ranks=2) as server:
         response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
-        os.kill(server.rank_pids()[0], signal.SIGTERM)  # the others leave with rank 0
+        os.kill(server.rank_pids()[0], signal.SIGTERM)  # the others exit with rank 0
         assert "shutting down" in await error_event(response)
-        assert await gone(server) == 0
+        assert await all_exited(server) == 0
 
 
-async def test_torchrun_passes_sigterm_on(model: Path, session: aiohttp.ClientSession) -> None:
+async def test_a_sigterm_to_torchrun_lets_open_streams_finish(
+    model: Path, session: aiohttp.ClientSession
+) -> None:
     with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
         response = await Client(session, server.url).open_stream([1, 2, 3], 500)
         server.torchrun.terminate()
         chunks = [event async for event in events(response)]
         assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-        await gone(server)
+        await all_exited(server)
         assert 'File "' + os.getcwd() + "/serve/" not in server.log
 
 
-async def test_sigterm_while_loading(model: Path) -> None:
+async def test_a_sigterm_while_loading_ends_the_job(model: Path) -> None:
     options = ("--model", str(model), *ONE_TO_ONE)
     with serving(*options, num_ranks=2, ready=False) as server:
         await asyncio.to_thread(server.wait_listening)
         os.kill(server.rank_pids()[0], signal.SIGTERM)
-        assert await gone(server) == 0
+        assert await all_exited(server) == 0
 
 
-# --- a rank lost --------------------------------------------------------------------------------
+# --- a lost rank --------------------------------------------------------------------------------
 
 
 async def test_a_killed_rank_ends_the_job(model: Path, session: aiohttp.ClientSession) -> None:
@@ -149,11 +150,11 @@ async def test_a_killed_rank_ends_the_job(model: Path, session: aiohttp.ClientSe
         response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
         os.kill(server.rank_pids()[1], signal.SIGKILL)
         assert "rank 1" in await error_event(response)
-        assert await gone(server) != 0
+        assert await all_exited(server) != 0
         assert re.search(r"serve: rank 0 stops: .*rank 1\b", server.log)
 
 
-async def test_a_killed_rank_zero_ends_the_others(
+async def test_a_killed_rank_0_ends_the_other_ranks(
     model: Path, session: aiohttp.ClientSession
 ) -> None:
     with serving("--model", str(model), *ONE_TO_ONE, num_ranks=3) as server:
@@ -161,7 +162,7 @@ async def test_a_killed_rank_zero_ends_the_others(
         os.kill(server.rank_pids()[0], signal.SIGKILL)
         with pytest.raises(aiohttp.ClientPayloadError):
             await error_event(response)
-        assert await gone(server) != 0
+        assert await all_exited(server) != 0
         for rank in (1, 2):
             assert re.search(rf"serve: rank {rank} stops: .*rank 0\b", server.log)
 
@@ -172,21 +173,21 @@ async def test_a_killed_follower_ends_the_job(model: Path, session: aiohttp.Clie
         response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
         os.kill(server.rank_pids()[2], signal.SIGKILL)
         assert "rank " in await error_event(response)
-        assert await gone(server) != 0
+        assert await all_exited(server) != 0
         assert re.search(r"serve: (rank 0 stops|error): .*rank [12]\b", server.log)
 
 
-async def test_no_process_outlives_torchrun(model: Path, session: aiohttp.ClientSession) -> None:
+async def test_no_rank_outlives_torchrun(model: Path, session: aiohttp.ClientSession) -> None:
     with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
         pids = list(server.rank_pids().values())
         response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
         server.torchrun.kill()
         assert "torchrun is gone" in await error_event(response)
-        await gone(server)
+        await all_exited(server)
         assert not [pid for pid in pids if is_alive(pid)]
 
 
-async def test_a_silent_rank_ends_the_job(model: Path, session: aiohttp.ClientSession) -> None:
+async def test_a_stopped_rank_ends_the_job(model: Path, session: aiohttp.ClientSession) -> None:
     options = ("--model", str(model), *ONE_TO_ONE)
     with serving(*options, num_ranks=2, entry="tests.support.impatient") as server:
         pids = server.rank_pids()
@@ -194,31 +195,31 @@ async def test_a_silent_rank_ends_the_job(model: Path, session: aiohttp.ClientSe
         os.kill(pids[1], signal.SIGSTOP)
         assert "rank 1 has been silent" in await error_event(response)
         await asyncio.to_thread(server.wait_log, r"serve: rank 0 stops: rank 1 has been silent")
-        await asyncio.to_thread(server.wait_rank_gone, pids[0], GONE_S)
+        await asyncio.to_thread(server.wait_rank_exited, pids[0], EXIT_S)
         os.kill(pids[1], signal.SIGCONT)  # torchrun would kill it after 30 s
-        assert await gone(server) != 0
+        assert await all_exited(server) != 0
 
 
-# --- never started ------------------------------------------------------------------------------
+# --- refused at the start -----------------------------------------------------------------------
 
 
 def run_to_end(*options: str, num_ranks: int = 2) -> list[str]:
-    """The lines of a job that cannot start, without torchrun's own."""
+    """Return the log lines of a job that cannot start, without torchrun's own."""
     with serving(*options, num_ranks=num_ranks, ready=False) as server:
-        assert server.wait_gone(60.0) != 0
+        assert server.wait_exited(60.0) != 0
         assert 'File "' + os.getcwd() + "/serve/" not in server.log, (
-            server.log
-        )  # no traceback of ours
+            "the log has a traceback of ours"
+        )
         return [line for line in server.log.splitlines() if re.match(r"serve: |.* rank \d ", line)]
 
 
-def test_a_wrong_option_is_one_line() -> None:
+def test_a_missing_model_gives_one_error_line() -> None:
     lines = run_to_end("--model", "no/such/dir/", num_ranks=3)
     assert lines == ["serve: error: --model: no/such/dir/ does not exist"]
 
 
 @pytest.mark.parametrize("option", [["--max-num-seqs", "0"], ["--modle", "x"], ["--port", "x"]])
-def test_wrong_options_need_no_torch(option: list[str]) -> None:
+def test_wrong_options_are_refused_before_torch_is_imported(option: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "serve.launch", *option]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
     assert done.returncode == 2
@@ -229,7 +230,7 @@ def test_wrong_options_need_no_torch(option: list[str]) -> None:
     assert option[0] in errors[0]
 
 
-def test_help_needs_no_torchrun() -> None:
+def test_help_works_without_torchrun() -> None:
     command = [sys.executable, "-m", "serve.launch", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
     assert done.returncode == 0
@@ -237,7 +238,7 @@ def test_help_needs_no_torchrun() -> None:
     assert not done.stderr
 
 
-def test_a_port_in_use(model: Path) -> None:
+def test_a_port_in_use_gives_one_error_line(model: Path) -> None:
     with serving("--model", str(model), *ONE_TO_ONE, num_ranks=1) as server:
         port = server.url.rpartition(":")[2]
         lines = run_to_end("--model", str(model), *ONE_TO_ONE, "--port", port)
@@ -245,7 +246,7 @@ def test_a_port_in_use(model: Path) -> None:
         assert lines[0].startswith(f"serve: error: cannot listen on 127.0.0.1:{port}: ")
 
 
-def test_a_checkpoint_with_a_tensor_missing(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     write_llama_checkpoint(tmp_path, seed=3)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -254,17 +255,17 @@ def test_a_checkpoint_with_a_tensor_missing(tmp_path: Path) -> None:
     assert_one_error(lines, "model.layers.1.mlp.up_proj.weight")
 
 
-def test_a_checkpoint_without_tokenizer(model: Path) -> None:
+def test_a_missing_tokenizer_is_named(model: Path) -> None:
     assert_one_error(run_to_end("--model", str(model)), "tokenizer")
 
 
-def test_a_checkpoint_with_a_broken_tokenizer(tmp_path: Path) -> None:
+def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     write_llama_checkpoint(tmp_path, seed=3)
     (tmp_path / "tokenizer.json").write_text("{")
     assert_one_error(run_to_end("--model", str(tmp_path)), "tokenizer")
 
 
-def test_a_checkpoint_that_is_cut_off(tmp_path: Path) -> None:
+def test_a_truncated_weight_file_is_named(tmp_path: Path) -> None:
     write_llama_checkpoint(tmp_path, seed=3)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -273,7 +274,7 @@ def test_a_checkpoint_that_is_cut_off(tmp_path: Path) -> None:
     )
 
 
-def test_an_unknown_architecture(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     write_llama_checkpoint(tmp_path, seed=3)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"architectures": ["SomethingForCausalLM"], "model_type": "something"}
@@ -281,7 +282,7 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     assert_one_error(run_to_end("--model", str(tmp_path), "--tokenizer", "none"), "something")
 
 
-def test_a_context_that_does_not_fit(model: Path) -> None:
+def test_a_max_model_len_beyond_the_pool_is_refused(model: Path) -> None:
     options = ("--tokenizer", "none", "--num-blocks", "4", "--max-model-len", "4096")
     assert_one_error(run_to_end("--model", str(model), *options), "--max-model-len 4096")
 

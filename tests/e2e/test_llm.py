@@ -1,4 +1,4 @@
-"""Offline generation under torchrun: the model's tokens, in the order of the prompts."""
+"""Offline generation under torchrun: the reference's tokens, in the order of the prompts."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def check(tmp_path: Path, model: Path, prompts: list[list[int]]) -> None:
         assert line["finish_reason"] == "length"
 
 
-def test_a_batch_over_two_ranks(tmp_path: Path) -> None:
+def test_two_ranks_return_the_references_tokens(tmp_path: Path) -> None:
     model = write_llama_checkpoint(tmp_path / "model", seed=5)
     prompts = write_prompts(tmp_path, 20)
     done = generate(tmp_path, model, 2)
     assert done.returncode == 0, done.stderr
     check(tmp_path, model, prompts)
-    assert "20/20" in done.stderr, "there is a progress bar"
+    assert "20/20" in done.stderr, "no progress bar"
 
 
 @pytest.mark.slow
-def test_tp_2_to_4(tmp_path: Path) -> None:
+def test_tp_2_to_4_returns_the_references_tokens(tmp_path: Path) -> None:
     model = write_llama_checkpoint(tmp_path / "model", seed=5, num_heads=8, num_kv_heads=2)
     prompts = write_prompts(tmp_path, 12)
     done = generate(tmp_path, model, 6, "--replica-spec", "2,1", "4,1", "--partition-id", "1")
@@ -63,8 +63,8 @@ def test_tp_2_to_4(tmp_path: Path) -> None:
     check(tmp_path, model, prompts)
 
 
-def test_the_model_recommends_a_repetition_penalty(tmp_path: Path) -> None:
-    """Where a line leaves it open; the reference is transformers with the same file."""
+def test_a_missing_repetition_penalty_is_read_from_generation_config(tmp_path: Path) -> None:
+    """The first three prompts set no penalty; the last three turn it off."""
     model = write_llama_checkpoint(tmp_path / "model", seed=5)
     file = model / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.5}))
@@ -82,11 +82,11 @@ def test_the_model_recommends_a_repetition_penalty(tmp_path: Path) -> None:
         assert found[number] == list(expected)
 
 
-def test_a_wrong_option_is_one_line(tmp_path: Path) -> None:
+def test_a_wrong_option_gives_one_error_line(tmp_path: Path) -> None:
     model = write_llama_checkpoint(tmp_path / "model", seed=5)
     write_prompts(tmp_path, 1)
     done = generate(tmp_path, model, 1, "--replica-spec", "3,1")
-    assert done.returncode == 1, "torchrun's own"
+    assert done.returncode == 1, "torchrun's exit status"
     errors = [line for line in done.stderr.splitlines() if line.startswith("serve: error:")]
     assert len(errors) == 1
     assert "--replica-spec" in errors[0]

@@ -1,4 +1,4 @@
-"""A real model over HTTP: the OpenAI SDK as client, our own endpoints, clients that leave."""
+"""SmolLM2 over HTTP: the OpenAI SDK as client, our own endpoints, clients that disconnect."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ MODEL = "SmolLM2-135M-Instruct"
 CONTEXT = 8192
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 ONCE_UPON = "Once upon a time, there was a"
-SLACK_STEPS = 12  # what runs between two looks at the cluster; an abort itself costs two
+# Steps that may run between two reads of the cluster's state. An abort itself costs two.
+SLACK_STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:
-    # Short steps, so that an abort does not have to wait for the end of a long one.
+    # Short steps, because an abort waits for the end of the running step.
     with serving("--max-num-batched-tokens", "256", num_ranks=2) as server:
         yield server
 
 
 @pytest.fixture
 def server(running: Server) -> Iterator[Server]:
-    """The server; what it logs during a test is shown if the test fails."""
+    """Print what the server logs during a test, which pytest shows if the test fails."""
     before = len(running.log)
     yield running
     print(running.log[before:])
@@ -59,7 +60,7 @@ async def client(server: Server, session: aiohttp.ClientSession) -> Client:
 # --- the OpenAI SDK -----------------------------------------------------------------------------
 
 
-def test_completion(sdk: OpenAI) -> None:
+def test_a_completion_has_text_reason_and_usage(sdk: OpenAI) -> None:
     done = sdk.completions.create(
         model=MODEL, prompt="The capital of France is", max_tokens=8, temperature=0
     )
@@ -72,7 +73,7 @@ def test_completion(sdk: OpenAI) -> None:
     assert done.usage.total_tokens == 13
 
 
-def test_chat(sdk: OpenAI) -> None:
+def test_a_chat_answer_ends_with_stop(sdk: OpenAI) -> None:
     done = sdk.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
     message = done.choices[0].message
     assert message.role == "assistant"
@@ -82,7 +83,7 @@ def test_chat(sdk: OpenAI) -> None:
     assert done.usage.completion_tokens < 20
 
 
-def test_content_in_parts(sdk: OpenAI) -> None:
+def test_content_in_parts_equals_one_text(sdk: OpenAI) -> None:
     parts: Any = [{"role": "user", "content": [{"type": "text", "text": QUESTION[0]["content"]}]}]
     whole, split = (
         sdk.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=8)
@@ -91,7 +92,7 @@ def test_content_in_parts(sdk: OpenAI) -> None:
     assert split.choices[0].message.content == whole.choices[0].message.content
 
 
-def test_several_prompts(sdk: OpenAI) -> None:
+def test_several_prompts_are_answered_as_each_alone(sdk: OpenAI) -> None:
     prompts = ["The capital of France is", "One, two, three,"]
     together = sdk.completions.create(model=MODEL, prompt=prompts, max_tokens=5, temperature=0)
     alone = [
@@ -102,8 +103,8 @@ def test_several_prompts(sdk: OpenAI) -> None:
     assert [c.index for c in together.choices] == [0, 1]
 
 
-async def test_streams_in_parallel(server: Server, sdk: OpenAI) -> None:
-    """What is streamed is what is answered whole, with usage at the end, for several at once."""
+async def test_parallel_streams_equal_whole_answers(server: Server, sdk: OpenAI) -> None:
+    """Each stream ends with its usage."""
     prompts = [f"{ONCE_UPON} number {i}" for i in range(4)]
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
@@ -130,7 +131,7 @@ async def test_streams_in_parallel(server: Server, sdk: OpenAI) -> None:
         assert text == whole.choices[0].text
 
 
-def test_streamed_chat(sdk: OpenAI) -> None:
+def test_a_streamed_chat_has_role_text_and_usage(sdk: OpenAI) -> None:
     chunks = list(
         sdk.chat.completions.create(
             model=MODEL, messages=QUESTION, temperature=0, stream=True,
@@ -147,7 +148,7 @@ def test_streamed_chat(sdk: OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_choices_are_seeded_one_by_one(sdk: OpenAI) -> None:
+def test_choice_i_uses_seed_plus_i(sdk: OpenAI) -> None:
     def sample(n: int, seed: int) -> list[str]:
         done = sdk.completions.create(
             model=MODEL, prompt=ONCE_UPON, max_tokens=10, temperature=1.0, n=n, seed=seed
@@ -162,7 +163,7 @@ def test_choices_are_seeded_one_by_one(sdk: OpenAI) -> None:
     assert three == [sample(1, seed)[0] for seed in (7, 8, 9)]
 
 
-async def test_a_seed_gives_the_same_text_in_a_crowd(server: Server) -> None:
+async def test_a_seed_gives_the_same_text_alone_and_in_a_batch(server: Server) -> None:
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
         async def sample(seed: int) -> str:
@@ -172,13 +173,13 @@ async def test_a_seed_gives_the_same_text_in_a_crowd(server: Server) -> None:
             return done.choices[0].text
 
         alone = await sample(3)
-        crowd = await asyncio.gather(*(sample(seed) for seed in range(6)))
-    assert crowd[3] == alone
-    assert len(set(crowd)) == 6
+        batched = await asyncio.gather(*(sample(seed) for seed in range(6)))
+    assert batched[3] == alone
+    assert len(set(batched)) == 6
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_stop_across_tokens(sdk: OpenAI, stream: bool) -> None:
+def test_a_stop_string_may_span_two_tokens(sdk: OpenAI, stream: bool) -> None:
     ask: dict[str, Any] = {
         "model": MODEL, "prompt": ONCE_UPON, "max_tokens": 12, "temperature": 0,
     }  # fmt: skip
@@ -207,7 +208,7 @@ def test_logit_bias_forces_a_token(sdk: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("extra", [{"min_tokens": 14}, {"ignore_eos": True}])
-def test_an_answer_that_may_not_end(sdk: OpenAI, extra: dict[str, Any]) -> None:
+def test_an_answer_that_may_not_end_reaches_its_limit(sdk: OpenAI, extra: dict[str, Any]) -> None:
     done = sdk.chat.completions.create(
         model=MODEL, messages=QUESTION, temperature=0, max_completion_tokens=14, extra_body=extra
     )
@@ -216,7 +217,7 @@ def test_an_answer_that_may_not_end(sdk: OpenAI, extra: dict[str, Any]) -> None:
     assert done.usage.completion_tokens == 14
 
 
-def test_models(sdk: OpenAI) -> None:
+def test_models_are_listed_and_retrieved(sdk: OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == [MODEL]
     card = sdk.models.retrieve(MODEL)
     assert card.object == "model"
@@ -226,7 +227,7 @@ def test_models(sdk: OpenAI) -> None:
         sdk.models.retrieve("another/model")
 
 
-def test_errors(sdk: OpenAI) -> None:
+def test_errors_name_the_parameter(sdk: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         sdk.chat.completions.create(model="another", messages=QUESTION)
     assert unknown.value.param == "model"
@@ -254,7 +255,7 @@ async def post(client: Client, path: str, body: Any) -> dict[str, Any]:
         return answer
 
 
-async def test_token_ids_are_those_of_the_text(client: Client) -> None:
+async def test_token_ids_decode_to_the_text(client: Client) -> None:
     body = {"prompt": ONCE_UPON, "max_tokens": 9, "temperature": 0, "return_token_ids": True}
     choice = (await post(client, "/v1/completions", body))["choices"][0]
     prompt = await post(client, "/tokenize", {"prompt": ONCE_UPON})
@@ -267,7 +268,7 @@ async def test_token_ids_are_those_of_the_text(client: Client) -> None:
 
 
 @pytest.mark.parametrize("text", ["Hello, world!", "naïve café 日本語 🙂\n\ttabs", " leading", "x"])
-async def test_tokenize_and_back(client: Client, text: str) -> None:
+async def test_detokenize_inverts_tokenize(client: Client, text: str) -> None:
     tokens = await post(client, "/tokenize", {"prompt": text})
     assert tokens["count"] == len(tokens["tokens"])
     assert tokens["max_model_len"] == CONTEXT
@@ -275,14 +276,14 @@ async def test_tokenize_and_back(client: Client, text: str) -> None:
     assert back["prompt"] == text
 
 
-async def test_tokenize_messages(client: Client) -> None:
+async def test_tokenize_renders_messages(client: Client) -> None:
     tokens = await post(client, "/tokenize", {"messages": QUESTION})
     text = (await post(client, "/detokenize", {"tokens": tokens["tokens"]}))["prompt"]
     assert QUESTION[0]["content"] in text
     assert text.endswith("<|im_start|>assistant\n")
 
 
-async def test_timeline(client: Client) -> None:
+async def test_the_timeline_is_complete_and_in_order(client: Client) -> None:
     body = {"prompt": ONCE_UPON, "max_tokens": 4, "return_timeline": True}
     stamps = (await post(client, "/v1/completions", body))["choices"][0]["timeline"]
     order = [
@@ -290,14 +291,14 @@ async def test_timeline(client: Client) -> None:
         "transfer_ended_s", "decode_queued_s", "decode_started_s", "finished_s",
     ]  # fmt: skip
     assert set(stamps) == {*order, "transfer_started_s"}
-    # Two clocks agree within the error of their offset.
+    # Stages across ranks use an offset of their clocks, which has an error.
     error_s = 1e-3
     times = [stamps[name] for name in order]
     assert all(after - before > -error_s for before, after in pairwise(times))
     assert stamps["transfer_started_s"] < stamps["transfer_ended_s"]
 
 
-async def test_cluster(client: Client) -> None:
+async def test_the_cluster_lists_its_replicas(client: Client) -> None:
     prefill, decode = await client.rest()
     assert set(prefill) == {
         "id", "role", "ranks", "tp", "pp", "num_blocks", "num_free_blocks", "num_waiting",
@@ -309,7 +310,7 @@ async def test_cluster(client: Client) -> None:
     assert decode["num_blocks"] > 0
 
 
-async def test_metrics(client: Client) -> None:
+async def test_metrics_count_tokens(client: Client) -> None:
     names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
     before = [await client.metric(name) for name in names]
     await client.ask([5, 6, 7], 4)
@@ -323,51 +324,51 @@ async def test_metrics(client: Client) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/version"])
-async def test_it_lives(client: Client, path: str) -> None:
+async def test_status_endpoints_answer(client: Client, path: str) -> None:
     async with client.session.get(client.url + path) as response:
         assert response.status == 200
 
 
-# --- clients that go away -----------------------------------------------------------------------
+# --- clients that disconnect --------------------------------------------------------------------
 
 NUM_STEPS = "vllm:iteration_tokens_total_count"  # of all replicas
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["waiting", "streaming"])
-async def test_a_client_that_leaves_while_decoding(client: Client, stream: bool) -> None:
+async def test_a_disconnect_while_decoding_aborts(client: Client, stream: bool) -> None:
     victim = greedy_body([9, 8, 7], 4000) | {"stream": stream}
-    await check_leaving(client, victim, replica=1)
+    await check_disconnect(client, victim, replica=1)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["waiting", "streaming"])
-async def test_a_client_that_leaves_before_the_first_token(client: Client, stream: bool) -> None:
+async def test_a_disconnect_during_prefill_aborts(client: Client, stream: bool) -> None:
     victim = greedy_body(random_ids(CONTEXT - 200, 5), 100) | {"stream": stream}
-    await check_leaving(client, victim, replica=0)
+    await check_disconnect(client, victim, replica=0)
 
 
-async def test_a_client_that_leaves_at_once(client: Client) -> None:
+async def test_a_disconnect_at_once_leaves_the_cluster_idle(client: Client) -> None:
     _, writer = await post_raw(client.url, "/v1/completions", greedy_body([9, 8, 7], 4000))
     writer.transport.abort()
     await client.rest()
     assert await client.metric(NUM_STEPS) > 0
 
 
-async def check_leaving(client: Client, victim: dict[str, Any], replica: int) -> None:
-    """Hang up on ``victim`` once it is computed by ``replica``, beside somebody who stays."""
+async def check_disconnect(client: Client, victim: dict[str, Any], replica: int) -> None:
+    """Disconnect ``victim`` while ``replica`` runs it; a request beside it must not change."""
     await client.rest()
-    stays = random_ids(20, 6)
-    alone = await client.ask(stays, 24)
+    neighbour = random_ids(20, 6)
+    alone = await client.ask(neighbour, 24)
     reader, writer = await post_raw(client.url, "/v1/completions", victim)
     await client.busy(replica)
-    staying = asyncio.create_task(client.ask(stays, 24))
+    pending = asyncio.create_task(client.ask(neighbour, 24))
     if victim["stream"] and replica == 1:
         await reader.readuntil(b"data: ")
     writer.close()
     num_steps = await client.metric(NUM_STEPS)
-    together = await staying
+    together = await pending
     await client.rest()
     assert together["choices"][0]["token_ids"] == alone["choices"][0]["token_ids"]
-    # Its prompt has 32 chunks, its answer 4000 tokens: it has not been computed to the end.
+    # The victim's prompt has 32 chunks or its answer 4000 tokens, so it did not run to its end.
     assert await client.metric(NUM_STEPS) - num_steps <= 24 + SLACK_STEPS
 
 

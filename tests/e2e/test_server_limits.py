@@ -1,4 +1,4 @@
-"""Small servers over HTTP: keys, limits and refusals, and jobs split in other ways."""
+"""A tiny model over HTTP: API key, limits and refusals, and jobs split in other ways."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def strict(tiny: Path) -> Iterator[Server]:
 async def refused(
     session: aiohttp.ClientSession, url: str, status: int, body: Any, headers: Any = KEY
 ) -> tuple[str, aiohttp.ClientResponse]:
-    """The message with which a completion is refused."""
+    """Check that a completion is refused with ``status`` and return the error's message."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     async with session.post(f"{url}/v1/completions", data=data, headers=headers) as response:
         answer = await response.json()
@@ -57,7 +57,9 @@ async def refused(
         return answer["error"]["message"], response
 
 
-async def test_the_key_is_asked_for(strict: Server, session: aiohttp.ClientSession) -> None:
+async def test_requests_without_the_api_key_are_refused(
+    strict: Server, session: aiohttp.ClientSession
+) -> None:
     body = {"prompt": [1, 2, 3], "max_tokens": 2}
     await refused(session, strict.url, 401, body, headers={})
     await refused(session, strict.url, 401, body, headers={"Authorization": "Bearer other"})
@@ -72,7 +74,9 @@ async def test_the_key_is_asked_for(strict: Server, session: aiohttp.ClientSessi
         assert done.model in ("tiny", "alias")
 
 
-async def test_too_many_waiting(strict: Server, session: aiohttp.ClientSession) -> None:
+async def test_requests_beyond_max_waiting_get_429(
+    strict: Server, session: aiohttp.ClientSession
+) -> None:
     async def four_choices() -> int:
         body = {"prompt": [1, 2, 3], "max_tokens": 2, "n": 4}
         url = f"{strict.url}/v1/completions"
@@ -88,7 +92,9 @@ async def test_too_many_waiting(strict: Server, session: aiohttp.ClientSession) 
     assert set(await asyncio.gather(*(four_choices() for _ in range(40)))) == {200, 429}
 
 
-async def test_a_body_that_is_too_large(strict: Server, session: aiohttp.ClientSession) -> None:
+async def test_a_body_that_is_too_large_gets_413(
+    strict: Server, session: aiohttp.ClientSession
+) -> None:
     await refused(session, strict.url, 413, b'{"prompt": "' + b"x" * (33 << 20) + b'"}')
 
 
@@ -103,7 +109,7 @@ async def test_a_body_that_is_too_large(strict: Server, session: aiohttp.ClientS
         ({}, "prompt"),
     ],
 )
-async def test_refusals_by_name(
+async def test_refusals_name_the_field(
     strict: Server, session: aiohttp.ClientSession, body: dict[str, Any], named: str
 ) -> None:
     message, _ = await refused(session, strict.url, 400, body)
@@ -137,7 +143,7 @@ async def test_max_tokens_is_clamped_to_the_context(
     ],
     ids=["colocated", "tp 1 to 2", "2P+1D"],
 )
-async def test_other_splits(
+async def test_other_splits_return_the_references_tokens(
     tiny: Path, session: aiohttp.ClientSession, num_ranks: int, options: list[str]
 ) -> None:
     rng = random.Random(7)
@@ -149,7 +155,7 @@ async def test_other_splits(
         answers = await asyncio.gather(*(client.ask(prompt, 12) for prompt in prompts))
         await client.rest()
         server.signal_ranks(signal.SIGTERM)
-        assert await asyncio.to_thread(server.wait_gone) == 0
+        assert await asyncio.to_thread(server.wait_exited) == 0
         assert " ERROR " not in server.log
     reference = load_reference(tiny)
     for prompt, answer in zip(prompts, answers, strict=True):

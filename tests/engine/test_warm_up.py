@@ -23,11 +23,11 @@ from serve.request import Request, SamplingParams
 from tests.support.families import VARIANTS, write_variant
 
 
-class Issued(TorchDispatchMode):
+class Issued(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The matrix products that torch issues in the end: rows, features in, features out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: set[tuple[int, int, int]] = set()
 
     def __torch_dispatch__(

@@ -45,7 +45,7 @@ def gpus() -> Iterator[World]:
 
 def test_pinned_memory_is_there_when_serving_begins() -> None:
     """Whatever its size, and though several steps and pushes hold some."""
-    torch.cuda.init()  # without it there are no statistics
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # without it there are no statistics
     warm_up_pinned_memory()
     before = torch.cuda.host_memory_stats()["num_host_alloc"]
     held = [
@@ -148,7 +148,7 @@ def penalised(logits: torch.Tensor, job: Job, answer: Answer) -> torch.Tensor:
     """``logits`` of each output token under the job's repetition penalty."""
     factor, result = job.sampling.repetition_penalty, logits.clone()
     for index, row in enumerate(result):
-        seen = torch.tensor([*job.prompt_ids, *answer.token_ids[:index]]).unique()
+        seen = torch.tensor(sorted({*job.prompt_ids, *answer.token_ids[:index]}))
         row[seen] = torch.where(row[seen] > 0, row[seen] / factor, row[seen] * factor)
     return result
 

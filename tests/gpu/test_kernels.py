@@ -309,13 +309,14 @@ def test_part_of_a_head_is_rotated_and_all_of_it_normed(
     qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * dim, device=GPU)
     angles = torch.randn(num_tokens, rotary // 2, device=GPU)
     weights = torch.randn(2, dim, device=GPU)
-    norms = None if unit_offset is None else HeadNorms(*weights, 1e-5, unit_offset)
+    norms = None if unit_offset is None else HeadNorms(weights[0], weights[1], 1e-5, unit_offset)
     slots = torch.randperm(2 * BLOCK_SIZE, device=GPU)[:num_tokens]
     cache = torch.zeros(2, 2, 2, BLOCK_SIZE, kv_heads, dim, device=GPU)
     caches = cache[:, 1, 0], cache[:, 1, 1]
     q = ops.rope_write(qkv, angles.cos(), angles.sin(), *caches, slots, 1, norms)
     expected = cache.cpu().zero_()
-    on_cpu = None if norms is None else HeadNorms(*weights.cpu(), 1e-5, bool(unit_offset))
+    q_weight, k_weight = weights.cpu()
+    on_cpu = None if norms is None else HeadNorms(q_weight, k_weight, 1e-5, bool(unit_offset))
     args = qkv.cpu(), angles.cpu().cos(), angles.cpu().sin()
     q_cpu = ops.rope_write(*args, expected[:, 1, 0], expected[:, 1, 1], slots.cpu(), 1, on_cpu)
     torch.testing.assert_close(q.cpu(), q_cpu, rtol=1e-5, atol=1e-5)

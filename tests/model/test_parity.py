@@ -188,6 +188,7 @@ def test_smollm2_from_gguf() -> None:
     """The real model, dequantised by us and by transformers: the same weights, the same tokens."""
     path = smollm2_gguf()
     config, model = load(path)
+    assert config.rope is not None
     assert (config.num_heads, config.num_kv_heads, config.rope.theta) == (9, 3, 100000.0)
     assert config.eos_token_ids == (2,)
     assert config.tie_word_embeddings

@@ -31,7 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 def write(path: Any, rope: dict[str, Any]) -> tuple[RopeConfig, LlamaConfig]:
     write_llama_checkpoint(path, seed=0, rope=rope, rope_theta=50000.0, head_dim=64, num_layers=1)
-    return load_model_config(str(path)).rope, LlamaConfig.from_pretrained(path)
+    rope_config = load_model_config(str(path)).rope
+    assert rope_config is not None
+    return rope_config, LlamaConfig.from_pretrained(path)
 
 
 @pytest.mark.parametrize("case", CASES)

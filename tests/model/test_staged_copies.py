@@ -60,11 +60,16 @@ def _counted(make: Callable[..., Tensor], sizes: list[int]) -> Callable[..., Ten
     return counted
 
 
+def _copy_badly(num_good_rows: int) -> None:
+    with StagedCopies(CPU, slot_bytes=64) as copies:
+        copies.add(torch.zeros(4, 3), torch.zeros(4, 2))
+        copies.add(torch.zeros(num_good_rows, 16), torch.zeros(num_good_rows, 16))
+
+
 def test_a_copy_that_fails_is_heard_of() -> None:
     """At once or at the end, and no thread lives on."""
     before = threading.active_count()
     for good in (0, 2 * NUM_SLOTS):
-        with pytest.raises(RuntimeError), StagedCopies(CPU, slot_bytes=64) as copies:
-            copies.add(torch.zeros(4, 3), torch.zeros(4, 2))
-            copies.add(torch.zeros(good, 16), torch.zeros(good, 16))
+        with pytest.raises(RuntimeError):
+            _copy_badly(good)
     assert threading.active_count() == before

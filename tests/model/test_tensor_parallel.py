@@ -99,7 +99,10 @@ def test_logits_equal_those_of_one_rank(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("rank", "size"), [(1, 1), (-1, 2), (0, 2)])
-def test_a_place_that_makes_no_sense_is_refused(rank: int, size: int) -> None:
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("rank", "size", "reason"),
+    [(1, 1, "one of 1 ranks"), (-1, 2, "one of 2 ranks"), (0, 2, "needs a process group")],
+)
+def test_a_place_that_makes_no_sense_is_refused(rank: int, size: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
         TensorParallel(rank, size, None)

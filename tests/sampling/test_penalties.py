@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from serve.protocol.messages import SampleRow
 from serve.sampling import penalties
 from serve.sampling.penalties import Penalties
 from tests.support.penalised_requests import random_case, steps
@@ -47,7 +48,7 @@ def test_a_step_costs_nothing_of_the_history(
     counted: list[int] = []
     count = penalties._count
 
-    def note(rows: dict[int, object], counts: torch.Tensor) -> None:
+    def note(rows: dict[int, SampleRow], counts: torch.Tensor) -> None:
         counted.extend(rows)
         count(rows, counts)
 

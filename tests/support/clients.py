@@ -1,11 +1,11 @@
-"""What clients of a running server do in tests: ask, read event streams, hang up, watch it rest."""
+"""Client: requests to a running server, its event streams, and waiting until it is idle or busy."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,7 +14,8 @@ import aiohttp
 from tests.support.cases import at_rest
 
 REST_S = 30.0
-_LOOK_S = 0.02
+
+Replicas = list[dict[str, Any]]
 
 
 class Client:
@@ -25,7 +26,7 @@ class Client:
         self.url = url
 
     async def ask(self, prompt_ids: list[int], max_tokens: int, **fields: Any) -> dict[str, Any]:
-        """A greedy completion that runs to ``max_tokens``; the answer's body."""
+        """Send a greedy completion of ``max_tokens`` tokens and return the answer's body."""
         body = greedy_body(prompt_ids, max_tokens) | fields
         async with self.session.post(f"{self.url}/v1/completions", json=body) as response:
             answer: dict[str, Any] = await response.json()
@@ -33,38 +34,46 @@ class Client:
             return answer
 
     async def open_stream(self, prompt_ids: list[int], max_tokens: int) -> aiohttp.ClientResponse:
-        """A streamed greedy completion whose first event is read; ``events`` has the others."""
+        """Open a greedy stream and read its first event; ``events`` yields the others."""
         body = greedy_body(prompt_ids, max_tokens) | {"stream": True}
         response = await self.session.post(f"{self.url}/v1/completions", json=body)
         assert response.status == 200, await response.text()
         await anext(events(response))
         return response
 
-    async def cluster(self) -> list[dict[str, Any]]:
-        """The replicas of ``GET /cluster``."""
+    async def cluster(self) -> Replicas:
+        """Return the replicas of ``GET /cluster``."""
         async with self.session.get(f"{self.url}/cluster") as response:
-            replicas: list[dict[str, Any]] = (await response.json())["replicas"]
+            replicas: Replicas = (await response.json())["replicas"]
             return replicas
 
-    async def rest(self, timeout_s: float = REST_S) -> list[dict[str, Any]]:
-        """Look at the cluster until it is idle and every block is free."""
-        replicas: list[dict[str, Any]] = []
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not at_rest(replicas := await self.cluster()):
-                    await asyncio.sleep(_LOOK_S)
-        except TimeoutError:
-            raise AssertionError(f"not at rest after {timeout_s} s: {replicas}") from None
-        return replicas
+    async def rest(self, timeout_s: float = REST_S) -> Replicas:
+        """Wait until the cluster is idle and every block is free. Return its replicas."""
+        return await self._wait_until(at_rest, timeout_s)
 
     async def busy(self, replica: int, timeout_s: float = REST_S) -> None:
-        """Look at the cluster until one of its replicas computes something."""
-        async with asyncio.timeout(timeout_s):
-            while not (await self.cluster())[replica]["num_running"]:
-                await asyncio.sleep(_LOOK_S)
+        """Wait until one of the cluster's replicas runs a request."""
+        await self._wait_until(lambda replicas: bool(replicas[replica]["num_running"]), timeout_s)
+
+    async def _wait_until(
+        self, condition: Callable[[Replicas], bool], timeout_s: float
+    ) -> Replicas:
+        """Read the cluster's state until ``condition`` holds.
+
+        The server pushes no state, so this reads it again as soon as the last answer has come: the
+        round trips set the pace.
+        """
+        replicas: Replicas = []
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not condition(replicas := await self.cluster()):
+                    pass
+        except TimeoutError:
+            raise AssertionError(f"still waiting after {timeout_s} s: {replicas}") from None
+        return replicas
 
     async def metric(self, name: str) -> float:
-        """The sum of one metric over its labels."""
+        """Return the sum of one metric over its labels."""
         async with self.session.get(f"{self.url}/metrics") as response:
             text = await response.text()
         values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
@@ -73,7 +82,7 @@ class Client:
 
 
 def greedy_body(prompt_ids: list[int], max_tokens: int) -> dict[str, Any]:
-    """A completion of token ids that runs to ``max_tokens``, with the ids in the answer."""
+    """Return a completion that runs to ``max_tokens``, with the token ids in the answer."""
     return {
         "prompt": prompt_ids,
         "max_tokens": max_tokens,
@@ -84,7 +93,7 @@ def greedy_body(prompt_ids: list[int], max_tokens: int) -> dict[str, Any]:
 
 
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The server-sent events up to ``[DONE]``, which must be the last thing in the stream."""
+    """Yield the server-sent events before ``[DONE]``, which must end the stream."""
     async for line in response.content:
         if not line.strip():
             continue
@@ -99,7 +108,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, An
 async def post_raw(
     url: str, path: str, body: dict[str, Any] | bytes
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send a request on a connection of its own, of which the test may do what it likes."""
+    """Send a request on a new connection, which the test may then close or abort."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -1,4 +1,4 @@
-"""A service without replicas: the HTTP front end over a real socket, tokens made up on the spot."""
+"""FakeService: a service without replicas, which computes tokens itself, for tests of HTTP."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ class FakeTokenizer:
 
 
 def token(request: Request, index: int) -> int:
-    """Output ``index`` of ``request``: a letter that follows from prompt, seed and index."""
+    """Return output ``index`` of ``request``: a letter computed from prompt, seed and index."""
     seed = request.sampling.seed if request.sampling.temperature else 0
     return ord("a") + (sum(request.prompt_ids) + seed + index) % 26
 
 
 def text(request: Request, count: int) -> str:
-    """The first ``count`` tokens as text."""
+    """Return the first ``count`` tokens as text."""
     return "".join(chr(token(request, index)) for index in range(count))
 
 
 class FakeService:
-    """Answers at once if ``auto``, one output per turn of the event loop; else as a test says."""
+    """With ``auto`` it answers at once, one output per turn of the event loop; else a test does."""
 
     def __init__(self, max_model_len: int = 2048, auto: bool = True) -> None:
         self.ready, self.draining = True, False
@@ -70,9 +70,9 @@ class FakeService:
         self.max_live = self.max_waiting = 1000
         self.auto = auto
         self.live: dict[str, Stream] = {}
-        self.requests: list[Request] = []  # all that ever came
+        self.requests: list[Request] = []  # every request so far
         self.submitted: asyncio.Queue[Request] = asyncio.Queue()
-        self.aborted: asyncio.Queue[str] = asyncio.Queue()  # only what was live
+        self.aborted: asyncio.Queue[str] = asyncio.Queue()  # only active requests
         self._texts: dict[str, Detokenizer] = {}
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
@@ -99,7 +99,7 @@ class FakeService:
         return [{"id": 0, "role": "mixed"}]
 
     def emit(self, request: Request, index: int) -> None:
-        """Put token ``index`` of ``request``, and the end if it is the last."""
+        """Put token ``index`` of ``request``, together with the end if it is the last."""
         sampling = request.sampling
         token_id = token(request, index)
         piece = self._texts[request.id].push(token_id)
@@ -156,8 +156,8 @@ class FakeService:
 async def serving(
     service: FakeService, tokenizer: FakeTokenizer | None = None, **settings: Any
 ) -> AsyncIterator[str]:
-    """The front end over ``service``, as the launcher starts it; yields its URL."""
-    given: dict[str, Any] = {
+    """Start the front end over ``service`` as the launcher does and yield its URL."""
+    defaults: dict[str, Any] = {
         "served_model_names": ("org/model", "alias"), "model_path": "/models/m",
         "vocab_size": VOCAB_SIZE, "created": 1,
     }  # fmt: skip
@@ -165,7 +165,7 @@ async def serving(
         cast(Service, service),
         cast("Tokenizer | None", tokenizer),
         Metrics("org/model"),
-        ApiSettings(**(given | settings)),
+        ApiSettings(**(defaults | settings)),
     )
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

@@ -134,7 +134,10 @@ class FakeReplica:
                     self._check_owned(sequence.block_table[self._first_block(sequence) :])
             case Send() | Unpack():
                 self._check_owned(entry.block_ids)
-        (self.sends if isinstance(entry, Send) else self.plan).append(entry)
+        if isinstance(entry, Send):
+            self.sends.append(entry)
+        else:
+            self.plan.append(entry)
 
     def _first_block(self, sequence: StepSequence) -> int:
         return self.model.first_seen(sequence.start) // self.block_size

@@ -1,4 +1,4 @@
-"""The front end over a fake cluster, on a real socket: the fixtures of the HTTP tests."""
+"""Fixtures of the HTTP tests: the front end over a fake cluster, on a real socket."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from tests.support.fake_service import FakeCluster, load_test_tokenizer, serving
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """The test model's."""
     return load_test_tokenizer()
 
 
 @pytest.fixture
 async def cluster(tokenizer: Tokenizer) -> AsyncIterator[FakeCluster]:
-    """Has nothing left to do when the test ends."""
+    """Make a fake cluster that must be idle when the test ends."""
     cluster = FakeCluster(tokenizer)
     yield cluster
     cluster.assert_at_rest()
@@ -27,13 +26,11 @@ async def cluster(tokenizer: Tokenizer) -> AsyncIterator[FakeCluster]:
 
 @pytest.fixture
 async def url(cluster: FakeCluster) -> AsyncIterator[str]:
-    """Where the front end listens."""
     async with serving(cluster.app) as url:
         yield url
 
 
 @pytest.fixture
 async def http(url: str) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of it."""
     async with aiohttp.ClientSession(url) as session:
         yield session

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def main() -> None:
     rng = random.Random(37)
     prompts = [[rng.randrange(128256) for _ in range(length)] for length in LENGTHS]
     sampling = [rng.choice(SAMPLING) for _ in prompts]
-    options = {"load_format": "dummy", "tokenizer": "none", "max_model_len": 12100}
+    options: dict[str, Any] = {"load_format": "dummy", "tokenizer": "none", "max_model_len": 12100}
     with LLM(model=sys.argv[1], **options) as llm:
         before = _counts()
         llm.generate(prompts, sampling, progress=False)

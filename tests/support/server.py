@@ -1,10 +1,10 @@
-"""Server: a whole job under torchrun on a free port, its log, its ranks, and how to end it.
+"""Server: a whole job under torchrun on a free port, with its log and its ranks' processes.
 
     with serving("--model", str(model), num_ranks=2) as server:
         requests.get(f"{server.url}/health")
 
-Nothing here polls or sleeps. The log is a pipe that every rank holds open: its lines say how far
-the job has come, and its end that no process is left.
+Nothing here polls or sleeps. The log is a pipe that every rank holds open: its lines show the
+progress of the job, and its end shows that every process has exited.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import psutil
 
 from tests.support.paths import ROOT
 
-START_S = 120.0  # several imports of torch share few cores
-GONE_S = 20.0
+START_S = 120.0  # the ranks import torch at the same time, on few cores
+EXIT_S = 20.0
 _PR_SET_PDEATHSIG = 1
 
 
 class Server:
-    """One job. Its methods may be called from any thread; the ones that wait take time limits."""
+    """One job. Its methods may be called from any thread. Those that wait have time limits."""
 
     def __init__(self, options: Sequence[str], num_ranks: int, entry: str) -> None:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -44,7 +44,7 @@ class Server:
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
-            preexec_fn=_die_with_tests,
+            preexec_fn=_die_with_parent,
         )
         self._lines: list[str] = []
         self._ended = False
@@ -59,9 +59,10 @@ class Server:
             return "\n".join(self._lines)
 
     def wait_log(self, pattern: str, timeout_s: float = START_S) -> re.Match[str]:
-        """Wait for a line in which ``pattern`` is found.
+        """Wait for a line that ``pattern`` matches and return the match.
 
-        ``AssertionError`` if the job ends without, or writes nothing for ``timeout_s``.
+        Raises ``AssertionError`` if the job ends without such a line or writes no line for
+        ``timeout_s``.
         """
         seen = 0
         with self._grown:
@@ -75,30 +76,30 @@ class Server:
                 assert in_time, f"no line like {pattern!r}, and {timeout_s} s of silence"
 
     def wait_listening(self) -> str:
-        """Wait until rank 0 answers HTTP, which is before it is ready; the URL."""
+        """Wait until rank 0 answers HTTP, before the job is ready, and return its URL."""
         self.url = self.wait_log(r"listening on (http://\S+)")[1]
         return self.url
 
     def wait_ready(self) -> None:
-        """Wait until requests are taken."""
+        """Wait until the job accepts requests."""
         self.wait_listening()
         self.wait_log(r"serve: ready:")
         self.rank_pids()
 
-    def wait_gone(self, timeout_s: float = GONE_S) -> int:
-        """Wait until no process of the job is left; torchrun's status."""
+    def wait_exited(self, timeout_s: float = EXIT_S) -> int:
+        """Wait until every process of the job has exited and return torchrun's exit status."""
         with self._grown:
             in_time = self._grown.wait_for(lambda: self._ended, timeout_s)
-        assert in_time, f"after {timeout_s} s these ranks are left: {self.rank_pids()}"
+        assert in_time, f"after {timeout_s} s these ranks still run: {self.rank_pids()}"
         return self.torchrun.wait(timeout_s)
 
-    def wait_rank_gone(self, pid: int, timeout_s: float = GONE_S) -> None:
-        """Wait until one process has ended. ``psutil.TimeoutExpired`` if it does not."""
+    def wait_rank_exited(self, pid: int, timeout_s: float = EXIT_S) -> None:
+        """Wait until one process has exited. Raises ``psutil.TimeoutExpired`` if it does not."""
         with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).wait(timeout_s)
 
     def rank_pids(self) -> dict[int, int]:
-        """The process of every rank that lives, by rank."""
+        """Return the process id of every running rank, by rank."""
         pids: dict[int, int] = {}
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.torchrun.pid).children():
@@ -109,17 +110,17 @@ class Server:
         return pids
 
     def signal_ranks(self, number: signal.Signals) -> None:
-        """Signal every rank but not torchrun, whose status then tells how they have ended."""
+        """Signal every rank but not torchrun, whose exit status then reports how they ended."""
         for pid in self.rank_pids().values():
             os.kill(pid, number)
 
     def kill(self) -> None:
-        """End whatever is left. Every rank leads a process group of its own."""
+        """Kill every process that still runs. Each rank leads its own process group."""
         self.rank_pids()
         for pid in (self.torchrun.pid, *self._pids):
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        self.torchrun.wait(GONE_S)
+        self.torchrun.wait(EXIT_S)
 
     def _read_log(self) -> None:
         assert self.torchrun.stdout is not None
@@ -136,7 +137,7 @@ class Server:
 def serving(
     *options: str, num_ranks: int, ready: bool = True, entry: str = "serve.launch"
 ) -> Iterator[Server]:
-    """A job that is killed at the end. When something fails its log is printed."""
+    """Start a job and kill it at the end. If the block raises, print the job's log."""
     server = Server(options, num_ranks, entry)
     try:
         if ready:
@@ -149,5 +150,5 @@ def serving(
         server.kill()
 
 
-def _die_with_tests() -> None:
+def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

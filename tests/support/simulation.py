@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from serve.protocol.messages import NUM_STAGING_SLOTS, Abort, AnyMessage, Delta, Prefill, Report
 from serve.replica.replica import Actions, Replica, ReplicaSettings
@@ -119,19 +120,19 @@ class Cluster:
         events: list[Callable[[], None]] = []
         for pair, queue in self.channels.items():
             if queue:
-                events.append(lambda pair=pair: self._deliver(pair))
+                events.append(partial(self._deliver, pair))
         for i, node in enumerate(self.nodes):
             if node.plan:
-                events.append(lambda i=i: self._execute(i))
+                events.append(partial(self._execute, i))
             if node.sends:
-                events.append(lambda i=i: self.nodes[i].pack(self.wires, i))
+                events.append(partial(node.pack, self.wires, i))
             if node.results:
-                events.append(lambda i=i: self._finish_step(i))
+                events.append(partial(self._finish_step, i))
         for key in self.wires.posted:
             if key in self.wires.sent:
-                events.append(lambda key=key: self._receive(key))
+                events.append(partial(self._receive, key))
         for key in self.unreported:
-            events.append(lambda key=key: self._report_received(key))
+            events.append(partial(self._report_received, key))
         return events
 
     def _deliver(self, pair: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""The world of processes that tests run in: what fails in it is told, and spoils nothing."""
+"""World: a failed case is reported for every rank and leaves no state behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def misbehave(how: dict[int, str]) -> int:
     return dist.get_rank()
 
 
-def test_a_failed_case_tells_all_and_spoils_nothing() -> None:
+def test_a_failed_case_is_reported_and_leaves_no_state() -> None:
     world = World(2)
     try:
         for how, text in (({1: "raise"}, "of my own"), ({0: "exit"}, "exit code 3")):

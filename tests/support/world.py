@@ -1,4 +1,4 @@
-"""World: a few processes joined by gloo, which live on from one test case to the next.
+"""World: a few processes joined by gloo that stay up between test cases.
 
     def case(factor: int) -> int:                # top level of a test module; runs on every rank
         dist.barrier()
@@ -7,8 +7,8 @@
     def test_case(world: World) -> None:
         assert world.run("tests.test_me:case", 3) == [0, 3, 6, 9]
 
-The processes start with the first run. A case that fails, hangs or loses a rank ends them, and the
-next run starts new ones, so that it finds nothing of the last.
+The first run starts the processes. A case that fails, hangs or loses a rank ends them, and the next
+run starts new ones, so that no state is left over.
 """
 
 from __future__ import annotations
@@ -33,59 +33,59 @@ from typing import Any, NamedTuple
 
 import pytest
 
-FOLLOW_S = 5.0  # how long the others may take to end by themselves after one has failed
+FOLLOW_S = 5.0  # how long the other ranks may still run after one has failed
 DIE_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
 class WorldError(Exception):
-    """A case failed on some rank; the text has what each rank raised, or where it stood."""
+    """A case failed on some rank; the text has each rank's traceback or stacks."""
 
 
 class _Answer(NamedTuple):
     done: bool
-    value: Any  # the result; of a call that was not done, the traceback
+    value: Any  # the result or, if not done, the traceback
 
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
     process: SpawnProcess
     connection: Connection[Any, Any]
-    stacks: Path  # where its threads stood when it was aborted
+    stacks: Path  # file with the stacks of its threads when it was aborted
 
 
 class World:
-    """``size`` processes with ranks from 0, in which torch.distributed is set up with gloo."""
+    """``size`` processes with ranks from 0 that have set up torch.distributed with gloo."""
 
     def __init__(self, size: int = 4) -> None:
         self.size = size
         self._ranks: list[_Rank] = []
-        self._store: object = None  # where the ranks meet, held here as torchrun does
+        self._store: object = None  # the ranks' rendezvous, held by the parent as torchrun does
         self._folder = tempfile.TemporaryDirectory(prefix="world-")
 
     def run(
         self, path: str, *args: Any, timeout_s: float = 60.0, dying: Collection[int] = ()
     ) -> list[Any]:
-        """Call ``module:function`` with ``args`` on every rank; the results by rank.
+        """Call ``module:function`` with ``args`` on every rank and return the results by rank.
 
-        Arguments and results are pickled. Ranks in ``dying`` must end their process; their result
-        is None. Raises ``WorldError`` if another rank raises, ends, or is not done in time.
+        Arguments and results are pickled. Ranks in ``dying`` must end their process, and their
+        result is None. Raises ``WorldError`` if another rank raises, ends, or takes too long.
         """
         if not self._ranks:
             self._start()
         for rank in self._ranks:
             rank.connection.send((path, args))
         answers = self._gather(timeout_s, dying)
-        wrong = [
-            rank for rank in range(self.size) if not _is_right(answers.get(rank), rank in dying)
+        failed = [
+            rank for rank in range(self.size) if not _is_expected(answers.get(rank), rank in dying)
         ]
         text = ""
-        if wrong or dying:
+        if failed or dying:
             self._abort([rank for rank in range(self.size) if rank not in answers])
             text = "\n".join(self._describe(rank, answers.get(rank)) for rank in range(self.size))
             self.close()
-        if wrong:
-            raise WorldError(f"{path} failed on ranks {wrong}\n{text}")
+        if failed:
+            raise WorldError(f"{path} failed on ranks {failed}\n{text}")
         return [answers[rank].value for rank in range(self.size)]
 
     def close(self) -> None:
@@ -106,16 +106,18 @@ class World:
         spawn = multiprocessing.get_context("spawn")
         self._store = store
         for rank in range(self.size):
-            ours, theirs = spawn.Pipe()
+            parent_end, child_end = spawn.Pipe()
             stacks = Path(self._folder.name, f"{rank}.txt")
             environ = _environ(rank, self.size, store.port)
-            process = spawn.Process(target=_live, args=(theirs, str(stacks), environ), daemon=True)
+            process = spawn.Process(
+                target=_serve_calls, args=(child_end, str(stacks), environ), daemon=True
+            )
             process.start()
-            theirs.close()
-            self._ranks.append(_Rank(process, ours, stacks))
+            child_end.close()
+            self._ranks.append(_Rank(process, parent_end, stacks))
 
     def _gather(self, timeout_s: float, dying: Collection[int]) -> dict[int, _Answer]:
-        """The answers by rank; without those that had none in time."""
+        """Collect the answers by rank, without ranks that did not answer in time."""
         answers: dict[int, _Answer] = {}
         waiting = {rank.connection: index for index, rank in enumerate(self._ranks)}
         deadline_s = time.monotonic() + timeout_s
@@ -127,24 +129,24 @@ class World:
                     answers[rank] = connection.recv()
                 except (EOFError, ConnectionError):
                     answers[rank] = _Answer(False, None)
-                if not _is_right(answers[rank], rank in dying):
+                if not _is_expected(answers[rank], rank in dying):
                     deadline_s = min(deadline_s, time.monotonic() + FOLLOW_S)
         return answers
 
     def _abort(self, ranks: list[int]) -> None:
-        """End ``ranks``, each leaving behind where its threads stood."""
+        """End ``ranks``; each writes the stacks of its threads first."""
         processes = [self._ranks[rank].process for rank in ranks]
         for process in processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGABRT)
-                os.kill(process.pid, signal.SIGCONT)  # a stopped process would not notice
+                os.kill(process.pid, signal.SIGCONT)  # a stopped process handles no signal
         for process in processes:
             process.join(DIE_S)
 
     def _describe(self, rank: int, answer: _Answer | None) -> str:
         if answer is None:
             stacks = self._ranks[rank].stacks.read_text()
-            return f"--- rank {rank} was not done; it stood at\n{stacks}"
+            return f"--- rank {rank} was not done; its stacks are\n{stacks}"
         if answer.done:
             return f"--- rank {rank} was done"
         if answer.value is None:
@@ -155,13 +157,12 @@ class World:
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    """Four ranks."""
     world = World(4)
     yield world
     world.close()
 
 
-def _is_right(answer: _Answer | None, dying: bool) -> bool:
+def _is_expected(answer: _Answer | None, dying: bool) -> bool:
     if dying:
         return answer == _Answer(False, None)
     return answer is not None and answer.done
@@ -171,7 +172,7 @@ def _is_right(answer: _Answer | None, dying: bool) -> bool:
 
 
 def _environ(rank: int, size: int, port: int) -> dict[str, str]:
-    """As torchrun sets it on one host."""
+    """Return the variables that torchrun sets on one host."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -185,8 +186,8 @@ def _environ(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def _live(connection: Connection[Any, Any], stacks: str, environ: dict[str, str]) -> None:
-    """Join the world, then answer one call after another until the parent is gone."""
+def _serve_calls(connection: Connection[Any, Any], stacks: str, environ: dict[str, str]) -> None:
+    """Join the world, then answer calls until the parent closes the connection."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
