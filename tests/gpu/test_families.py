@@ -1,4 +1,4 @@
-"""On GPUs: every family in bfloat16, with the kernels and graphs that serve."""
+"""On GPUs: every family in bfloat16, with the kernels and graphs of serving."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["fresh"]
 def test_tokens_are_as_good_as_the_references(
     fresh: FreshWorld, tmp_path: Path, transfer: bool
 ) -> None:
-    """One job after another in the same processes, which is where the time goes."""
+    """All variants run in the same processes, because starting them takes most of the time."""
     if transfer and NUM_GPUS < 2:
         pytest.skip("a transfer needs two GPUs")
     world = fresh(2 if transfer else 1)
@@ -46,7 +46,7 @@ def test_tokens_are_as_good_as_the_references(
         result = run_case(world, path, split, jobs, *options)
         try:
             check_near(source, jobs, result)
-        except AssertionError as error:  # the other families are of interest all the same
+        except AssertionError as error:  # go on, to report every family that fails
             wrong[variant] = str(error)
     assert not wrong
 

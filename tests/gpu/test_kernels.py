@@ -1,4 +1,4 @@
-"""On a GPU: each kernel against its formula, evaluated in float64 on the same inputs."""
+"""On a GPU: each kernel equals its formula, evaluated in float64 on the same inputs."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def seeded() -> random.Random:
     return random.Random(seed)
 
 
-def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """Within a few roundings of ``dtype``, by the size of the values."""
+def assert_near(actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Check that errors are a few roundings of ``dtype``, relative to the largest value."""
     scale = exact.abs().max().item() + 1e-6
-    error = (ours.double() - exact).abs().max().item() / scale
+    error = (actual.double() - exact).abs().max().item() / scale
     assert error < {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
 
 
@@ -50,7 +50,7 @@ def exact_attention(
     metadata: AttentionMetadata,
     scoring: Scoring = PLAIN,
 ) -> Tensor:
-    """Attention sequence by sequence in float64."""
+    """Compute attention sequence by sequence in float64."""
     outs, row = [], 0
     for index, (new, total) in enumerate(
         zip(metadata.query_lengths, metadata.key_lengths, strict=True)
@@ -77,7 +77,10 @@ def exact_attention(
 def make_case(
     lengths: list[tuple[int, int]], num_heads: int, num_kv_heads: int, dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata]:
-    """Sequences of (new, total) tokens over shuffled blocks of a block-major cache."""
+    """Make queries, caches and metadata for sequences of (new, total) tokens.
+
+    Blocks are shuffled, and the cache is block-major as in serving.
+    """
     counts = [-(-total // BLOCK_SIZE) for _, total in lengths]
     order = torch.randperm(sum(counts)).tolist()
     sequences = []
@@ -95,7 +98,7 @@ def make_case(
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 def test_attention(dim: int, group: int, dtype: torch.dtype) -> None:
-    """Decode, prefill with and without history, and all of them in one batch."""
+    """Decodes, prefills with and without history, and all of them in one batch."""
     flash = pytest.importorskip("serve.model.flash_attention")
     attention, _ = flash.choose_attention(GPU, dtype, dim, BLOCK_SIZE)
     decodes = [(1, 1), (1, 64), (1, 65), (1, 700)]
@@ -113,7 +116,7 @@ def test_attention(dim: int, group: int, dtype: torch.dtype) -> None:
 def test_attention_of_published_shapes(
     dim: int, group: int, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups of Qwen 2.5 and Phi 4, heads of OPT and Phi 3, over blocks of the default size."""
+    """Group sizes of Qwen 2.5 and Phi-4, head sizes of OPT and Phi-3, default block size."""
     monkeypatch.setitem(globals(), "BLOCK_SIZE", block_size)
     flash = pytest.importorskip("serve.model.flash_attention")
     attention, _ = flash.choose_attention(GPU, torch.bfloat16, dim, BLOCK_SIZE)
@@ -134,7 +137,7 @@ SCORINGS = {
 @pytest.mark.parametrize(("dim", "block_size"), [(64, 64), (96, 128), (128, 128), (256, 128)])
 @pytest.mark.parametrize("name", SCORINGS)
 def test_scoring(name: str, dim: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies before every window does not count, whatever stands there."""
+    """Blocks before every window have no effect, so they are overwritten with large values."""
     monkeypatch.setitem(globals(), "BLOCK_SIZE", block_size)
     flash = pytest.importorskip("serve.model.flash_attention")
     attention, _ = flash.choose_attention(GPU, torch.bfloat16, dim, BLOCK_SIZE)
@@ -155,7 +158,7 @@ def test_scoring(name: str, dim: int, block_size: int, monkeypatch: pytest.Monke
 def test_split_decode(
     dim: int, block_size: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slices without blocks (short sequences, many splits) count for nothing."""
+    """Slices without blocks (short sequences, many splits) have no effect."""
     monkeypatch.setitem(globals(), "BLOCK_SIZE", block_size)
     flash = pytest.importorskip("serve.model.flash_attention")
     dtype = torch.bfloat16
@@ -177,8 +180,10 @@ def test_split_decode(
 @pytest.mark.parametrize("before", [-(2**31), -1, 0, 2**31 - 1])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_rows_that_fill_up_a_batch(dim: int, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a row without a position the kernel asks for the block before its first: for the first row
-    that is in the table's memory too, and does no harm, whatever it says.
+    """Rows without positions, as pad a decode graph, do not affect the others.
+
+    For such a row the kernel reads the table entry before the row's first one. That entry is within
+    the allocation even for the first row, and its value has no effect.
     """
     monkeypatch.setitem(globals(), "BLOCK_SIZE", 128)
     flash = pytest.importorskip("serve.model.flash_attention")
@@ -225,7 +230,7 @@ def test_norms(num_rows: int, size: int, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_linear(num_rows: int, out_features: int, size: int, dtype: torch.dtype) -> None:
-    """One row goes another way than several; with and without a bias, and into given memory."""
+    """One row has its own kernel; with and without a bias, and with an output tensor."""
     x = torch.randn(num_rows, size, device=GPU, dtype=dtype)
     weight = torch.randn(out_features, size, device=GPU, dtype=dtype)
     bias = 100 * torch.randn(out_features, device=GPU, dtype=dtype)
@@ -237,7 +242,7 @@ def test_linear(num_rows: int, out_features: int, size: int, dtype: torch.dtype)
     assert_near(out, exact, dtype)
 
 
-def test_tokens_of_the_step_before_are_taken_up() -> None:
+def test_tokens_of_the_previous_step_are_filled_in() -> None:
     kernels = pytest.importorskip("serve.model.kernels.triton_decode")
     sampled = torch.randint(1000, (300,), device=GPU)
     token_ids = torch.randint(-300, 1000, (300,), device=GPU)
@@ -284,18 +289,18 @@ def test_rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, cop
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("dim", "heads"), [(128, (0, 1, 2, 3)), (64, (2, 3)), (96, (3, 0, 1))])
 def test_packing(dim: int, heads: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Exactly the blocks and heads that are wanted, there and back."""
+    """Exactly the chosen blocks and heads are packed and unpacked."""
     kernels = pytest.importorskip("serve.comm.triton_kv")
     source = torch.randn(9, 3, 2, 16, 4, dim, device=GPU, dtype=dtype)
     target = torch.randn_like(source)
     before = target.clone()
-    there, here = torch.tensor([5, 0, 8], device=GPU), torch.tensor([1, 7, 2], device=GPU)
+    sent, received = torch.tensor([5, 0, 8], device=GPU), torch.tensor([1, 7, 2], device=GPU)
     index = torch.tensor(heads, device=GPU)
     packed = source.new_empty(3, 3, 2, 16, len(heads), dim)
-    kernels.pack(source, there, index, packed)
-    torch.testing.assert_close(packed, source[there].index_select(4, index), rtol=0, atol=0)
-    kernels.unpack(packed, here, index, target)
-    for block, place in zip(there, here, strict=True):
+    kernels.pack(source, sent, index, packed)
+    torch.testing.assert_close(packed, source[sent].index_select(4, index), rtol=0, atol=0)
+    kernels.unpack(packed, received, index, target)
+    for block, place in zip(sent, received, strict=True):
         before[place][..., index, :] = source[block][..., index, :]
     torch.testing.assert_close(target, before, rtol=0, atol=0)
 
@@ -349,20 +354,20 @@ def test_plain_rows_are_sampled_as_the_reference_does(
                 id="r",
                 prompt_ids=(1,),
                 sampling=SamplingParams(
-                    max_tokens=1, temperature=heat, seed=seeded.randrange(-(2**63), 2**63)
+                    max_tokens=1, temperature=temperature, seed=seeded.randrange(-(2**63), 2**63)
                 ),
             ),
             output_index,
         )
-        for output_index, heat in enumerate(temperatures)
+        for output_index, temperature in enumerate(temperatures)
     ]
     logits = torch.randn(len(rows), vocab_size, device=GPU) * 3
     logits[0] = 0.0  # all equal
-    heats, streams = plain_parameters(rows)
+    values, streams = plain_parameters(rows)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=GPU)
     kernels.sample_plain(
         logits,
-        torch.tensor(heats, device=GPU),
+        torch.tensor(values, device=GPU),
         torch.from_numpy(streams).to(GPU),
         tokens,
     )

@@ -1,4 +1,4 @@
-"""The torch attention, which is the reference of the others, against float64 without a cache."""
+"""The torch attention, the reference for the faster ones, equals float64 without a cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LENGTHS = [(1, 1), (1, 65), (1, 300), (5, 5), (130, 130), (64, 200), (1, 77), (1
 @pytest.mark.parametrize("name", ["plain", *SCORINGS])
 @pytest.mark.parametrize("group", [1, 4])
 def test_against_float64(name: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies before every window is not read: here it is no number."""
+    """Blocks before every window are not read: here they hold NaN."""
     monkeypatch.setattr(test_gpu_kernels, "GPU", torch.device("cpu"))
     torch.manual_seed(1)
     scoring: Scoring = SCORINGS.get(name, PLAIN)
@@ -34,8 +34,8 @@ def test_against_float64(name: str, group: int, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_no_number_is_not_kept(dtype: torch.dtype, value: float) -> None:
-    """0 is; whoever reads the cache may count on numbers in all of it."""
+def test_nan_and_infinity_are_written_as_zero(dtype: torch.dtype, value: float) -> None:
+    """Readers of the cache rely on finite values everywhere."""
     qkv = torch.randn(5, 6 * 16, dtype=dtype)
     qkv[1, ::3] = value
     angles = torch.randn(5, 8)

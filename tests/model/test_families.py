@@ -1,4 +1,4 @@
-"""Every family's greedy tokens are those of transformers, in one process and over ranks."""
+"""Every family's greedy tokens equal those of transformers, in one process and over ranks."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def world() -> Iterator[World]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_are_transformers(variant: str, tmp_path: Path) -> None:
-    """Prompts shorter and longer than a window, in chunks, and outputs that leave it behind."""
+    """Prompts shorter and longer than a window, in chunks, with outputs that outgrow it."""
     path = write_variant(tmp_path, variant, seed=1)
     check_parity(path, [6, 37, 22, 5], num_tokens=24, seed=2)
 
 
 @pytest.mark.parametrize("rope", ["default", "dynamic", "linear"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-def test_internlm2_is_llama_by_other_names(
+def test_internlm2_is_llama_under_other_names(
     rope: str, heads: tuple[int, int], tmp_path: Path
 ) -> None:
     """The reference is transformers' Llama with the same weights."""
@@ -74,7 +74,7 @@ def test_internlm2_is_llama_by_other_names(
 def test_through_prefill_and_decode_ranks(
     world: World, variant: str, split: str, tmp_path: Path
 ) -> None:
-    """Chunks are smaller than the prompts, so that history, windows and transfers all matter."""
+    """Chunks are smaller than prompts, so history, windows and transfers all affect the result."""
     if variant == "internlm2":
         source = write_llama_checkpoint(tmp_path / "llama", seed=5)
         path = write_internlm2(tmp_path / "internlm2", source)
@@ -108,8 +108,10 @@ def test_through_prefill_and_decode_ranks(
 def test_checkpoints_of_the_bare_model(
     variant: str, prefix: str, with_head: bool, tmp_path: Path
 ) -> None:
-    """As GPT-2, some of OPT and embedding models are published: names without their beginning,
-    masks, .bin files; a head that is tied may be there as well.
+    """Tensor names may lack the prefix of the language model.
+
+    GPT-2, some OPT and embedding models are published like this, in .bin files, with masks among
+    the weights. A tied head may be stored as well.
     """
     if variant == "internlm2":
         llama = write_llama_checkpoint(tmp_path / "llama", seed=5)
@@ -138,13 +140,13 @@ def test_checkpoints_of_the_bare_model(
 def test_every_architecture_is_tried() -> None:
     kinds = [getattr(transformers, kind) for kind, _ in VARIANTS.values()]
     tried = {transformers.AutoModelForCausalLM._model_mapping[kind].__name__ for kind in kinds}
-    # Llama has tests of its own, and InternLM2 no class.
+    # Llama is tested in test_parity; transformers has no class for InternLM2.
     assert FAMILIES.keys() == tried | {"LlamaForCausalLM", "InternLM2ForCausalLM"}
 
 
 @pytest.mark.parametrize("variant", ["qwen2", "gemma2", "gemma3", "gpt2", "opt"])
-def test_attention_to_what_follows_is_refused(variant: str, tmp_path: Path) -> None:
-    """As models for embeddings have it, which transformers honours in every family."""
+def test_bidirectional_attention_is_refused(variant: str, tmp_path: Path) -> None:
+    """Embedding models attend to later tokens, which transformers supports in every family."""
     file = write_variant(tmp_path, variant, seed=1) / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"is_causal": True, "use_bidirectional_attention": None}))
@@ -158,7 +160,7 @@ def test_attention_to_what_follows_is_refused(variant: str, tmp_path: Path) -> N
             load_model_config(str(tmp_path))
 
 
-def test_longrope_depends_on_the_context_that_is_served(tmp_path: Path) -> None:
+def test_longrope_depends_on_the_served_context(tmp_path: Path) -> None:
     config = load_model_config(str(write_variant(tmp_path, "phi3, longrope beyond", seed=1)))
     assert config.rope is not None
     assert config.rope.is_long

@@ -1,4 +1,4 @@
-"""The model's greedy tokens are those of transformers, however a step is composed."""
+"""The model's greedy tokens equal those of transformers, for any composition of steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BLOCK_SIZE = 4
 
 @dataclass
 class Generation:
-    """One sequence on its way: its tokens, where it is, and the chunks its prompt comes in."""
+    """One running sequence: its tokens, its progress, and the chunk sizes of its prompt."""
 
     prompt: tuple[int, ...]
     num_tokens: int
@@ -47,7 +47,7 @@ class Generation:
         return len(self.output) == self.num_tokens
 
     def next(self, block_size: int) -> StepSequence:
-        """The next chunk of the prompt, or the last token."""
+        """Return the next chunk of the prompt, or the last token."""
         tokens = (*self.prompt, *self.output)
         size = self.chunks.pop(0) if self.computed < len(self.prompt) else 1
         start, self.computed = self.computed, self.computed + size
@@ -64,7 +64,7 @@ def load(path: Path) -> tuple[ModelConfig, nn.Module]:
 
 
 def split(length: int, rng: random.Random) -> list[int]:
-    """``length`` as a sum of positive sizes: whole, ones, or anything."""
+    """Split ``length`` into positive sizes: one size, only ones, or random."""
     cuts = sorted(rng.sample(range(1, length), rng.choice([0, min(3, length - 1), length - 1])))
     return [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
 
@@ -76,12 +76,12 @@ def run_greedy(
     rng: random.Random,
     block_size: int = BLOCK_SIZE,
 ) -> list[tuple[int, ...]]:
-    """All (prompt, number of tokens) through one cache, a random part of them in each step."""
+    """Generate for all (prompt, number of tokens) in one cache, a random subset in each step."""
     tables = [-(-(len(prompt) + count) // block_size) for prompt, count in jobs]
     free = rng.sample(range(sum(tables) + 3), sum(tables))
     layout = config.kv_layout(block_size, 4, tp=1, tp_rank=0)
     cache = KVCache(layout, sum(tables) + 3, torch.float32, "cpu")
-    cache.blocks.fill_(float("nan"))  # what was never written must never be read
+    cache.blocks.fill_(float("nan"))  # positions that were never written must never be read
     running = []
     for (prompt, count), size in zip(jobs, tables, strict=True):
         table, free = tuple(free[:size]), free[size:]
@@ -113,13 +113,13 @@ def check_parity(path: Path, lengths: list[int], num_tokens: int, seed: int) -> 
     reference = load_reference(path)
     expected = [reference_greedy(reference, text, num_tokens) for text in texts]
     assert run_greedy(config, model, [(text, num_tokens) for text in texts], rng) == expected
-    # Greedy output of a model that repeats itself would prove little.
+    # The output of a model that repeats itself would prove little.
     assert len({token for output in expected for token in output}) > num_tokens // 3
 
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_every_rope_type(rope: str, tmp_path: Path) -> None:
-    """Prompts within a dynamic model's own context, outputs far beyond it."""
+    """Prompts are within the pretraining context of a dynamic model, outputs far beyond it."""
     context = 48 if rope == "dynamic" else 160
     path = write_llama_checkpoint(tmp_path, seed=1, rope=rope, max_position_embeddings=context)
     check_parity(path, [1, 37, 22, 40], num_tokens=50, seed=2)
@@ -145,7 +145,7 @@ def test_every_shape_and_format(shape: str, tmp_path: Path) -> None:
 
 
 def test_dynamic_rope_reads_long_prompts_as_if_token_by_token(tmp_path: Path) -> None:
-    """There transformers' result depends on its chunks; ours is always that of chunks of one."""
+    """Transformers' result depends on the chunks; here it always equals that of one-token chunks."""
     path = write_llama_checkpoint(tmp_path, seed=5, rope="dynamic", max_position_embeddings=16)
     rng = random.Random(6)
     config, model = load(path)
@@ -159,7 +159,7 @@ def test_dynamic_rope_reads_long_prompts_as_if_token_by_token(tmp_path: Path) ->
             if index + 1 >= len(tokens):
                 tokens.append(int(out.logits[0, -1].argmax()))
     expected = tuple(tokens[len(prompt) :])
-    for _ in range(3):  # whatever the chunks
+    for _ in range(3):  # with different random chunks
         assert run_greedy(config, model, [(prompt, len(expected))], rng) == [expected]
 
 
@@ -185,7 +185,7 @@ def test_a_step_that_samples_nothing(tmp_path: Path) -> None:
 
 
 def test_smollm2_from_gguf() -> None:
-    """The real model, dequantised by us and by transformers: the same weights, the same tokens."""
+    """Weights and tokens of a real model equal those that transformers dequantises."""
     path = smollm2_gguf()
     config, model = load(path)
     assert config.rope is not None

@@ -1,4 +1,4 @@
-"""Rotary frequencies are those of transformers, for each type and its options."""
+"""Rotary frequencies equal those of transformers, for each type and its options."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def write(path: Any, rope: dict[str, Any]) -> tuple[RopeConfig, LlamaConfig]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_frequencies_and_scale(case: str, tmp_path: Any) -> None:
-    rope, theirs = write(tmp_path, CASES[case])
+    rope, hf_config = write(tmp_path, CASES[case])
     compute = ROPE_INIT_FUNCTIONS.get(
         rope.type, LlamaRotaryEmbedding.compute_default_rope_parameters
     )
-    expected, expected_scale = compute(theirs)
+    expected, expected_scale = compute(hf_config)
     frequencies, scale = rope_frequencies(rope, 64)
     torch.testing.assert_close(frequencies, expected, rtol=0, atol=0)
     assert scale == pytest.approx(expected_scale, rel=1e-12)
@@ -50,22 +50,22 @@ def test_frequencies_and_scale(case: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_rotation(case: str, tmp_path: Any) -> None:
-    rope, theirs = write(tmp_path, CASES[case])
+    rope, hf_config = write(tmp_path, CASES[case])
     positions = torch.arange(200)
     x = torch.randn(200, 3, 64, generator=torch.Generator().manual_seed(1))
-    cos, sin = LlamaRotaryEmbedding(theirs)(x, positions[None])
+    cos, sin = LlamaRotaryEmbedding(hf_config)(x, positions[None])
     expected, _ = apply_rotary_pos_emb(x[None], x[None], cos, sin, unsqueeze_dim=2)
-    ours = rotate(x, *RotaryEmbedding(rope, 64, "cpu")(positions))
-    torch.testing.assert_close(ours, expected[0], rtol=0, atol=1e-6)
+    rotated = rotate(x, *RotaryEmbedding(rope, 64, "cpu")(positions))
+    torch.testing.assert_close(rotated, expected[0], rtol=0, atol=1e-6)
 
 
-def test_dynamic_turns_each_token_as_the_last_of_its_prefix(tmp_path: Any) -> None:
-    rope, theirs = write(tmp_path, {"rope_type": "dynamic", "factor": 3.0})
-    theirs.max_position_embeddings = 16
+def test_dynamic_rotates_each_token_as_the_last_of_its_prefix(tmp_path: Any) -> None:
+    rope, hf_config = write(tmp_path, {"rope_type": "dynamic", "factor": 3.0})
+    hf_config.max_position_embeddings = 16
     rope = RopeConfig(rope.theta, "dynamic", 3.0, original_max_position_embeddings=16)
     cos, sin = RotaryEmbedding(rope, 64, "cpu")(torch.arange(60))
-    cos, sin = cos.tile(2), sin.tile(2)  # theirs repeat the half
-    reference = LlamaRotaryEmbedding(theirs)  # sees lengths 1, 2, 3 ...
+    cos, sin = cos.tile(2), sin.tile(2)  # the reference repeats them for both halves
+    reference = LlamaRotaryEmbedding(hf_config)  # sees lengths 1, 2, 3 ...
     for position in range(60):
         expected = reference(torch.zeros(1), torch.tensor([[position]]))
         torch.testing.assert_close(cos[position], expected[0][0, 0], rtol=0, atol=3e-6)

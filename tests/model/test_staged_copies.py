@@ -1,4 +1,4 @@
-"""What is copied in pieces by threads arrives whole, and what goes wrong there is heard of."""
+"""Tensors copied in pieces by threads arrive complete, and a thread's error is raised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = [(), (0,), (1,), (5000,), (3, 4), (1000, 7), (2, 3000), (5, 0), (4, 3, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_tensor_arrives(dtype: torch.dtype) -> None:
-    """Whatever its shape, strides and type, in slots smaller than a row and larger than it."""
+    """Any shape, strides and type, with slots smaller and larger than a row."""
     seed = random.randrange(1 << 30)
     print(f"seed={seed}")
     generator = torch.Generator().manual_seed(seed)
@@ -60,16 +60,16 @@ def _counted(make: Callable[..., Tensor], sizes: list[int]) -> Callable[..., Ten
     return counted
 
 
-def _copy_badly(num_good_rows: int) -> None:
+def test_a_failed_copy_raises() -> None:
+    """The error is raised in ``add`` or at the end of the block, and all threads end."""
+    before = threading.active_count()
+    for good in (0, 2 * NUM_SLOTS):
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            _copy_bad_then_good(good)
+    assert threading.active_count() == before
+
+
+def _copy_bad_then_good(num_good_rows: int) -> None:
     with StagedCopies(CPU, slot_bytes=64) as copies:
         copies.add(torch.zeros(4, 3), torch.zeros(4, 2))
         copies.add(torch.zeros(num_good_rows, 16), torch.zeros(num_good_rows, 16))
-
-
-def test_a_copy_that_fails_is_heard_of() -> None:
-    """At once or at the end, and no thread lives on."""
-    before = threading.active_count()
-    for good in (0, 2 * NUM_SLOTS):
-        with pytest.raises(RuntimeError):
-            _copy_badly(good)
-    assert threading.active_count() == before

@@ -1,4 +1,4 @@
-"""A model over several ranks gives the logits of one, on the leader only."""
+"""A model over several ranks gives the logits of a model on one rank, on the leader only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {  # group sizes, sha
 
 
 def logits_of(path: str, tp: TensorParallel) -> list[torch.Tensor | None]:
-    """Logits of a prompt in two chunks, then of a decode row beside a new prompt."""
+    """Return logits of a prompt in two chunks, then of a decode row beside a new prompt."""
     config = load_model_config(path)
     model = build_model(config, tp, torch.float32, "cpu")
     load_weights(model, path, "auto", seed=0)
@@ -74,22 +74,22 @@ def run_rank(rank: int, size: int, init: str, jobs: list[tuple[str, tuple[int, .
             tp = TensorParallel(rank - first, tp_size, groups[tp_size])
             got = logits_of(path, tp)
             if tp.is_leader:
-                for ours, alone in zip(got, logits_of(path, TensorParallel(0, 1)), strict=True):
-                    assert ours is not None
+                for sharded, alone in zip(got, logits_of(path, TensorParallel(0, 1)), strict=True):
+                    assert sharded is not None
                     assert alone is not None
-                    assert ours.dtype == torch.float32
+                    assert sharded.dtype == torch.float32
                     # Sums over ranks round differently, in proportion to the largest terms.
-                    assert ours.shape == alone.shape
+                    assert sharded.shape == alone.shape
                     largest = max(map(abs, alone.flatten().tolist()), default=0.0)
-                    assert torch.allclose(ours, alone, rtol=0, atol=1e-4 * largest), path
-                    assert torch.equal(ours.argmax(-1), alone.argmax(-1)), path
+                    assert torch.allclose(sharded, alone, rtol=0, atol=1e-4 * largest), path
+                    assert torch.equal(sharded.argmax(-1), alone.argmax(-1)), path
             else:
                 assert got == [None, None, None]
     dist.destroy_process_group()
 
 
 def test_logits_equal_those_of_one_rank(tmp_path: Path) -> None:
-    """One world of three processes for all shapes: starting it is what takes time."""
+    """One world of three processes serves all shapes, because starting it takes the time."""
     jobs = []
     for number, (name, (tp_sizes, options)) in enumerate(CASES.items()):
         path = write_llama_checkpoint(tmp_path / name, seed=number, **options)
@@ -103,6 +103,6 @@ def test_logits_equal_those_of_one_rank(tmp_path: Path) -> None:
     ("rank", "size", "reason"),
     [(1, 1, "one of 1 ranks"), (-1, 2, "one of 2 ranks"), (0, 2, "needs a process group")],
 )
-def test_a_place_that_makes_no_sense_is_refused(rank: int, size: int, reason: str) -> None:
+def test_an_invalid_rank_is_refused(rank: int, size: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         TensorParallel(rank, size, None)

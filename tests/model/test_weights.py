@@ -1,4 +1,4 @@
-"""Weights: every tensor accounted for, each rank's part read alone, faults in one clear line."""
+"""Weights: every tensor is accounted for, a rank reads its shard alone, errors are one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build(path: Path, load_format: str = "auto", seed: int = 0, **options: Any) 
 
 
 def part_of(config: ModelConfig, rank: int, size: int) -> nn.Module:
-    """One rank's model: it takes no part in any exchange, so it needs no group."""
+    """Build one rank's model. It does not communicate, so it needs no process group."""
     tp = object.__new__(TensorParallel)
     for name, value in (("rank", rank), ("size", size), ("group", None)):
         object.__setattr__(tp, name, value)
@@ -41,7 +41,7 @@ def part_of(config: ModelConfig, rank: int, size: int) -> nn.Module:
 
 
 def fault(path: Path, load_format: str = "auto") -> str:
-    """The message with which loading fails: one line that names the place."""
+    """Return the message with which loading fails: one line that names the path."""
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         build(path, load_format)
     message = str(caught.value)
@@ -84,7 +84,7 @@ def test_a_tied_head_may_be_stored_but_not_differ(tmp_path: Path) -> None:
 
 
 def test_a_tied_tensor_may_be_stored_under_either_name(tmp_path: Path) -> None:
-    """As the head alone, say, which is where transformers looks too."""
+    """For example as the head alone, where transformers looks, too."""
     write_llama_checkpoint(tmp_path, seed=2, tie=True)
     expected = build(tmp_path).state_dict()
 
@@ -137,7 +137,7 @@ def test_a_corrupt_torch_file(tmp_path: Path, content: bytes) -> None:
 
 
 class Evil:
-    """Runs code when unpickled without care."""
+    """Runs code when unpickled by a loader that allows it."""
 
     def __reduce__(self) -> Any:
         return (print, ("executed",))
@@ -184,7 +184,7 @@ def test_progress_counts_tensors(tmp_path: Path) -> None:
 
 # --- shards ---------------------------------------------------------------------------------------
 
-SPLITS = {  # what divides badly over the ranks
+SPLITS = {  # sizes that do not divide over the ranks
     2: {"num_heads": 4, "num_kv_heads": 1, "intermediate_size": 97, "vocab_size": 101},
     3: {"num_heads": 6, "num_kv_heads": 2, "intermediate_size": 98, "vocab_size": 100},
     4: {"num_heads": 4, "num_kv_heads": 2, "intermediate_size": 5, "vocab_size": 5},
@@ -193,7 +193,7 @@ SPLITS = {  # what divides badly over the ranks
 
 @pytest.mark.parametrize("size", SPLITS)
 @pytest.mark.parametrize("load_format", ["safetensors", "pt", "dummy"])
-def test_parts_are_parts_of_the_whole(tmp_path: Path, size: int, load_format: str) -> None:
+def test_shards_equal_parts_of_the_whole(tmp_path: Path, size: int, load_format: str) -> None:
     file_format: Any = "safetensors" if load_format == "dummy" else load_format
     options = SPLITS[size] | {"attention_bias": True, "mlp_bias": True, "format": file_format}
     path = write_llama_checkpoint(tmp_path, seed=10, **options)
@@ -249,12 +249,12 @@ GGUF_NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
 
 
 def permute(rows: Tensor, num_heads: int) -> Tensor:
-    """How converters lay out query and key rows: dimension i beside i + half."""
+    """Order query and key rows as GGUF converters do: dimension i next to i + head_dim / 2."""
     return rows.view(num_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def write_gguf(path: Path, source: Path, **extra: Any) -> dict[str, Tensor]:
-    """``source`` as a GGUF file, matrices in Q8_0; the weights that it must load as."""
+    """Write ``source`` as a GGUF file, matrices in Q8_0; return the weights it must load as."""
     model = load_reference(source)
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -280,7 +280,7 @@ def write_gguf(path: Path, source: Path, **extra: Any) -> dict[str, Tensor]:
         if tensor.ndim == 2:
             raw = gguf.quantize(stored, Q8)
             writer.add_tensor(target, raw, raw_dtype=Q8)
-            # Quantised row by row, so the order of rows does not matter to the values.
+            # Q8_0 quantises each row by itself, so the order of rows does not change values.
             exact = gguf.dequantize(gguf.quantize(tensor.numpy(), Q8), Q8)
             expected[name] = torch.from_numpy(exact)
         else:
@@ -336,7 +336,7 @@ def test_gguf_frequency_factors_divide(tmp_path: Path) -> None:
     assert ratio.tolist() == pytest.approx(factors)
 
 
-def test_gguf_keys_that_we_do_not_honour(tmp_path: Path) -> None:
+def test_unsupported_gguf_keys_are_refused(tmp_path: Path) -> None:
     source = write_llama_checkpoint(tmp_path / "hf", seed=15)
     path = tmp_path / "model.gguf"
     write_gguf(path, source, keys={"llama.rope.scaling.attn_factor": 0.5})
@@ -348,7 +348,7 @@ def test_gguf_keys_that_we_do_not_honour(tmp_path: Path) -> None:
 
 
 def test_gguf_leftovers_are_named(tmp_path: Path) -> None:
-    """A file with more layers than the model, as read through a configuration of fewer."""
+    """The file has more layers than the config."""
     source = write_llama_checkpoint(tmp_path / "hf", seed=16, num_layers=2)
     smaller = write_llama_checkpoint(tmp_path / "smaller", seed=16, num_layers=1)
     path = tmp_path / "model.gguf"

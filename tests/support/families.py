@@ -1,4 +1,4 @@
-"""Random tiny checkpoints of every family, as transformers writes them."""
+"""Random tiny checkpoints of every family, written by transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ YARN: dict[str, Any] = {
     "original_max_position_embeddings": 32,
 }
 
-# By variant: transformers' configuration class and what differs from SMALL.
+# By variant: transformers' configuration class, and values that differ from SMALL.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral, window": ("MistralConfig", {"sliding_window": 7}),
@@ -98,7 +98,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "sliding_window": 5,
             "num_hidden_layers": 3,
-            "attn_logit_softcapping": 0.2,  # which transformers does not apply
+            "attn_logit_softcapping": 0.2,  # transformers ignores it
             "final_logit_softcapping": 3.0,
         },
     ),
@@ -137,10 +137,7 @@ def write_variant(path: Path, name: str, seed: int) -> Path:
 
 
 def write_internlm2(path: Path, llama: Path) -> Path:
-    """Write a Llama checkpoint to ``path`` under InternLM2's names.
-
-    Transformers has no class for InternLM2.
-    """
+    """Write a Llama's weights to ``path`` as InternLM2, for which transformers has no class."""
     config = json.loads((llama / "config.json").read_text())
     kv_heads, head_dim = config["num_key_value_heads"], config["head_dim"]
     group = config["num_attention_heads"] // kv_heads
@@ -161,14 +158,14 @@ def write_internlm2(path: Path, llama: Path) -> Path:
                 name = name.replace(llama_name, internlm2_name)
             renamed[name] = tensor
     path.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in renamed.items()}, path / _SAFETENSORS)
+    contiguous = {name: tensor.contiguous() for name, tensor in renamed.items()}
+    save_file(contiguous, path / "model.safetensors")
     config |= {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": False}
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"}
     (path / "config.json").write_text(json.dumps(config))
     return path
 
 
-_SAFETENSORS = "model.safetensors"
 _INTERNLM2_NAMES = {
     "embed_tokens": "tok_embeddings",
     "lm_head": "output",
@@ -182,16 +179,16 @@ _INTERNLM2_NAMES = {
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Set weights that give varied greedy output with clear gaps between the logits."""
+    """Draw weights that make greedy output vary and the best token clear."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            around = parameter.mean()  # norm weights start at 0 or 1, by the family's convention
+            mean = parameter.mean()  # of a norm's weights: 0 or 1, by the family's convention
             if parameter.dim() == 1 and name.endswith("weight"):
-                parameter.normal_(0.0, 0.2, generator=generator).add_(around.round())
+                parameter.normal_(0.0, 0.2, generator=generator).add_(mean.round())
             elif parameter.dim() == 1:
                 parameter.normal_(0.0, 0.1, generator=generator)
             else:
-                # With tied embeddings large ones would only repeat the previous token.
+                # With tied embeddings, large ones would make the model repeat the last token.
                 scale = 0.1 if any(part in name for part in ("embed_tokens", "wte")) else 2.5
                 parameter.normal_(0.0, scale * parameter.shape[-1] ** -0.5, generator=generator)
