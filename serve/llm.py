@@ -131,7 +131,7 @@ class LLM:
         front.service.set_ready(fit_max_model_len(config, process.setup.block_size, num_blocks))
         self._ready.set_result(front.service)
         await self._closing.wait()
-        await process.leave()
+        await process.shut_down()
 
     def _request(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
         ids = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)

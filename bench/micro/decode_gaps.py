@@ -154,7 +154,7 @@ async def _serve(process: RankProcess, load: Load, found: dict[str, Any]) -> Non
             group.create_task(_read(stream))
         found |= await _watch(process, steps, load)
         _abort(front, requests)
-    await process.leave()
+    await process.shut_down()
 
 
 def _abort(front: FrontEnd, requests: Sequence[Request]) -> None:

@@ -194,7 +194,7 @@ async def _ask(process: RankProcess, args: argparse.Namespace, timelines: list[T
         async for output in front.service.submit([request])[0]:
             if output.timeline is not None and i > 0:  # the first one warms up
                 timelines.append(output.timeline)
-    await process.leave()
+    await process.shut_down()
 
 
 def _summarise(timelines: list[Timeline]) -> dict[str, Any]:

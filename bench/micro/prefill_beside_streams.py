@@ -90,7 +90,7 @@ async def _serve(process: RankProcess, args: argparse.Namespace, found: dict[str
         "loaded_prefill_ms": beside,
         "over_idle": beside / idle,
     }
-    await process.leave()
+    await process.shut_down()
 
 
 class _Engine:

@@ -18,7 +18,8 @@ from serve.api.settings import ApiSettings
 from serve.config.server import ServerConfig
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service
-from serve.runtime.rank import JobFailed, RankFailed, RankProcess, join_job
+from serve.runtime.failure import JobFailed, RankFailed
+from serve.runtime.rank import RankProcess, join_job
 from serve.runtime.shutdown import StopSignals
 from serve.runtime.startup import FrontEnd, describe, fit_max_model_len, make_front
 from serve.tokenizer.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ async def serve_rank(
     """Run this rank until the job ends; the process's exit code."""
     process = join_job(config, rank_info)
     signals = StopSignals()
-    signals.install(lambda: process.abandon("torchrun is gone"))
+    signals.install(lambda: process.failure.fail(JobFailed("torchrun is gone")))
     main = follow(process) if listener is None else _serve(process, listener, signals)
     return await run_to_end(process, main)
 
@@ -54,17 +55,17 @@ async def _report_failure(process: RankProcess, error: BaseException) -> int:
     # The others are not to add what they make of rank 0's end to the one line that says why.
     if process.is_front_end and isinstance(error, ValueError | RankFailed):
         print(f"serve: error: {error}", file=sys.stderr)
-        await process.dismiss()
+        await process.dismiss_ranks()
         return 1 if isinstance(error, RankFailed) else 2
     if isinstance(error, JobFailed):
         print(f"serve: rank {process.rank_info.rank} stops: {error}", file=sys.stderr)
-        await process.last_words(str(error))
+        await process.report_failure(str(error))
         return 1
     if isinstance(error, ValueError):  # cannot be served as asked; rank 0 says so
-        await process.last_words(str(error))
+        await process.report_failure(str(error))
         return 0
     log.error("rank %d failed", process.rank_info.rank, exc_info=error)
-    await process.last_words(f"{type(error).__name__}: {error}")
+    await process.report_failure(f"{type(error).__name__}: {error}")
     return 1
 
 
@@ -82,7 +83,7 @@ async def follow(process: RankProcess) -> None:
         await start
         await process.dismissed.wait()
     start.cancel()
-    await process.leave()
+    await process.shut_down()
 
 
 async def _load(process: RankProcess) -> None:
@@ -108,12 +109,12 @@ async def _serve(process: RankProcess, listener: socket.socket, signals: StopSig
         start.cancel()
         await _drain(front.service, signals, process.config.drain_timeout_s)
     except asyncio.CancelledError:  # the job has failed: every open stream gets its error
-        _fail_all(front.service, process.reason)
+        _fail_all(front.service, process.failure.reason)
         raise
     finally:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(runner.cleanup(), FAREWELL_S)
-    await process.leave()
+    await process.shut_down()
 
 
 def _fail_all(service: Service, reason: str) -> None:

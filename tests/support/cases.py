@@ -113,7 +113,7 @@ async def _lead(process: RankProcess, jobs: list[Job], results: list[CaseResult]
     preemptions = sum(report.num_preemptions for report in _LOADS.values())
     results.append(CaseResult(list(answers), front.service.cluster(), preemptions))
     _LOADS.clear()
-    await process.leave()
+    await process.shut_down()
 
 
 _LOADS: dict[int, Any] = {}  # by replica, as last reported; one case at a time
