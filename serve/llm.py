@@ -27,15 +27,13 @@ import uvloop
 from tqdm import tqdm
 
 from serve.config.server import ConfigError, parse_args
-from serve.dispatch.metrics import Metrics
-from serve.dispatch.service import Service, Stream
+from serve.dispatch.service import Stream
 from serve.request import FinishReason, Request, SamplingParams
 from serve.runtime.logs import start_logging
 from serve.runtime.rank import RankProcess, join_job
-from serve.runtime.server import follow, run_to_end
+from serve.runtime.server import run_to_end, work_until_dismissed
 from serve.runtime.shutdown import die_with_parent, exit_now
-from serve.runtime.startup import fit_max_model_len, make_front
-from serve.tokenizer.tokenizer import Tokenizer
+from serve.runtime.startup import FrontEnd, serving_front_end
 from serve.topology import read_rank_info
 
 T = TypeVar("T")
@@ -67,16 +65,16 @@ class LLM:
         self._loop = uvloop.new_event_loop()
         self._closing = asyncio.Event()
 
-        async def make() -> RankProcess:
+        async def join() -> RankProcess:
             return join_job(self.config, rank_info)
 
-        self._node = self._loop.run_until_complete(make())
+        process = self._loop.run_until_complete(join())
         if rank_info.rank != 0:
-            exit_now(self._loop.run_until_complete(run_to_end(self._node, follow(self._node))))
-        self._tokenizer: Tokenizer | None = None
-        self._job = self._loop.create_task(self._node.run(self._lead()))
-        self._ready: asyncio.Future[Service] = self._loop.create_future()
-        self._service = self._wait(self._ready)
+            main = work_until_dismissed(process)
+            exit_now(self._loop.run_until_complete(run_to_end(process, main)))
+        self._ready: asyncio.Future[FrontEnd] = self._loop.create_future()
+        self._job = self._loop.create_task(self._serve(process))
+        self._front_end = self._wait(self._ready)
 
     def generate(
         self,
@@ -119,38 +117,30 @@ class LLM:
     ) -> None:
         self.close()
 
-    async def _lead(self) -> None:
-        process, config = self._node, self.config
-        front = make_front(
-            config, process.topology, Metrics(config.served_model_names[0]), process.channel.send
-        )
-        process.tell_front = front.on_message
-        self._tokenizer = await process.load_tokenizer()
-        await process.load(self._tokenizer, lambda done, total: None)
-        num_blocks = await front.gather()
-        front.service.set_ready(fit_max_model_len(config, process.setup.block_size, num_blocks))
-        self._ready.set_result(front.service)
-        await self._closing.wait()
-        await process.shut_down()
+    async def _serve(self, process: RankProcess) -> None:
+        async with serving_front_end(process) as front_end:
+            await front_end.get_ready()
+            self._ready.set_result(front_end)
+            await self._closing.wait()
 
     def _request(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
         ids = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         vocab_size = self.config.model_config.vocab_size
         if not ids or not all(0 <= token_id < vocab_size for token_id in ids):
             raise ValueError(f"a prompt must have token ids in [0, {vocab_size})")
-        room = self._service.max_model_len - len(ids)
+        room = self._front_end.service.max_model_len - len(ids)
         if room < 1:
             raise ValueError(f"a prompt of {len(ids)} tokens; contexts hold {len(ids) + room}")
         sampling = msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         return Request(id=uuid.uuid4().hex, prompt_ids=ids, sampling=sampling)
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
-        if self._tokenizer is None:
+        if self._front_end.tokenizer is None:
             raise ValueError("without a tokenizer prompts must be token ids")
-        return tuple(self._tokenizer.encode(prompt))
+        return tuple(self._front_end.tokenizer.encode(prompt))
 
     async def _generate(self, requests: list[Request], bar: tqdm[Any]) -> list[Completion]:
-        streams = self._service.submit(requests)
+        streams = self._front_end.service.submit(requests)
         return list(await asyncio.gather(*(_collect(stream, bar) for stream in streams)))
 
     def _wait(self, work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:

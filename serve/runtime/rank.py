@@ -15,8 +15,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
 import torch
 import torch.distributed as dist
@@ -74,7 +73,7 @@ class RankProcess:
         self.failure = FirstFailure(rank_info.rank)
         self.dismissed = asyncio.Event()  # rank 0 has sent Goodbye
         self._front_end_ended = asyncio.Event()  # rank 0 has sent Goodbye or is lost
-        self.tell_front: Callable[[AnyMessage], None] | None = None  # on rank 0, before run()
+        self._on_report: Callable[[AnyMessage], None] | None = None
         self.channel = ControlChannel(
             rank_info.rank,
             topology.control_peers(rank_info.rank),
@@ -116,11 +115,15 @@ class RankProcess:
             self.worker.lead(Replica(settings, tokenizer, time.monotonic))
             self.channel.send(FRONT_END_RANK, ReplicaReady(self.replica.id, loaded.num_blocks))
 
-    async def run(self, main: Coroutine[Any, Any, None]) -> None:
-        """Run ``main`` beside the rank's own loops. Raises ``JobFailed`` if the job cannot go on.
+    @contextlib.asynccontextmanager
+    async def running(self, on_report: Callable[[AnyMessage], None] | None) -> AsyncIterator[None]:
+        """Send and receive messages, and run the GPU thread, while the body runs.
 
-        Both that and whatever ``main`` raises come out in an exception group.
+        On rank 0 ``on_report`` gets the messages for the front end. Raises an exception group: with
+        ``JobFailed`` if the job cannot go on, which cancels the body, or with the exception of the
+        body. The caller shuts the process down, because only then is it clear how.
         """
+        self._on_report = on_report
         self.channel.start()
         self.worker.executor.start()
         async with asyncio.TaskGroup() as group:
@@ -130,7 +133,7 @@ class RankProcess:
             ]
             if self.is_front_end:
                 loops.append(group.create_task(watch_silence(self.channel, self.failure)))
-            await main
+            yield
             for loop in loops:
                 loop.cancel()
 
@@ -179,8 +182,8 @@ class RankProcess:
             case Ping(number):
                 self.channel.send(source, Pong(self.rank_info.rank, number, time.monotonic()))
             case Report() | ReplicaReady() | Pong():
-                if self.tell_front is not None:
-                    self.tell_front(message)
+                if self._on_report is not None:
+                    self._on_report(message)
             case Heartbeat():
                 pass  # the channel has noted the time at which the frame arrived
             case _:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -16,15 +15,14 @@ import torch.distributed as dist
 from serve.comm.process_groups import new_control_group, new_pair_groups, new_tp_groups
 from serve.config.server import ServerConfig, parse_args
 from serve.device import pick_device
-from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service, Stream
 from serve.engine.loading import find_routes
 from serve.engine.rank_setup import RankSetup
-from serve.protocol.messages import AnyMessage, Report
+from serve.protocol.messages import AnyMessage, ReplicaLoad, Report
 from serve.request import FinishReason, Request, SamplingParams
 from serve.runtime.rank import RankProcess
-from serve.runtime.server import follow
-from serve.runtime.startup import fit_max_model_len, make_front
+from serve.runtime.server import work_until_dismissed
+from serve.runtime.startup import serving_front_end
 from serve.topology import RankInfo, Topology, build_topology
 
 
@@ -88,47 +86,50 @@ async def _run(
         config, rank_info, topology, pick_device(rank_info.local_rank), control_group
     )
     results: list[CaseResult] = []
-    await process.run(_lead(process, jobs, results) if rank_info.rank == 0 else follow(process))
+    if rank_info.rank == 0:
+        await _run_clients(process, jobs, results)
+    else:
+        await work_until_dismissed(process)
     return msgspec.msgpack.encode(results[0]) if results else None
 
 
-async def _lead(process: RankProcess, jobs: list[Job], results: list[CaseResult]) -> None:
-    front = make_front(process.config, process.topology, Metrics("test"), process.channel.send)
-    changed = asyncio.Event()
-    process.tell_front = _announce(front.on_message, changed)
-    await process.load(await process.load_tokenizer(), lambda done, total: None)
-    front.service.set_ready(
-        fit_max_model_len(process.config, process.setup.block_size, await front.gather())
-    )
-    requests = [
-        Request(id=f"job-{i}", prompt_ids=job.prompt_ids, sampling=job.sampling)
-        for i, job in enumerate(jobs)
-    ]
-    streams = front.service.submit(requests)
-    clients = [_consume(front.service, s, j) for s, j in zip(streams, jobs, strict=True)]
-    answers = await asyncio.gather(*clients)
-    while not at_rest(front.service.cluster()):
-        changed.clear()
-        await changed.wait()
-    preemptions = sum(report.num_preemptions for report in _LOADS.values())
-    results.append(CaseResult(list(answers), front.service.cluster(), preemptions))
-    _LOADS.clear()
-    await process.shut_down()
+async def _run_clients(process: RankProcess, jobs: list[Job], results: list[CaseResult]) -> None:
+    loads = Loads()
+    async with serving_front_end(process, observe=loads.on_message) as front_end:
+        await front_end.get_ready()
+        service = front_end.service
+        requests = [
+            Request(id=f"job-{i}", prompt_ids=job.prompt_ids, sampling=job.sampling)
+            for i, job in enumerate(jobs)
+        ]
+        streams = service.submit(requests)
+        clients = [_consume(service, s, j) for s, j in zip(streams, jobs, strict=True)]
+        answers = await asyncio.gather(*clients)
+        while not at_rest(service.cluster()):
+            await loads.changed()
+        results.append(CaseResult(list(answers), service.cluster(), loads.num_preemptions))
 
 
-_LOADS: dict[int, Any] = {}  # by replica, as last reported; one case at a time
+class Loads:
+    """The load of each replica as last reported."""
 
+    def __init__(self) -> None:
+        self._loads: dict[int, ReplicaLoad] = {}
+        self._changed = asyncio.Event()
 
-def _announce(
-    inner: Callable[[AnyMessage], None], changed: asyncio.Event
-) -> Callable[[AnyMessage], None]:
-    def on_message(message: AnyMessage) -> None:
-        inner(message)
+    def on_message(self, message: AnyMessage) -> None:
         if isinstance(message, Report):
-            _LOADS[message.replica_id] = message.load
-            changed.set()
+            self._loads[message.replica_id] = message.load
+            self._changed.set()
 
-    return on_message
+    async def changed(self) -> None:
+        """Wait for the next report."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(load.num_preemptions for load in self._loads.values())
 
 
 def at_rest(cluster: list[dict[str, Any]]) -> bool:
