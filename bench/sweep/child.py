@@ -7,7 +7,6 @@ number, which is the session's, cannot belong to anybody else.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -18,8 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from serve.runtime.shutdown import signal_at_parent_death
+
 GONE_S = 10.0  # that a killed process may take to be gone; its GPU memory is free only then
-_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -131,4 +131,4 @@ def _session_of(pid: str) -> int | None:
 
 
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_at_parent_death(signal.SIGTERM)

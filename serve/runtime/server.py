@@ -1,4 +1,4 @@
-"""Run a rank of the server: rank 0 with HTTP, dispatch and draining, the others until its Goodbye."""
+"""Run one rank of the server: rank 0 with HTTP and draining, the others until its Goodbye."""
 
 from __future__ import annotations
 

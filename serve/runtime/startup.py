@@ -1,4 +1,4 @@
-"""Bring rank 0 up: its front end, the readiness of all replicas, and the clocks of their leaders."""
+"""Bring rank 0 up: its front end, the readiness of the replicas, the clocks of their leaders."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ the job has come, and its end that no process is left.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -21,11 +20,11 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from serve.runtime.shutdown import signal_at_parent_death
 from tests.support.paths import ROOT
 
 START_S = 120.0  # several imports of torch share few cores
 GONE_S = 20.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Server:
@@ -150,4 +149,4 @@ def serving(
 
 
 def _die_with_tests() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_at_parent_death(signal.SIGKILL)
