@@ -1,6 +1,7 @@
-"""Jobs of up to four ranks inside a long-lived gloo world: everything but HTTP, as it is served.
+"""Jobs of up to four ranks inside a long-lived gloo world: all of a served job but HTTP.
 
-``serve_case`` runs on every rank of the world. Rank 0 plays the clients and returns what they got.
+``serve_case`` runs on every rank of the world. Rank 0 also runs the clients and returns their
+answers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from serve.topology import RankInfo, Topology, build_topology
 
 
 class Job(msgspec.Struct):
-    """What one simulated client asks, and when it loses interest (tokens seen; None: never)."""
+    """The request of one simulated client, and after how many tokens it aborts (None: never)."""
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -35,7 +36,7 @@ class Job(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """What it got."""
+    """The answer to one job."""
 
     token_ids: list[int]
     text: str
@@ -44,7 +45,7 @@ class Answer(msgspec.Struct):
 
 
 class CaseResult(msgspec.Struct):
-    """The answers in the order of the jobs, and the cluster when everything had come to rest."""
+    """The answers in the order of the jobs, and the cluster once all replicas were idle."""
 
     answers: list[Answer]
     cluster: list[dict[str, Any]]
@@ -52,7 +53,7 @@ class CaseResult(msgspec.Struct):
 
 
 def serve_case(argv: list[str], num_ranks: int, jobs: bytes) -> bytes | None:
-    """Start a job of ``num_ranks`` ranks, put ``jobs`` to it, stop it in order."""
+    """Start a job of ``num_ranks`` ranks, submit ``jobs`` to it, shut it down in order."""
     rank = dist.get_rank()
     config = parse_args(argv, num_ranks)
     topology = build_topology(config.replica_specs, config.partition_id, config.partition_id == 0)
@@ -65,11 +66,11 @@ def serve_case(argv: list[str], num_ranks: int, jobs: bytes) -> bytes | None:
     try:
         return asyncio.run(_run(config, topology, rank_info, control_group, decoded))
     finally:
-        gc.collect()  # the caches of one case should not meet those of the next
+        gc.collect()  # free the KV cache before the next case allocates its own
 
 
 def _stand_by(setup: RankSetup) -> None:
-    """Ranks that are not in the job still take part in making its groups."""
+    """Create the groups of the job on a rank outside it, because all ranks must take part."""
     backend: Literal["gloo", "nccl"] = "nccl" if setup.device.type == "cuda" else "gloo"
     new_tp_groups(setup.topology, backend)
     new_pair_groups([route.ranks for route in find_routes(setup)], backend)
@@ -133,7 +134,7 @@ class Loads:
 
 
 def at_rest(cluster: list[dict[str, Any]]) -> bool:
-    """Whether every replica is idle and owns none of its blocks."""
+    """Return whether every replica is idle and all of its blocks are free."""
     counts = ("num_waiting", "num_running", "num_receiving", "num_sending")
     return all(
         replica["num_free_blocks"] == replica["num_blocks"]
