@@ -1,4 +1,4 @@
-"""torchrun's entry: reads the options, then runs this rank to its end.
+"""The entry point for torchrun: read the options, then run this rank until the job ends.
 
 torchrun --nproc-per-node 8 -m serve.launch --model M
 """
@@ -16,11 +16,14 @@ from serve.topology import RankInfo, read_rank_info
 
 
 def main() -> None:
-    """Start this rank. Options are checked before anything heavy is imported."""
+    """Start this rank, after checking the options.
+
+    Heavy modules are imported after the check, so that a wrong option is reported at once.
+    """
     die_with_parent()
     rank_info = read_rank_info(os.environ)
     if rank_info.rank != 0 and {"-h", "--help"} & set(sys.argv[1:]):
-        sys.exit(0)  # once is enough
+        sys.exit(0)  # rank 0 prints the help
     config, listener = _prepare(rank_info)
     start_logging(config, rank_info)
     import uvloop
@@ -31,9 +34,9 @@ def main() -> None:
 
 
 def _prepare(rank_info: RankInfo) -> tuple[ServerConfig, socket.socket | None]:
-    """The configuration, and on rank 0 the bound port. A mistake ends the process.
+    """Return the configuration, and on rank 0 the listening socket.
 
-    Rank 0 says what is wrong; the others find the same and leave in silence.
+    A wrong option ends the process. Every rank finds the same mistake, and only rank 0 prints it.
     """
     try:
         config = parse_args(sys.argv[1:], rank_info.world_size)

@@ -1,11 +1,11 @@
-"""The offline face: the same engine and the same split, for a batch of prompts instead of HTTP.
+"""Offline generation: the engine and replicas of the server, for a batch of prompts, no HTTP.
 
     torchrun --standalone --nproc-per-node 2 -m serve.llm --prompts prompts.jsonl --output out.jsonl
 
 or in a script that torchrun starts on every rank::
 
-    with LLM(model="path/to/model") as llm:      # ranks other than 0 work here, and end here
-        for completion in llm.generate(["Once upon a time"], max_tokens=32):
+    with LLM(model="path/to/model") as llm:      # only rank 0 continues after this line
+        for completion in llm.generate(["Once upon a time"], max_tokens=32, temperature=0.7):
             print(completion.text)
 """
 
@@ -26,23 +26,24 @@ import msgspec
 import uvloop
 from tqdm import tqdm
 
+from serve.config.sampling_fields import sampling_from_fields
 from serve.config.server import ConfigError, parse_args
-from serve.dispatch.metrics import Metrics
-from serve.dispatch.service import Service, Stream
+from serve.dispatch.service import Stream
 from serve.request import FinishReason, Request, SamplingParams
 from serve.runtime.logs import start_logging
 from serve.runtime.rank import RankProcess, join_job
-from serve.runtime.server import follow, run_to_end
+from serve.runtime.server import run_to_end, work_until_dismissed
 from serve.runtime.shutdown import die_with_parent, exit_now
-from serve.runtime.startup import fit_max_model_len, make_front
-from serve.tokenizer.tokenizer import Tokenizer
+from serve.runtime.startup import FrontEnd, serving_front_end
 from serve.topology import read_rank_info
+
+DEFAULT_MAX_TOKENS = 16
 
 T = TypeVar("T")
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """What became of one prompt."""
+    """The answer to one prompt."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -50,50 +51,57 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 class LLM:
-    """A job of all ranks, driven by rank 0.
+    """A job of all ranks, which rank 0 controls.
 
-    Options are the server's, as keywords: ``LLM(model=..., replica_spec=["1,1", "2,1"])``, or as an
-    ``argv``. On rank 0 the constructor returns when every rank is ready. On the others it works
-    until rank 0 closes, and then ends the process. ``ValueError`` for options and models that
-    cannot be served.
+    The options are those of the server, as keywords (``LLM(model=..., replica_spec=["1,1",
+    "2,1"])``) or as an ``argv``. On rank 0 the constructor returns when every rank is ready. On the
+    other ranks it never returns: they work until rank 0 calls ``close`` and then end the process.
+    Raises ``ValueError`` for options and models that cannot be served.
     """
 
     def __init__(self, argv: Sequence[str] = (), **options: Any) -> None:
         die_with_parent()
         rank_info = read_rank_info(os.environ)
         config = parse_args([*argv, *to_argv(options)], rank_info.world_size)
-        self.config = replace(config, max_waiting=sys.maxsize)  # a batch waits as long as it must
+        self.config = replace(config, max_waiting=sys.maxsize)  # no limit: a batch waits
         start_logging(self.config, rank_info)
         self._loop = uvloop.new_event_loop()
         self._closing = asyncio.Event()
 
-        async def make() -> RankProcess:
+        async def join() -> RankProcess:
             return join_job(self.config, rank_info)
 
-        self._node = self._loop.run_until_complete(make())
+        process = self._loop.run_until_complete(join())
         if rank_info.rank != 0:
-            exit_now(self._loop.run_until_complete(run_to_end(self._node, follow(self._node))))
-        self._tokenizer: Tokenizer | None = None
-        self._job = self._loop.create_task(self._node.run(self._lead()))
-        self._ready: asyncio.Future[Service] = self._loop.create_future()
-        self._service = self._wait(self._ready)
+            main = work_until_dismissed(process)
+            exit_now(self._loop.run_until_complete(run_to_end(process, main)))
+        self._ready: asyncio.Future[FrontEnd] = self._loop.create_future()
+        self._job = self._loop.create_task(self._serve(process))
+        self._front_end = self._wait(self._ready)
 
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        max_tokens: int = 16,
         progress: bool = True,
+        **fields: Any,
     ) -> list[Completion]:
-        """The completions of ``prompts`` (text or token ids), in their order.
+        """Complete ``prompts`` (text or token ids) and return the completions in their order.
 
-        ``sampling`` for all or one for each; without it greedy, ``max_tokens`` long, with the
-        repetition penalty that the model comes with.
+        ``sampling`` is for all prompts, or has one entry for each. Without it, ``fields`` are
+        fields of ``SamplingParams`` (``max_tokens``, ``temperature``, ``top_p``, ``seed``,
+        ``stop``, ...). The default of ``max_tokens`` is 16 and that of ``temperature`` is 0, which
+        is greedy; ``temperature=None`` stands for the value that the model recommends. All other
+        fields default to what the model recommends.
+
+        Raises ``TypeError`` for an unknown field, and ``ValueError`` for a prompt or a field that
+        is out of range. Both name it.
         """
         if sampling is None:
-            defaults = self.config.sampling_defaults
-            sampling = defaults.params(max_tokens=max_tokens, temperature=0.0)
+            sampling = self._read_sampling(fields)
+        elif fields:
+            raise TypeError(f"{min(fields)!r} is given beside sampling: give only one of both")
         if isinstance(sampling, SamplingParams):
             sampling = [sampling] * len(prompts)
         if len(sampling) != len(prompts):
@@ -103,7 +111,7 @@ class LLM:
             return self._wait(self._generate(requests, bar))
 
     def close(self) -> None:
-        """End the job on all ranks. Again: nothing."""
+        """End the job on all ranks. Does nothing if it has ended."""
         if not self._job.done():
             self._closing.set()
             self._loop.run_until_complete(self._job)
@@ -119,54 +127,55 @@ class LLM:
     ) -> None:
         self.close()
 
-    async def _lead(self) -> None:
-        process, config = self._node, self.config
-        front = make_front(
-            config, process.topology, Metrics(config.served_model_names[0]), process.channel.send
-        )
-        process.tell_front = front.on_message
-        self._tokenizer = await process.load_tokenizer()
-        await process.load(self._tokenizer, lambda done, total: None)
-        num_blocks = await front.gather()
-        front.service.set_ready(fit_max_model_len(config, process.setup.block_size, num_blocks))
-        self._ready.set_result(front.service)
-        await self._closing.wait()
-        await process.leave()
+    async def _serve(self, process: RankProcess) -> None:
+        async with serving_front_end(process) as front_end:
+            await front_end.get_ready()
+            self._ready.set_result(front_end)
+            await self._closing.wait()
+
+    def _read_sampling(self, fields: dict[str, Any]) -> SamplingParams:
+        config = self.config
+        fields = {"max_tokens": DEFAULT_MAX_TOKENS, "temperature": 0.0} | fields
+        vocab_size = config.model_config.vocab_size
+        sampling = sampling_from_fields(fields, config.sampling_defaults, vocab_size)
+        if sampling.stop and self._front_end.tokenizer is None:
+            raise ValueError("stop needs a tokenizer")
+        return sampling
 
     def _request(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
         ids = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
         vocab_size = self.config.model_config.vocab_size
         if not ids or not all(0 <= token_id < vocab_size for token_id in ids):
             raise ValueError(f"a prompt must have token ids in [0, {vocab_size})")
-        room = self._service.max_model_len - len(ids)
+        room = self._front_end.service.max_model_len - len(ids)
         if room < 1:
-            raise ValueError(f"a prompt of {len(ids)} tokens; contexts hold {len(ids) + room}")
+            limit = self._front_end.service.max_model_len
+            raise ValueError(f"a prompt of {len(ids)} tokens; contexts hold {limit}")
         sampling = msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, room))
         return Request(id=uuid.uuid4().hex, prompt_ids=ids, sampling=sampling)
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
-        if self._tokenizer is None:
+        if self._front_end.tokenizer is None:
             raise ValueError("without a tokenizer prompts must be token ids")
-        return tuple(self._tokenizer.encode(prompt))
+        return tuple(self._front_end.tokenizer.encode(prompt))
 
     async def _generate(self, requests: list[Request], bar: tqdm[Any]) -> list[Completion]:
-        streams = self._service.submit(requests)
+        streams = self._front_end.service.submit(requests)
         return list(await asyncio.gather(*(_collect(stream, bar) for stream in streams)))
 
     def _wait(self, work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
-        """Run the loop until ``work`` is done; raise what ended the job if that comes first."""
+        """Run the loop until ``work`` is done, and return its result.
+
+        Raises the job's exception if the job ends first.
+        """
         future = asyncio.ensure_future(work, loop=self._loop)
         both = asyncio.wait((future, self._job), return_when=asyncio.FIRST_COMPLETED)
-        self._loop.run_until_complete(_no_args(both))
+        self._loop.run_until_complete(both)
         if self._job.done():
             future.cancel()
             self._job.result()
             raise RuntimeError("the job is closed")
         return future.result()
-
-
-async def _no_args(waiting: Coroutine[Any, Any, Any]) -> None:
-    await waiting
 
 
 async def _collect(stream: Stream, bar: tqdm[Any]) -> Completion:
@@ -182,7 +191,7 @@ async def _collect(stream: Stream, bar: tqdm[Any]) -> Completion:
 
 
 def to_argv(options: dict[str, Any]) -> list[str]:
-    """Keywords as the command line would have them; None and False are left out."""
+    """Return the command line for keyword ``options``; None and False are left out."""
     argv: list[str] = []
     for name, value in options.items():
         if value is None or value is False:
@@ -195,12 +204,12 @@ def to_argv(options: dict[str, Any]) -> list[str]:
 
 
 class PromptLine(msgspec.Struct):
-    """One line of the prompts file."""
+    """One line of the prompts file. None stands for the value that the model recommends."""
 
     prompt: str | list[int]
     max_tokens: int = 16
     temperature: float = 0.0
-    top_p: float | None = None  # None, here and below: what the model comes with
+    top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -210,7 +219,7 @@ class PromptLine(msgspec.Struct):
 
 
 def main() -> None:
-    """``python -m serve.llm``: prompts from a JSONL file, completions into another."""
+    """Read prompts from a JSONL file and write their completions to another."""
     parser = argparse.ArgumentParser(
         prog="serve.llm", description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False, epilog="All other options are those of serve.launch.",

@@ -1,4 +1,4 @@
-"""What a user asked for, immutable, in the form that crosses processes."""
+"""Request, SamplingParams and Timeline: what crosses processes. Requests are immutable."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from msgspec import Struct
 
 
 class FinishReason(StrEnum):
-    """Why a request ended; the values are the ones of the OpenAI API."""
+    """Why a request ended; the values are those of the OpenAI API."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -19,8 +19,8 @@ class FinishReason(StrEnum):
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen and when to stop.
 
-    Every value is valid and final: the front end checks ranges, fills in the seed and clamps
-    ``max_tokens`` to the context, so that nothing below it has to ask again.
+    Every value is valid and final. The front end has checked the ranges, filled in the seed and
+    clamped ``max_tokens`` to the context, so the other parts check nothing again.
     """
 
     max_tokens: int
@@ -51,7 +51,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One prompt and how to continue it. ``n`` choices are ``n`` requests."""
+    """One prompt and how to continue it. An API call for ``n`` choices is ``n`` requests."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -59,9 +59,10 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Timeline(Struct, kw_only=True, omit_defaults=True):
-    """When a request passed each station: seconds of one monotonic clock, None where it never came.
+    """When a request reached each stage, in seconds of one monotonic clock.
 
-    A replica stamps with its leader's clock; rank 0 converts into its own when the stamps arrive.
+    None stands for a stage that it has not reached. A replica records times of its leader's clock;
+    rank 0 converts them to its own clock when they arrive.
     """
 
     arrived_s: float | None = None
@@ -75,7 +76,7 @@ class Timeline(Struct, kw_only=True, omit_defaults=True):
     finished_s: float | None = None
 
     def merge(self, later: Timeline, offset_s: float) -> None:
-        """Take over the stamps that ``later`` has, each moved by ``offset_s`` into this clock."""
+        """Take over the times that ``later`` has, with ``offset_s`` added to reach this clock."""
         for name in later.__struct_fields__:
             value = getattr(later, name)
             if value is not None:

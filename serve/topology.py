@@ -1,6 +1,6 @@
-"""Which rank belongs to which replica, and which ranks talk to each other.
+"""Topology: which rank belongs to which replica, and which ranks exchange messages.
 
-Replicas lie one after another over the ranks::
+Replicas occupy consecutive ranks, in the order of their specifications::
 
     --replica-spec 2,1 1,1 4,1 --partition-id 2
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-FRONT_END_RANK = 0  # where HTTP and dispatch live
+FRONT_END_RANK = 0  # runs HTTP and dispatch
 
 
 class Role(StrEnum):
@@ -37,7 +37,7 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """Where this process stands in the job, and on its host."""
+    """The rank of this process in the job and on its host."""
 
     rank: int
     world_size: int
@@ -49,9 +49,9 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
-    """The place that torchrun gave this process; without torchrun it is alone.
+    """Read the ranks that torchrun set for this process; without torchrun it is the only one.
 
-    Raises ``ValueError`` for an environment that only half describes a place.
+    Raises ``ValueError`` if variables are missing or contradict each other.
     """
     present = [name for name in _RANK_VARIABLES if name in environ]
     if not present:
@@ -61,14 +61,14 @@ def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
     values = (int(environ[name]) for name in _RANK_VARIABLES)
     rank, world_size, local_rank, local_world_size = values
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
-        given = ", ".join(f"{name}={environ[name]}" for name in _RANK_VARIABLES)
-        raise ValueError(f"these do not go together: {given}")
+        values_text = ", ".join(f"{name}={environ[name]}" for name in _RANK_VARIABLES)
+        raise ValueError(f"these do not go together: {values_text}")
     return RankInfo(rank, world_size, local_rank, local_world_size)
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
-    """One replica: what it is for and the consecutive ranks that hold it, stage by stage."""
+    """One replica: its role and its consecutive ranks, pipeline stage by pipeline stage."""
 
     id: int
     role: Role
@@ -78,47 +78,46 @@ class ReplicaInfo:
 
     @property
     def leader(self) -> int:
-        """The rank that decides for the replica."""
+        """The rank that schedules for the replica."""
         return self.ranks[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """All replicas of the job; a replica's id is its index."""
+    """All replicas of the job. The id of a replica is its index."""
 
     replicas: tuple[ReplicaInfo, ...]
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
         return sum(len(replica.ranks) for replica in self.replicas)
 
     @property
     def prefill_replicas(self) -> tuple[ReplicaInfo, ...]:
-        """Those that read prompts, mixed ones included."""
+        """Replicas that prefill, mixed ones included."""
         return tuple(replica for replica in self.replicas if replica.role is not Role.DECODE)
 
     @property
     def decode_replicas(self) -> tuple[ReplicaInfo, ...]:
-        """Those that write answers, mixed ones included."""
+        """Replicas that decode, mixed ones included."""
         return tuple(replica for replica in self.replicas if replica.role is not Role.PREFILL)
 
     def replica_of(self, rank: int) -> ReplicaInfo:
-        """The replica that ``rank`` belongs to. ``ValueError`` if there is no such rank."""
+        """Return the replica of ``rank``. Raises ``ValueError`` if there is no such rank."""
         for replica in self.replicas:
             if rank in replica.ranks:
                 return replica
         raise ValueError(f"rank {rank} is not one of the {self.world_size} ranks")
 
     def tp_rank(self, rank: int) -> int:
-        """The place of ``rank`` among the ranks that share its layers."""
+        """Return the index of ``rank`` among the ranks that share its layers."""
         replica = self.replica_of(rank)
         return replica.ranks.index(rank) % replica.tp
 
     def links(self) -> tuple[tuple[ReplicaInfo, ReplicaInfo], ...]:
-        """Every (prefill, decode) pair between which KV travels, in one order on all ranks.
+        """Return every (prefill, decode) pair that transfers KV, in the same order on all ranks.
 
-        Mixed replicas keep what they computed, and have none.
+        Mixed replicas decode their own prompts, so they have no links.
         """
         return tuple(
             (prefill, decode)
@@ -129,9 +128,10 @@ class Topology:
         )
 
     def control_peers(self, rank: int) -> tuple[int, ...]:
-        """The ranks that ``rank`` exchanges messages with, ascending, itself excluded.
+        """Return the other ranks that ``rank`` exchanges messages with, in ascending order.
 
-        Rank 0 with everybody, leaders with their followers, prefill leaders with decode leaders.
+        Rank 0 exchanges messages with all ranks, leaders with their followers, and leaders of
+        prefill replicas with leaders of decode replicas.
         """
         replica = self.replica_of(rank)
         peers = {FRONT_END_RANK, replica.leader}
@@ -149,9 +149,10 @@ class Topology:
 def build_topology(
     replica_specs: Sequence[ReplicaSpec], partition_id: int, mixed: bool
 ) -> Topology:
-    """Lay the replicas over the ranks; those before ``partition_id`` prefill, the others decode.
+    """Assign consecutive ranks to the replicas.
 
-    With ``mixed`` all do both. Raises ``ValueError`` if a phase has no replica.
+    The first ``partition_id`` replicas prefill and the others decode. With ``mixed`` all replicas
+    do both. Raises ``ValueError`` if a phase has no replica.
     """
     if not mixed and not 0 < partition_id < len(replica_specs):
         raise ValueError(

@@ -27,13 +27,12 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from serve.config.server import ServerConfig, parse_args
-from serve.dispatch.metrics import Metrics
-from serve.dispatch.service import Stream
+from serve.dispatch.service import Service, Stream
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams
 from serve.runtime.rank import RankProcess, join_job
 from serve.runtime.shutdown import exit_now
-from serve.runtime.startup import FrontEnd, fit_max_model_len, make_front
+from serve.runtime.startup import serving_front_end
 from serve.topology import read_rank_info
 
 BUDGET = 8192  # tokens of a step while the prompts are prefilled
@@ -127,39 +126,30 @@ class FullSteps:
 async def _measure(config: ServerConfig, load: Load) -> dict[str, Any]:
     found: dict[str, Any] = {}
     process = join_job(config, read_rank_info({}))
-    await process.run(_serve(process, load, found))
+    await _serve(process, load, found)
     return found
 
 
 async def _serve(process: RankProcess, load: Load, found: dict[str, Any]) -> None:
-    front = make_front(process.config, process.topology, Metrics("bench"), process.channel.send)
     steps = FullSteps(load.sequences)
-
-    def tell(message: AnyMessage) -> None:
-        steps.on_message(message)
-        front.on_message(message)
-
-    process.tell_front = tell
-    await process.load(None, lambda done, total: None)
-    num_blocks = await front.gather()
-    block_size = process.setup.block_size
-    # One more for each: a newcomer leaves every running sequence a block to grow.
-    needed = load.sequences * (-(-(load.context + load.max_tokens) // block_size) + 1)
-    if needed > min(num_blocks.values()):
-        raise ValueError(f"{needed} blocks are needed, the KV cache has {num_blocks[0]}")
-    front.service.set_ready(fit_max_model_len(process.config, block_size, num_blocks))
-    requests = load.requests(process.config.model_config.vocab_size)
-    async with asyncio.TaskGroup() as group:
-        for stream in front.service.submit(requests):
-            group.create_task(_read(stream))
-        found |= await _watch(process, steps, load)
-        _abort(front, requests)
-    await process.leave()
+    async with serving_front_end(process, observe=steps.on_message) as front_end:
+        await front_end.get_ready()
+        # One more for each: a newcomer leaves every running sequence a block to grow.
+        blocks_each = -(-(load.context + load.max_tokens) // process.setup.block_size) + 1
+        needed = load.sequences * blocks_each
+        if needed > (num_blocks := front_end.num_blocks[0]):
+            raise ValueError(f"{needed} blocks are needed, the KV cache has {num_blocks}")
+        requests = load.requests(process.config.model_config.vocab_size)
+        async with asyncio.TaskGroup() as group:
+            for stream in front_end.service.submit(requests):
+                group.create_task(_read(stream))
+            found |= await _watch(process, steps, load)
+            _abort(front_end.service, requests)
 
 
-def _abort(front: FrontEnd, requests: Sequence[Request]) -> None:
+def _abort(service: Service, requests: Sequence[Request]) -> None:
     for request in requests:
-        front.service.abort(request.id)
+        service.abort(request.id)
 
 
 async def _read(stream: Stream) -> None:

@@ -28,15 +28,14 @@ from serve.comm.process_groups import new_pair_groups
 from serve.comm.symmetric import SymmetricArena, can_share_memory
 from serve.comm.transports import P2PTransport, SymmetricTransport, Transport
 from serve.config.server import ServerConfig, parse_args
-from serve.dispatch.metrics import Metrics
 from serve.kv.cache import KVCache
 from serve.model.flash_attention import preferred_block_size
 from serve.protocol.messages import NUM_STAGING_SLOTS
 from serve.request import Request, SamplingParams, Timeline
 from serve.runtime.rank import RankProcess, join_job
-from serve.runtime.server import follow
+from serve.runtime.server import work_until_dismissed
 from serve.runtime.shutdown import exit_now
-from serve.runtime.startup import fit_max_model_len, make_front
+from serve.runtime.startup import serving_front_end
 from serve.topology import RankInfo, read_rank_info
 
 NUM_ROUNDS = 10
@@ -174,26 +173,24 @@ async def _serve(
     """Serve requests one at a time; return this rank's device, and on rank 0 the stages."""
     timelines: list[Timeline] = []
     process = join_job(config, rank_info)
-    await process.run(_ask(process, args, timelines) if process.is_front_end else follow(process))
+    if process.is_front_end:
+        await _ask(process, args, timelines)
+    else:
+        await work_until_dismissed(process)
     return process.setup.device, _summarise(timelines) if timelines else {}
 
 
 async def _ask(process: RankProcess, args: argparse.Namespace, timelines: list[Timeline]) -> None:
-    front = make_front(process.config, process.topology, Metrics("bench"), process.channel.send)
-    process.tell_front = front.on_message
-    await process.load(None, lambda done, total: None)
-    front.service.set_ready(
-        fit_max_model_len(process.config, process.setup.block_size, await front.gather())
-    )
     vocab_size = process.config.model_config.vocab_size
-    for i in range(args.requests + 1):
-        prompt = tuple((i * 7919 + j * 31) % vocab_size for j in range(args.prompt_tokens))
-        sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-        request = Request(id=f"r{i}", prompt_ids=prompt, sampling=sampling)
-        async for output in front.service.submit([request])[0]:
-            if output.timeline is not None and i > 0:  # the first one warms up
-                timelines.append(output.timeline)
-    await process.leave()
+    async with serving_front_end(process) as front_end:
+        await front_end.get_ready()
+        for i in range(args.requests + 1):
+            prompt = tuple((i * 7919 + j * 31) % vocab_size for j in range(args.prompt_tokens))
+            sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+            request = Request(id=f"r{i}", prompt_ids=prompt, sampling=sampling)
+            async for output in front_end.service.submit([request])[0]:
+                if output.timeline is not None and i > 0:  # the first one warms up
+                    timelines.append(output.timeline)
 
 
 def _summarise(timelines: list[Timeline]) -> dict[str, Any]:

@@ -30,12 +30,11 @@ import uvloop
 
 from bench.micro.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
 from serve.config.server import ServerConfig, parse_args
-from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service
 from serve.request import Request, SamplingParams
-from serve.runtime.rank import RankProcess, join_job
+from serve.runtime.rank import join_job
 from serve.runtime.shutdown import exit_now
-from serve.runtime.startup import fit_max_model_len, make_front
+from serve.runtime.startup import serving_front_end
 from serve.topology import read_rank_info
 
 WARM_UPS = 2  # prefills
@@ -62,17 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 async def _measure(config: ServerConfig, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     process = join_job(config, read_rank_info({}))
-    await process.run(_serve(process, args, found))
+    async with serving_front_end(process) as front_end:
+        await front_end.get_ready()
+        await _measure_prefills(front_end.service, config.model_config.vocab_size, args, found)
     return found
 
 
-async def _serve(process: RankProcess, args: argparse.Namespace, found: dict[str, Any]) -> None:
-    front = make_front(process.config, process.topology, Metrics("bench"), process.channel.send)
-    process.tell_front = front.on_message
-    await process.load(None, lambda done, total: None)
-    num_blocks = await front.gather()
-    front.service.set_ready(fit_max_model_len(process.config, process.setup.block_size, num_blocks))
-    engine = _Engine(front.service, process.config.model_config.vocab_size, args.prompt_tokens)
+async def _measure_prefills(
+    service: Service, vocab_size: int, args: argparse.Namespace, found: dict[str, Any]
+) -> None:
+    engine = _Engine(service, vocab_size, args.prompt_tokens)
     await engine.prefills_ms(WARM_UPS)
     idle_ms = await engine.prefills_ms(args.requests)
     loaded = await _measure_loaded(engine, args)
@@ -89,7 +87,6 @@ async def _serve(process: RankProcess, args: argparse.Namespace, found: dict[str
         "loaded_prefill_ms": beside,
         "over_idle": beside / idle,
     }
-    await process.leave()
 
 
 class _Engine:

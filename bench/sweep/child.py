@@ -7,7 +7,6 @@ then the leader's pid, which is also the session's id, cannot be given to anothe
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -18,8 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from serve.runtime.shutdown import signal_at_parent_death
+
 KILL_TIMEOUT_S = 10.0  # a killed process may take long to free its GPU memory and end
-_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -131,4 +131,4 @@ def _session_of(pid: str) -> int | None:
 
 
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_at_parent_death(signal.SIGTERM)

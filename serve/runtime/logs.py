@@ -1,4 +1,4 @@
-"""What a rank logs, and how its lines look."""
+"""The log of a rank, on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ log = logging.getLogger("serve")
 
 
 def start_logging(config: ServerConfig, rank_info: RankInfo) -> None:
-    """Log to stderr, every line with its rank; rank 0 says what was decided for the user."""
+    """Log to stderr, with the rank in every line.
+
+    On rank 0 also log the notes of ``config`` on the choices that it made for the user.
+    """
     logging.basicConfig(
         level=config.log_level.upper(),
         format=f"%(asctime)s %(levelname)s rank {rank_info.rank} %(name)s: %(message)s",

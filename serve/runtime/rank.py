@@ -1,23 +1,21 @@
-"""One process of the job: starts its parts, routes its messages, stops them in order.
+"""RankProcess: the parts of one process of the job, where its messages go, and how it ends.
 
-Its life::
+The states of a process::
 
-    loading --> running --leave()--> every peer has said Goodbye --> exit 0
+    loading --> running --shut_down()--> every peer has sent Goodbye --> exit 0
        |           |
        +-----------+--> JobFailed: a lost connection, an exception, a silent rank --> exit 1
 
-Rank 0 decides when the job ends; the others leave when it says Goodbye.
+Rank 0 decides when the job ends. The other ranks shut down when they receive its Goodbye.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
 import torch
 import torch.distributed as dist
@@ -31,6 +29,7 @@ from serve.engine.rank_setup import RankSetup
 from serve.engine.worker import Worker
 from serve.protocol.messages import (
     AnyMessage,
+    Entry,
     Failed,
     Goodbye,
     Heartbeat,
@@ -41,28 +40,22 @@ from serve.protocol.messages import (
 )
 from serve.replica.replica import Replica, ReplicaSettings
 from serve.replica.scheduler import SchedulerLimits
+from serve.runtime.failure import FirstFailure, JobFailed, RankFailed
+from serve.runtime.liveness import watch_silence
 from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from serve.topology import FRONT_END_RANK, RankInfo, Role, Topology, build_topology
 
-log = logging.getLogger(__name__)
-
-SILENCE_LIMIT_S = 60.0
-SILENCE_CHECK_S = 5.0
-BLAME_S = 1.0  # within which the channel tells that a rank is lost, if that is what broke the rest
-SWITCH_INTERVAL_S = 1e-4  # with 5 ms a busy event loop starves the GPU thread, and it the loop
-FAREWELL_S = 3.0  # how long a failing rank waits for rank 0 to have read its last words
-
-
-class JobFailed(Exception):
-    """The job cannot go on; one line says why."""
-
-
-class RankFailed(JobFailed):
-    """Another rank says that it cannot go on; all connections are whole."""
+# Python's 5 ms is too long: a busy event loop would starve the GPU thread, and the GPU thread it.
+SWITCH_INTERVAL_S = 1e-4
+FAREWELL_S = 3.0  # how long a failing rank waits for rank 0 to end, and rank 0 for the others
 
 
 class RankProcess:
-    """This rank's channel and worker, and on rank 0 the front end, on the running event loop."""
+    """One process of the job: its control channel, its worker and its first failure.
+
+    Create it on the running event loop. ``replica`` is the replica that this rank belongs to, and
+    ``is_leader`` says whether the rank decides for it.
+    """
 
     def __init__(
         self,
@@ -75,14 +68,12 @@ class RankProcess:
         self.config, self.rank_info, self.topology = config, rank_info, topology
         self.replica = topology.replica_of(rank_info.rank)
         self.is_front_end = rank_info.rank == FRONT_END_RANK
-        self.leads = rank_info.rank == self.replica.leader
+        self.is_leader = rank_info.rank == self.replica.leader
         self.setup = RankSetup(config, topology, rank_info, device)
-        self.tell_front: Callable[[AnyMessage], None] | None = None  # on rank 0, before run()
-        self._failed: asyncio.Future[JobFailed] = asyncio.get_running_loop().create_future()
-        self.dismissed = asyncio.Event()  # rank 0 has said Goodbye
-        self._front_gone = asyncio.Event()  # it has, or it is lost
-        self._leaving = False
-        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        self.failure = FirstFailure(rank_info.rank)
+        self.dismissed = asyncio.Event()  # rank 0 has sent Goodbye
+        self._front_end_ended = asyncio.Event()  # rank 0 has sent Goodbye or is lost
+        self._on_report: Callable[[AnyMessage], None] | None = None
         self.channel = ControlChannel(
             rank_info.rank,
             topology.control_peers(rank_info.rank),
@@ -90,7 +81,7 @@ class RankProcess:
             asyncio.get_running_loop(),
             on_message=self._on_message,
             on_lost=self._on_lost,
-            on_entry=None if self.leads else self._on_entry,
+            on_entry=None if self.is_leader else self._on_entry,
         )
         self.worker = Worker(
             rank_info.rank,
@@ -98,71 +89,79 @@ class RankProcess:
             len(topology.replicas),
             device,
             self.channel.send,
-            self._on_error,
+            self.failure.fail_worker,
         )
 
     async def load_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, on ranks that need one. ``ValueError`` with one line if there is none."""
+        """Load the tokenizer if this rank needs one: leaders do, unless the server runs without.
+
+        Raises ``ValueError`` with one line if it cannot be loaded.
+        """
         config = self.config
-        if config.tokenizer is None or not self.leads:
+        if config.tokenizer is None or not self.is_leader:
             return None
         return await asyncio.to_thread(
             load_tokenizer, config.tokenizer, config.model, config.chat_template
         )
 
     async def load(self, tokenizer: Tokenizer | None, progress: Progress) -> None:
-        """Load the model; from then on the replica of a leader takes requests.
+        """Load the model. Afterwards the replica of a leader accepts requests.
 
-        Raises ``ValueError`` with one line for what cannot be served.
+        Raises ``ValueError`` with one line for a model that cannot be served.
         """
         loaded = await self.worker.executor.call(lambda: self._load(progress))
-        if self.leads:
-            self.worker.lead(self._make_replica(loaded, tokenizer))
+        if self.is_leader:
+            settings = _replica_settings(self.setup, loaded.num_blocks)
+            self.worker.lead(Replica(settings, tokenizer, time.monotonic))
             self.channel.send(FRONT_END_RANK, ReplicaReady(self.replica.id, loaded.num_blocks))
 
-    async def run(self, main: Coroutine[Any, Any, None]) -> None:
-        """Run ``main`` beside the rank's own loops. Raises ``JobFailed`` if the job cannot go on.
+    @contextlib.asynccontextmanager
+    async def running(self, on_report: Callable[[AnyMessage], None] | None) -> AsyncIterator[None]:
+        """Send and receive messages, and run the GPU thread, while the body runs.
 
-        Both that and whatever ``main`` raises come out in an exception group.
+        On rank 0 ``on_report`` gets the messages for the front end. Raises an exception group: with
+        ``JobFailed`` if the job cannot go on, which cancels the body, or with the exception of the
+        body. The caller shuts the process down, because only then is it clear how.
         """
+        self._on_report = on_report
         self.channel.start()
         self.worker.executor.start()
         async with asyncio.TaskGroup() as group:
-            loops = [group.create_task(self.worker.beat()), group.create_task(self._raise())]
+            loops = [
+                group.create_task(self.worker.beat()),
+                group.create_task(self.failure.raise_first()),
+            ]
             if self.is_front_end:
-                loops.append(group.create_task(self._watch()))
-            await main
+                loops.append(group.create_task(watch_silence(self.channel, self.failure)))
+            yield
             for loop in loops:
                 loop.cancel()
 
-    async def leave(self) -> None:
-        """End in order: the plan stops, everybody says Goodbye, and hears it."""
-        self._leaving = True
-        if self.leads:
+    async def shut_down(self) -> None:
+        """End in order: stop the plan, send Goodbye to every peer and wait for each one's own."""
+        self.failure.start_shutdown()
+        if self.is_leader:
             self.worker.stop()
         self.channel.goodbye()
         await self.channel.closed()
 
-    def abandon(self, reason: str) -> None:
-        """The job cannot go on, for a reason from outside."""
-        self._fail(JobFailed(reason))
+    async def report_failure(self, reason: str) -> None:
+        """Send rank 0 the reason why this rank fails, and wait for rank 0 to end the job.
 
-    @property
-    def reason(self) -> str:
-        """Why the job has failed; empty if it has not."""
-        return str(self._failed.result()) if self._failed.done() else ""
-
-    async def last_words(self, reason: str) -> None:
-        """Tell rank 0 why this rank cannot go on, and give it the time to end the job."""
-        self._leaving = True
+        The wait takes at most ``FAREWELL_S``. On rank 0 there is nothing to send.
+        """
+        self.failure.start_shutdown()
         if not self.is_front_end:
             self.channel.send(FRONT_END_RANK, Failed(self.rank_info.rank, reason))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._front_gone.wait(), FAREWELL_S)
+                await asyncio.wait_for(self._front_end_ended.wait(), FAREWELL_S)
 
-    async def dismiss(self) -> None:
-        """On rank 0: the job ends here, and the others, which can do nothing about it, leave."""
-        self._leaving = True
+    async def dismiss_ranks(self) -> None:
+        """On rank 0: send Goodbye so that the other ranks shut down without errors of their own.
+
+        Waits at most ``FAREWELL_S`` for them.
+        """
+        self.failure.start_shutdown()
         self.channel.goodbye()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.channel.closed(), FAREWELL_S)
@@ -172,85 +171,56 @@ class RankProcess:
         self.worker.executor.attach(loaded.resources)
         return loaded
 
-    def _make_replica(self, loaded: Loaded, tokenizer: Tokenizer | None) -> Replica:
-        limits, model = self.setup.limits, self.config.model_config
-        settings = ReplicaSettings(
-            replica_id=self.replica.id,
-            leader_of=tuple(replica.leader for replica in self.topology.replicas),
-            num_blocks=loaded.num_blocks,
-            limits=SchedulerLimits(
-                limits.max_num_seqs,
-                limits.max_num_batched_tokens,
-                # A decode replica's budget is not meant for whole prompts: it recomputes in chunks.
-                self.config.enable_chunked_prefill or self.replica.role is Role.DECODE,
-                self.setup.block_size,
-                model.max_window,
-            ),
-            max_push_blocks=self.setup.max_push_blocks,
-            eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab_size),
-            schedule_policy=self.config.schedule_policy,
-        )
-        return Replica(settings, tokenizer, time.monotonic)
-
     def _on_message(self, source: int, message: AnyMessage) -> None:
         match message:
             case Goodbye(rank):
                 if rank == FRONT_END_RANK:
                     self.dismissed.set()
-                    self._front_gone.set()
+                    self._front_end_ended.set()
             case Failed(rank, reason):
-                self._fail(RankFailed(f"rank {rank}: {reason}"))
+                self.failure.fail(RankFailed(f"rank {rank}: {reason}"))
             case Ping(number):
                 self.channel.send(source, Pong(self.rank_info.rank, number, time.monotonic()))
             case Report() | ReplicaReady() | Pong():
-                if self.tell_front is not None:
-                    self.tell_front(message)
+                if self._on_report is not None:
+                    self._on_report(message)
             case Heartbeat():
-                pass  # the channel notes when it last heard of a peer
+                pass  # the channel has noted the time at which the frame arrived
             case _:
                 self.worker.on_message(message)
 
-    def _on_entry(self, entry: Any) -> None:
+    def _on_entry(self, entry: Entry) -> None:
         self.worker.executor.enqueue(entry)
 
     def _on_lost(self, peer: int, reason: str) -> None:
         if peer == FRONT_END_RANK:
-            self._front_gone.set()
-        self._fail(JobFailed(f"lost the connection to rank {peer}: {reason}"))
+            self._front_end_ended.set()
+        self.failure.fail(JobFailed(f"lost the connection to rank {peer}: {reason}"))
 
-    def _on_error(self, error: BaseException) -> None:
-        """The worker is broken; a rank that is lost breaks it as well, and is the better reason."""
-        asyncio.get_running_loop().call_later(BLAME_S, self._blame_worker, error)
 
-    def _blame_worker(self, error: BaseException) -> None:
-        if not self._leaving and not self._failed.done():
-            log.error("the worker of rank %d failed", self.rank_info.rank, exc_info=error)
-            self._fail(JobFailed(f"{type(error).__name__}: {error}"))
-
-    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What a callback raises would be logged and forgotten; a message is never just dropped."""
-        loop.default_exception_handler(context)
-        if "handle" in context:
-            self._fail(JobFailed(f"{context['message']}: {context.get('exception')!r}"))
-
-    def _fail(self, error: JobFailed) -> None:
-        if not self._leaving and not self._failed.done():
-            self._failed.set_result(error)
-
-    async def _raise(self) -> None:
-        raise await self._failed
-
-    async def _watch(self) -> None:
-        """End the job if a rank is silent on a connection that lives."""
-        while True:
-            await asyncio.sleep(SILENCE_CHECK_S)
-            if silent := self.channel.silent_peers(SILENCE_LIMIT_S):
-                reason = f"rank {silent[0]} has been silent for {SILENCE_LIMIT_S:.0f} s"
-                self._fail(JobFailed(reason))
+def _replica_settings(setup: RankSetup, num_blocks: int) -> ReplicaSettings:
+    limits, model = setup.limits, setup.config.model_config
+    return ReplicaSettings(
+        replica_id=setup.replica.id,
+        leader_of=tuple(replica.leader for replica in setup.topology.replicas),
+        num_blocks=num_blocks,
+        limits=SchedulerLimits(
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            # The budget of a decode replica is not meant for whole prompts, so a decode replica
+            # always recomputes them in chunks.
+            setup.config.enable_chunked_prefill or setup.replica.role is Role.DECODE,
+            setup.block_size,
+            model.max_window,
+        ),
+        max_push_blocks=setup.max_push_blocks,
+        eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab_size),
+        schedule_policy=setup.config.schedule_policy,
+    )
 
 
 def join_job(config: ServerConfig, rank_info: RankInfo) -> RankProcess:
-    """Meet the other ranks of the job and become one of its nodes, on the running event loop."""
+    """Connect to the other ranks and return this rank's process, on the running event loop."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     device = pick_device(rank_info.local_rank)
     init_world(rank_info, "cuda" if device.type == "cuda" else "cpu")

@@ -1,4 +1,4 @@
-"""How a rank's process ends: with its parent, on a signal, and never by waiting for threads."""
+"""End a process: with its parent, on a signal, and without waiting for its threads."""
 
 from __future__ import annotations
 
@@ -14,16 +14,31 @@ from typing import NoReturn
 _PR_SET_PDEATHSIG = 1
 
 
+def signal_at_parent_death(number: signal.Signals) -> None:
+    """Let the kernel send ``number`` to this process when its parent ends (prctl(2), Linux only).
+
+    The setting is lost at fork and kept at exec, so it may be made in ``preexec_fn``.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def die_with_parent() -> None:
-    """Get SIGHUP when torchrun is gone, also when it was killed (Linux)."""
+    """Under torchrun: get SIGHUP when torchrun ends, even if it was killed (Linux only).
+
+    Exits at once if torchrun has ended already.
+    """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
-        if os.getppid() == 1:  # it was gone already
+        signal_at_parent_death(signal.SIGHUP)
+        if os.getppid() == 1:
             os._exit(1)
 
 
 def exit_now(code: int) -> NoReturn:
-    """Flush and end: reader threads blocked in a receive would hold up an ordinary exit."""
+    """Flush the output and end the process with ``code``.
+
+    An ordinary exit would wait for the reader threads, which are blocked in a receive.
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -31,10 +46,11 @@ def exit_now(code: int) -> NoReturn:
 
 
 class StopSignals:
-    """SIGTERM or Ctrl-C: drain and stop. The same once more: stop.
+    """Whether the user has requested a stop, once or twice, by SIGTERM or Ctrl-C.
 
-    torchrun passes Ctrl-C on, as SIGINT or SIGTERM by its version, and where ranks share its
-    session the terminal does, too. So under torchrun any number of SIGINTs ask for the first stop.
+    At the first signal the server drains and stops; at the second it stops at once. Under torchrun
+    every SIGINT counts as the first: torchrun passes Ctrl-C on (as SIGINT or SIGTERM, depending on
+    its version), and the terminal sends it as well where the ranks share torchrun's session.
     """
 
     def __init__(self) -> None:
@@ -43,7 +59,7 @@ class StopSignals:
         self._num_terms = 0
 
     def install(self, on_orphaned: Callable[[], None]) -> None:
-        """Take over the signals of this process; ``on_orphaned`` is called when torchrun dies."""
+        """Handle the signals of this process; call ``on_orphaned`` when torchrun has ended."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._on_term)
         loop.add_signal_handler(signal.SIGHUP, on_orphaned)

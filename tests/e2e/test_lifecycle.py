@@ -182,7 +182,7 @@ async def test_no_rank_outlives_torchrun(model: Path, session: aiohttp.ClientSes
         pids = list(server.rank_pids().values())
         response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
         server.torchrun.kill()
-        assert "torchrun is gone" in await error_event(response)
+        assert "torchrun has ended" in await error_event(response)
         await all_exited(server)
         assert not [pid for pid in pids if is_alive(pid)]
 

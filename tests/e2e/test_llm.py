@@ -14,6 +14,8 @@ import pytest
 from tests.support.checkpoints import load_reference, reference_greedy, write_llama_checkpoint
 from tests.support.paths import ROOT
 
+PROMPTS = [[1, 2, 3], [4, 5]]
+
 
 def generate(
     tmp_path: Path, model: Path, num_ranks: int, *options: str
@@ -80,6 +82,56 @@ def test_a_missing_repetition_penalty_is_read_from_generation_config(tmp_path: P
     for number, ids in enumerate(prompts * 2):
         expected = reference_greedy(reference, ids, 24, 1.5 if number < 3 else 1.0)
         assert found[number] == list(expected)
+
+
+SCRIPT = """
+import json, sys
+from serve.llm import LLM
+
+def refusal(**fields):
+    try:
+        llm.generate(prompts, **fields)
+    except (TypeError, ValueError) as error:
+        return [type(error).__name__, str(error)]
+
+prompts = json.loads(sys.argv[2])
+with LLM(model=sys.argv[1], tokenizer="none", num_blocks=128, mode="colocated") as llm:
+    def generate(**fields):
+        answers = llm.generate(prompts, progress=False, ignore_eos=True, **fields)
+        return [answer.token_ids for answer in answers]
+
+    json.dump({
+        "default": generate(),
+        "greedy": generate(temperature=0, top_p=0.5),
+        "sampled": [generate(temperature=1.5, seed=seed, max_tokens=40) for seed in (1, 1, 2)],
+        "unknown": refusal(tempreature=0),
+        "range": refusal(top_p=1.5),
+        "stop": refusal(stop="x"),
+        "both": refusal(sampling=llm.config.sampling_defaults.params(max_tokens=1), seed=1),
+    }, sys.stdout)
+"""
+
+
+def test_sampling_fields_as_keywords(tmp_path: Path) -> None:
+    model = write_llama_checkpoint(tmp_path / "model", seed=5)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(model), json.dumps(PROMPTS)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    reference = load_reference(model)
+    assert found["default"] == [list(reference_greedy(reference, ids, 16)) for ids in PROMPTS]
+    assert found["greedy"] == found["default"]
+    first, again, other = found["sampled"]
+    assert first == again
+    assert first != other
+    assert [len(token_ids) for token_ids in first] == [40, 40]
+    assert found["unknown"][0] == "TypeError"
+    assert "tempreature" in found["unknown"][1]
+    assert found["range"] == ["ValueError", "top_p must be in (0.0, 1.0], got 1.5"]
+    assert found["stop"] == ["ValueError", "stop needs a tokenizer"]
+    assert found["both"][0] == "TypeError"
 
 
 def test_a_wrong_option_gives_one_error_line(tmp_path: Path) -> None:

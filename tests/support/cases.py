@@ -1,13 +1,13 @@
-"""Jobs of up to four ranks inside a long-lived gloo world: everything but HTTP, as it is served.
+"""Jobs of up to four ranks inside a long-lived gloo world: all of a served job but HTTP.
 
-``serve_case`` runs on every rank of the world. Rank 0 plays the clients and returns what they got.
+``serve_case`` runs on every rank of the world. Rank 0 also runs the clients and returns their
+answers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -16,20 +16,19 @@ import torch.distributed as dist
 from serve.comm.process_groups import new_control_group, new_pair_groups, new_tp_groups
 from serve.config.server import ServerConfig, parse_args
 from serve.device import pick_device
-from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service, Stream
 from serve.engine.loading import find_routes
 from serve.engine.rank_setup import RankSetup
-from serve.protocol.messages import AnyMessage, Report
+from serve.protocol.messages import AnyMessage, ReplicaLoad, Report
 from serve.request import FinishReason, Request, SamplingParams
 from serve.runtime.rank import RankProcess
-from serve.runtime.server import follow
-from serve.runtime.startup import fit_max_model_len, make_front
+from serve.runtime.server import work_until_dismissed
+from serve.runtime.startup import serving_front_end
 from serve.topology import RankInfo, Topology, build_topology
 
 
 class Job(msgspec.Struct):
-    """What one simulated client asks, and when it loses interest (tokens seen; None: never)."""
+    """The request of one simulated client, and after how many tokens it aborts (None: never)."""
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -37,7 +36,7 @@ class Job(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """What it got."""
+    """The answer to one job."""
 
     token_ids: list[int]
     text: str
@@ -46,7 +45,7 @@ class Answer(msgspec.Struct):
 
 
 class CaseResult(msgspec.Struct):
-    """The answers in the order of the jobs, and the cluster when everything had come to rest."""
+    """The answers in the order of the jobs, and the cluster once all replicas were idle."""
 
     answers: list[Answer]
     cluster: list[dict[str, Any]]
@@ -54,7 +53,7 @@ class CaseResult(msgspec.Struct):
 
 
 def serve_case(argv: list[str], num_ranks: int, jobs: bytes) -> bytes | None:
-    """Start a job of ``num_ranks`` ranks, put ``jobs`` to it, stop it in order."""
+    """Start a job of ``num_ranks`` ranks, submit ``jobs`` to it, shut it down in order."""
     rank = dist.get_rank()
     config = parse_args(argv, num_ranks)
     topology = build_topology(config.replica_specs, config.partition_id, config.partition_id == 0)
@@ -67,11 +66,11 @@ def serve_case(argv: list[str], num_ranks: int, jobs: bytes) -> bytes | None:
     try:
         return asyncio.run(_run(config, topology, rank_info, control_group, decoded))
     finally:
-        gc.collect()  # the caches of one case should not meet those of the next
+        gc.collect()  # free the KV cache before the next case allocates its own
 
 
 def _stand_by(setup: RankSetup) -> None:
-    """Ranks that are not in the job still take part in making its groups."""
+    """Create the groups of the job on a rank outside it, because all ranks must take part."""
     backend: Literal["gloo", "nccl"] = "nccl" if setup.device.type == "cuda" else "gloo"
     new_tp_groups(setup.topology, backend)
     new_pair_groups([route.ranks for route in find_routes(setup)], backend)
@@ -88,51 +87,54 @@ async def _run(
         config, rank_info, topology, pick_device(rank_info.local_rank), control_group
     )
     results: list[CaseResult] = []
-    await process.run(_lead(process, jobs, results) if rank_info.rank == 0 else follow(process))
+    if rank_info.rank == 0:
+        await _run_clients(process, jobs, results)
+    else:
+        await work_until_dismissed(process)
     return msgspec.msgpack.encode(results[0]) if results else None
 
 
-async def _lead(process: RankProcess, jobs: list[Job], results: list[CaseResult]) -> None:
-    front = make_front(process.config, process.topology, Metrics("test"), process.channel.send)
-    changed = asyncio.Event()
-    process.tell_front = _announce(front.on_message, changed)
-    await process.load(await process.load_tokenizer(), lambda done, total: None)
-    front.service.set_ready(
-        fit_max_model_len(process.config, process.setup.block_size, await front.gather())
-    )
-    requests = [
-        Request(id=f"job-{i}", prompt_ids=job.prompt_ids, sampling=job.sampling)
-        for i, job in enumerate(jobs)
-    ]
-    streams = front.service.submit(requests)
-    clients = [_consume(front.service, s, j) for s, j in zip(streams, jobs, strict=True)]
-    answers = await asyncio.gather(*clients)
-    while not at_rest(front.service.cluster()):
-        changed.clear()
-        await changed.wait()
-    preemptions = sum(report.num_preemptions for report in _LOADS.values())
-    results.append(CaseResult(list(answers), front.service.cluster(), preemptions))
-    _LOADS.clear()
-    await process.leave()
+async def _run_clients(process: RankProcess, jobs: list[Job], results: list[CaseResult]) -> None:
+    loads = Loads()
+    async with serving_front_end(process, observe=loads.on_message) as front_end:
+        await front_end.get_ready()
+        service = front_end.service
+        requests = [
+            Request(id=f"job-{i}", prompt_ids=job.prompt_ids, sampling=job.sampling)
+            for i, job in enumerate(jobs)
+        ]
+        streams = service.submit(requests)
+        clients = [_consume(service, s, j) for s, j in zip(streams, jobs, strict=True)]
+        answers = await asyncio.gather(*clients)
+        while not at_rest(service.cluster()):
+            await loads.changed()
+        results.append(CaseResult(list(answers), service.cluster(), loads.num_preemptions))
 
 
-_LOADS: dict[int, Any] = {}  # by replica, as last reported; one case at a time
+class Loads:
+    """The load of each replica as last reported."""
 
+    def __init__(self) -> None:
+        self._loads: dict[int, ReplicaLoad] = {}
+        self._changed = asyncio.Event()
 
-def _announce(
-    inner: Callable[[AnyMessage], None], changed: asyncio.Event
-) -> Callable[[AnyMessage], None]:
-    def on_message(message: AnyMessage) -> None:
-        inner(message)
+    def on_message(self, message: AnyMessage) -> None:
         if isinstance(message, Report):
-            _LOADS[message.replica_id] = message.load
-            changed.set()
+            self._loads[message.replica_id] = message.load
+            self._changed.set()
 
-    return on_message
+    async def changed(self) -> None:
+        """Wait for the next report."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(load.num_preemptions for load in self._loads.values())
 
 
 def at_rest(cluster: list[dict[str, Any]]) -> bool:
-    """Whether every replica is idle and owns none of its blocks."""
+    """Return whether every replica is idle and all of its blocks are free."""
     counts = ("num_waiting", "num_running", "num_receiving", "num_sending")
     return all(
         replica["num_free_blocks"] == replica["num_blocks"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from serve.launch import main
-from serve.runtime import rank as node
+from serve.runtime import liveness
 
-node.SILENCE_LIMIT_S = 3.0
-node.SILENCE_CHECK_S = 0.5
+liveness.SILENCE_LIMIT_S = 3.0
+liveness.SILENCE_CHECK_S = 0.5
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,6 @@ progress of the job, and its end shows that every process has exited.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -21,11 +20,11 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from serve.runtime.shutdown import signal_at_parent_death
 from tests.support.paths import ROOT
 
 START_S = 120.0  # the ranks import torch at the same time, on few cores
 EXIT_S = 20.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Server:
@@ -151,4 +150,4 @@ def serving(
 
 
 def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_at_parent_death(signal.SIGKILL)

@@ -13,7 +13,6 @@ run starts new ones, so that no state is left over.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import importlib
 import multiprocessing
@@ -33,9 +32,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from serve.runtime.shutdown import signal_at_parent_death
+
 FOLLOW_S = 5.0  # how long the other ranks may still run after one has failed
 DIE_S = 5.0
-_PR_SET_PDEATHSIG = 1
 
 
 class WorldError(Exception):
@@ -188,7 +188,7 @@ def _environ(rank: int, size: int, port: int) -> dict[str, str]:
 
 def _serve_calls(connection: Connection[Any, Any], stacks: str, environ: dict[str, str]) -> None:
     """Join the world, then answer calls until the parent closes the connection."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_at_parent_death(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setswitchinterval(1e-4)
