@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from serve.api.body import Body
 from serve.api.errors import ID, NAMED, ApiError, sane_id
-from serve.api.sampling import read_max_tokens, read_sampling, refuse_unsupported
+from serve.api.sampling_params import read_max_tokens, read_sampling, refuse_unsupported
 from serve.api.settings import Api
 from serve.request import Request, SamplingParams
 
