@@ -119,7 +119,7 @@ def _object(call: Call, kind: str, choices: list[Collected], body: Any) -> dict[
             "finish_reason": end.finish_reason if end else None,
             "stop_reason": end.stop_reason if end else None,
         }
-        if call.asked.return_token_ids:
+        if call.body.return_token_ids:
             entry["prompt_token_ids"] = call.prompt_of(index)
             entry["token_ids"] = collected.token_ids
         if end is not None:
@@ -141,7 +141,7 @@ def _chunk(
     if output.finish_reason is not None:
         entry["stop_reason"] = output.stop_reason
         entry |= _timeline(call, output)
-    if call.asked.return_token_ids:
+    if call.body.return_token_ids:
         if output.first_index == 0:
             entry["prompt_token_ids"] = call.prompt_of(index)
         entry["token_ids"] = output.token_ids
@@ -149,6 +149,6 @@ def _chunk(
 
 
 def _timeline(call: Call, end: Output) -> dict[str, Any]:
-    if not call.asked.return_timeline or end.timeline is None:
+    if not call.body.return_timeline or end.timeline is None:
         return {}
     return {"timeline": msgspec.to_builtins(end.timeline)}

@@ -36,7 +36,7 @@ class Call:
     """``requests[i]`` is choice ``i``: first all choices of the first prompt, then of the next."""
 
     head: Head
-    asked: GenerationRequest
+    body: GenerationRequest
     prompts: tuple[tuple[int, ...], ...]
     requests: tuple[Request, ...]
 
@@ -58,18 +58,18 @@ def usage_object(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str
     }
 
 
-def make_head(http: web.Request, asked: GenerationRequest, api: Api, id_prefix: str) -> Head:
+def make_head(http: web.Request, body: GenerationRequest, api: Api, id_prefix: str) -> Head:
     """Name the answer; 404 if the model is not served here."""
-    model = check_model(asked.model, api)
-    return Head(f"{id_prefix}-{name_request(http, asked.request_id)}", int(time.time()), model)
+    model = check_model(body.model, api)
+    return Head(f"{id_prefix}-{name_request(http, body.request_id)}", int(time.time()), model)
 
 
-def read_sampling(asked: GenerationRequest, api: Api) -> SamplingParams:
+def read_sampling(body: GenerationRequest, api: Api) -> SamplingParams:
     """Return the parameters of all choices; raise ``InvalidField`` for what this server lacks."""
-    if asked.n > _max_requests(api):
-        raise InvalidField(f"n must be in [1, {_max_requests(api)}], got {asked.n}", "n")
+    if body.n > _max_requests(api):
+        raise InvalidField(f"n must be in [1, {_max_requests(api)}], got {body.n}", "n")
     return make_sampling_params(
-        asked,
+        body,
         api.settings.sampling,
         max_tokens=api.service.max_model_len,
         vocab_size=api.settings.vocab_size,
@@ -77,9 +77,9 @@ def read_sampling(asked: GenerationRequest, api: Api) -> SamplingParams:
     )
 
 
-def max_prompts(asked: GenerationRequest, api: Api) -> int:
+def max_prompts(body: GenerationRequest, api: Api) -> int:
     """Return the number of prompts allowed with this ``n``."""
-    return _max_requests(api) // asked.n
+    return _max_requests(api) // body.n
 
 
 def _max_requests(api: Api) -> int:
@@ -89,20 +89,20 @@ def _max_requests(api: Api) -> int:
 
 def make_call(
     head: Head,
-    asked: GenerationRequest,
+    body: GenerationRequest,
     sampling: SamplingParams,
     prompts: Sequence[tuple[int, ...]],
     api: Api,
 ) -> Call:
     """Make ``n`` requests of each prompt. The prompts are checked already."""
-    if asked.n * sum(map(len, prompts)) > MAX_PROMPT_TOKENS:
+    if body.n * sum(map(len, prompts)) > MAX_PROMPT_TOKENS:
         raise ApiError(f"prompts times n exceed {MAX_PROMPT_TOKENS} tokens", param="prompt")
     requests: list[Request] = []
     for prompt_ids in prompts:
-        seed = sampling.seed if asked.seed is not None else api.seeds.getrandbits(63)
+        seed = sampling.seed if body.seed is not None else api.seeds.getrandbits(63)
         room = api.service.max_model_len - len(prompt_ids)
-        requests += _choices(prompt_ids, sampling, asked.n, seed, room)
-    return Call(head, asked, tuple(prompts), tuple(requests))
+        requests += _choices(prompt_ids, sampling, body.n, seed, room)
+    return Call(head, body, tuple(prompts), tuple(requests))
 
 
 def _choices(

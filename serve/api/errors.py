@@ -67,10 +67,10 @@ def sane_id(text: str) -> bool:
     return 0 < len(text) <= 128 and text.isascii() and text.isprintable()
 
 
-def name_request(http: web.Request, asked: Any) -> str:
+def name_request(http: web.Request, request_id: Any) -> str:
     """Return the request's id. A body's ``request_id`` counts if no header has one."""
-    if not http[NAMED] and isinstance(asked, str) and sane_id(asked):
-        http[ID] = asked
+    if not http[NAMED] and isinstance(request_id, str) and sane_id(request_id):
+        http[ID] = request_id
     return http[ID]
 
 
@@ -110,9 +110,9 @@ def _retry(seconds: float) -> dict[str, str]:
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn exceptions into error answers, and put the request's id into every answer."""
-    given = request.headers.get("X-Request-Id", "")
-    request[NAMED] = sane_id(given)
-    request[ID] = given if request[NAMED] else uuid.uuid4().hex
+    header = request.headers.get("X-Request-Id", "")
+    request[NAMED] = sane_id(header)
+    request[ID] = header if request[NAMED] else uuid.uuid4().hex
     try:
         response = await handler(request)
     except ConnectionError:  # the client has disconnected, which is not an error
@@ -133,8 +133,8 @@ async def check_key(request: web.Request, handler: Handler) -> web.StreamRespons
     """Answer 401 without the API key, except on the paths that report the server's state."""
     key = request.app[API].settings.api_key
     if key is not None and request.path not in _OPEN_PATHS:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        same = hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode())
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        same = hmac.compare_digest(token.encode("utf-8", "surrogateescape"), key.encode())
         if not same or scheme.lower() != "bearer":
             raise ApiError("the API key is missing or wrong", status=401)
     return await handler(request)

@@ -23,9 +23,9 @@ Prompts = Sequence[tuple[int, ...]]
 async def completions(http: web.Request) -> web.StreamResponse:
     """Continue each prompt."""
     api = http.app[API]
-    asked = await read_request(http, CompletionRequest)
+    body = await read_request(http, CompletionRequest)
     call = await _make_call(
-        http, asked, "cmpl", lambda: read_prompts(asked, api, max_prompts(asked, api))
+        http, body, "cmpl", lambda: read_prompts(body, api, max_prompts(body, api))
     )
     return await _answer(http, api, call, CompletionFormat())
 
@@ -33,30 +33,30 @@ async def completions(http: web.Request) -> web.StreamResponse:
 async def chat_completions(http: web.Request) -> web.StreamResponse:
     """Write the assistant's next message."""
     api = http.app[API]
-    asked = await read_request(http, ChatCompletionRequest)
-    call = await _make_call(http, asked, "chatcmpl", lambda: [read_messages(asked, api)])
+    body = await read_request(http, ChatCompletionRequest)
+    call = await _make_call(http, body, "chatcmpl", lambda: [read_messages(body, api)])
     return await _answer(http, api, call, ChatFormat())
 
 
 async def _make_call(
     http: web.Request,
-    asked: GenerationRequest,
+    body: GenerationRequest,
     id_prefix: str,
     read: Callable[[], Prompts],
 ) -> Call:
     """Check the parameters, which is quick, before ``read`` makes token ids of the prompts."""
     api = http.app[API]
-    head = make_head(http, asked, api, id_prefix)
-    sampling = read_sampling(asked, api)
-    return await in_thread_if_large(http, lambda: make_call(head, asked, sampling, read(), api))
+    head = make_head(http, body, api, id_prefix)
+    sampling = read_sampling(body, api)
+    return await in_thread_if_large(http, lambda: make_call(head, body, sampling, read(), api))
 
 
 async def _answer(http: web.Request, api: Api, call: Call, form: Format) -> web.StreamResponse:
     """Submit the requests and answer. Afterwards abort those that have not ended."""
     streams = api.service.submit(call.requests)
-    api.metrics.on_call(call.asked.n, len(call.prompts))
+    api.metrics.on_call(call.body.n, len(call.prompts))
     try:
-        if call.asked.stream:
+        if call.body.stream:
             return await stream_answer(http, call, form, streams)
         return json_response(form.response(call, await _collect(streams)))
     finally:

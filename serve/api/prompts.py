@@ -44,9 +44,9 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[in
         raise ApiError(str(error), param="prompt") from None
 
 
-def read_prompts(asked: CompletionRequest, api: Api, max_prompts: int) -> list[tuple[int, ...]]:
+def read_prompts(body: CompletionRequest, api: Api, max_prompts: int) -> list[tuple[int, ...]]:
     """Return the token ids of each prompt in ``prompt``, of which there may be ``max_prompts``."""
-    values = _as_list(asked.prompt)
+    values = _as_list(body.prompt)
     if len(values) > max_prompts:
         raise ApiError(
             f"{len(values)} prompts need too many choices at once: at most {max_prompts} "
@@ -57,30 +57,30 @@ def read_prompts(asked: CompletionRequest, api: Api, max_prompts: int) -> list[t
     for value in values:
         if isinstance(value, str):
             tokenizer = need_tokenizer(api, "a prompt as text")
-            value = encode(tokenizer, value, asked.add_special_tokens)
+            value = encode(tokenizer, value, body.add_special_tokens)
         prompts.append(_check_prompt(value, api, "prompt"))
     return prompts
 
 
-def read_messages(asked: ChatCompletionRequest, api: Api) -> tuple[int, ...]:
+def read_messages(body: ChatCompletionRequest, api: Api) -> tuple[int, ...]:
     """Return the token ids of ``messages``, rendered with the chat template."""
-    token_ids = render_messages(asked, api, asked.add_special_tokens)
+    token_ids = render_messages(body, api, body.add_special_tokens)
     return _check_prompt(token_ids, api, "messages")
 
 
 def render_messages(
-    asked: ChatCompletionRequest | TokenizeRequest, api: Api, add_special_tokens: bool
+    body: ChatCompletionRequest | TokenizeRequest, api: Api, add_special_tokens: bool
 ) -> list[int]:
     """Return the token ids of ``messages``, which may be too long for the context."""
     tokenizer = need_tokenizer(api, "chat")
     if not tokenizer.has_chat_template:
         raise ApiError("the model has no chat template; start the server with --chat-template")
-    options = asked.chat_template_kwargs
+    options = body.chat_template_kwargs
     _check_template_options(options)
-    messages = _template_messages(asked.messages)
+    messages = _template_messages(body.messages)
     try:
         text = tokenizer.render_chat(
-            messages, add_generation_prompt=asked.add_generation_prompt, **options
+            messages, add_generation_prompt=body.add_generation_prompt, **options
         )
     except (ValueError, TypeError) as error:
         raise ApiError(f"the chat template refuses: {error}", param="messages") from None

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def make_sampling_params(
-    asked: SamplingFields,
+    fields: SamplingFields,
     defaults: SamplingDefaults,
     *,
     max_tokens: int,
@@ -26,31 +26,31 @@ def make_sampling_params(
     ``max_tokens`` is the limit for requests without one of their own. It is not yet cut to the
     room that a prompt leaves in the context. Raises ``InvalidField``.
     """
-    limit = asked.max_completion_tokens or asked.max_tokens or max_tokens
-    if asked.min_tokens > limit:
+    limit = fields.max_completion_tokens or fields.max_tokens or max_tokens
+    if fields.min_tokens > limit:
         raise InvalidField(f"min_tokens must not exceed max_tokens, {limit}", "min_tokens")
-    stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+    stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
     if stop and not has_tokenizer:
         raise InvalidField("stop needs a tokenizer, and the server runs without one", "stop")
-    _check_vocabulary("stop_token_ids", asked.stop_token_ids, vocab_size)
-    _check_vocabulary("logit_bias", asked.logit_bias, vocab_size)
+    _check_vocabulary("stop_token_ids", fields.stop_token_ids, vocab_size)
+    _check_vocabulary("logit_bias", fields.logit_bias, vocab_size)
     return SamplingParams(
         max_tokens=limit,
-        min_tokens=asked.min_tokens,
-        temperature=_or(asked.temperature, defaults.temperature),
-        top_p=_or(asked.top_p, defaults.top_p),
-        top_k=min(max(0, _or(asked.top_k, defaults.top_k)), vocab_size),
-        min_p=_or(asked.min_p, defaults.min_p),
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        repetition_penalty=_or(asked.repetition_penalty, defaults.repetition_penalty),
-        seed=_or(asked.seed, 0),
+        min_tokens=fields.min_tokens,
+        temperature=_or(fields.temperature, defaults.temperature),
+        top_p=_or(fields.top_p, defaults.top_p),
+        top_k=min(max(0, _or(fields.top_k, defaults.top_k)), vocab_size),
+        min_p=_or(fields.min_p, defaults.min_p),
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        repetition_penalty=_or(fields.repetition_penalty, defaults.repetition_penalty),
+        seed=_or(fields.seed, 0),
         stop=stop,
-        stop_token_ids=tuple(asked.stop_token_ids),
-        logit_bias=asked.logit_bias,
-        include_stop_str_in_output=asked.include_stop_str_in_output,
-        skip_special_tokens=asked.skip_special_tokens,
-        ignore_eos=asked.ignore_eos,
+        stop_token_ids=tuple(fields.stop_token_ids),
+        logit_bias=fields.logit_bias,
+        include_stop_str_in_output=fields.include_stop_str_in_output,
+        skip_special_tokens=fields.skip_special_tokens,
+        ignore_eos=fields.ignore_eos,
     )
 
 

@@ -76,7 +76,7 @@ async def _write_choices(
             await response.write(b"".join(events))
         if error is not None:
             raise error
-    if writer.call.asked.include_usage:
+    if writer.call.body.include_usage:
         await response.write(_event(writer.closing()))
 
 
@@ -98,8 +98,8 @@ class ChunkWriter:
         frame = self._frames.get(index)
         if frame is None or output.finish_reason is not None:
             chunks = list(self.chunks(index, output))
-            asked = self.call.asked
-            if not (asked.continuous_usage or asked.return_token_ids):
+            body = self.call.body
+            if not (body.continuous_usage or body.return_token_ids):
                 self._frames[index] = self._frame(index, output)
             return b"".join([_event(chunk) for chunk in chunks])
         self._num_tokens[index] += len(output.token_ids)
@@ -127,7 +127,7 @@ class ChunkWriter:
         return self._form.closing(self.call, sum(self._num_tokens))
 
     def _count(self, chunk: dict[str, Any], index: int) -> dict[str, Any]:
-        if self.call.asked.continuous_usage:
+        if self.call.body.continuous_usage:
             length = len(self.call.prompt_of(index))
             chunk["usage"] = usage_object(length, self._num_tokens[index])
         return chunk

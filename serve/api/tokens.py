@@ -19,27 +19,27 @@ _MAX_ID = 2**31  # ids outside the vocabulary become U+FFFD
 async def tokenize(http: web.Request) -> web.Response:
     """Answer with the token ids of ``prompt``, or of ``messages`` in the chat template."""
     api = http.app[API]
-    asked = await read_request(http, TokenizeRequest)
-    check_model(asked.model, api)
-    return json_response(await in_thread_if_large(http, lambda: _tokenize(asked, api)))
+    body = await read_request(http, TokenizeRequest)
+    check_model(body.model, api)
+    return json_response(await in_thread_if_large(http, lambda: _tokenize(body, api)))
 
 
 async def detokenize(http: web.Request) -> web.Response:
     """Answer with the text of ``tokens``."""
     api = http.app[API]
-    asked = await read_request(http, DetokenizeRequest)
-    check_model(asked.model, api)
-    return json_response(await in_thread_if_large(http, lambda: _detokenize(asked, api)))
+    body = await read_request(http, DetokenizeRequest)
+    check_model(body.model, api)
+    return json_response(await in_thread_if_large(http, lambda: _detokenize(body, api)))
 
 
-def _tokenize(asked: TokenizeRequest, api: Api) -> dict[str, Any]:
+def _tokenize(body: TokenizeRequest, api: Api) -> dict[str, Any]:
     tokenizer = need_tokenizer(api, "tokenize")
-    special = asked.add_special_tokens
-    if asked.messages is not None:
-        token_ids = render_messages(asked, api, add_special_tokens=special or False)
+    special = body.add_special_tokens
+    if body.messages is not None:
+        token_ids = render_messages(body, api, add_special_tokens=special or False)
     else:
-        token_ids = encode(tokenizer, asked.prompt or "", special is None or special)
-    strings = [tokenizer.id_to_token(i) for i in token_ids] if asked.return_token_strs else None
+        token_ids = encode(tokenizer, body.prompt or "", special is None or special)
+    strings = [tokenizer.id_to_token(i) for i in token_ids] if body.return_token_strs else None
     return {
         "count": len(token_ids),
         "max_model_len": api.service.max_model_len,
@@ -48,8 +48,8 @@ def _tokenize(asked: TokenizeRequest, api: Api) -> dict[str, Any]:
     }
 
 
-def _detokenize(asked: DetokenizeRequest, api: Api) -> dict[str, Any]:
+def _detokenize(body: DetokenizeRequest, api: Api) -> dict[str, Any]:
     tokenizer = need_tokenizer(api, "detokenize")
-    if not are_token_ids(asked.tokens, _MAX_ID):
+    if not are_token_ids(body.tokens, _MAX_ID):
         raise ApiError("tokens must be a list of token ids", param="tokens")
-    return {"prompt": tokenizer.decode(asked.tokens, skip_special_tokens=False)}
+    return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}

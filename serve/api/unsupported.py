@@ -74,8 +74,8 @@ _IS_UNUSED: dict[str, Callable[[Any], bool]] = {
 
 
 def refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    """Raise ``InvalidField`` for the first field that needs a feature which is not served."""
-    for name, value in fields.items():
-        is_unused = _IS_UNUSED.get(name)
-        if is_unused is not None and value is not None and not is_unused(value):
+    """Raise ``InvalidField`` for the first field that needs an unsupported feature."""
+    for name in sorted(_IS_UNUSED.keys() & fields.keys()):
+        value = fields[name]
+        if value is not None and not _IS_UNUSED[name](value):
             raise InvalidField(f"{name} is not supported by this server", name)
