@@ -1,8 +1,8 @@
-"""A cluster at the level of messages: real service, dispatcher and HTTP, replicas that pretend.
+"""A cluster without replicas: real service, dispatcher and HTTP over simulated messages.
 
-The tokens are known beforehand: the i-th has the id ``FIRST_ID + i`` and the text ``" ti"``.
+The tokens are fixed: the i-th has the id ``FIRST_ID + i`` and the text ``" ti"``.
 Token 0 comes from the prefill replica, the others from the decode replica, one per turn of the
-event loop, until ``max_tokens`` or where the test holds them.
+event loop, until ``max_tokens`` or where a test holds them.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ MAX_MODEL_LEN = 512
 
 
 def load_test_tokenizer() -> Tokenizer:
-    """SmolLM2's: byte-level, with a chat template."""
+    """Load SmolLM2's tokenizer, which is byte-level and has a chat template."""
     path = default_model().path
     return load_tokenizer(path, path, None)
 
 
 def texts(count: int, start: int = 0) -> str:
-    """The text of tokens ``[start, start + count)`` of any request."""
+    """Return the text of tokens ``[start, start + count)`` of any request."""
     return "".join(f" t{i}" for i in range(start, start + count))
 
 
 @dataclass
 class Progress:
-    """A request that the pretended replicas hold."""
+    """An active request of the simulated replicas."""
 
     request: Request
     decode_replica: int
     num_tokens: int = 0
-    end_at: int | None = None  # with finish_reason stop, as if the text had matched
+    end_at: int | None = None  # with finish_reason stop, as after a stop string
     running: bool = False
 
 
 class FakeCluster:
-    """Replicas that answer on the running event loop, and the server in front of them."""
+    """Simulated replicas on the running event loop, and the real server in front of them."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class FakeCluster:
             )
 
     def send(self, rank: int, message: AnyMessage) -> None:
-        """What rank 0 would put on the control channel."""
+        """Take a message that rank 0 sends to a replica."""
         match message:
             case Prefill(request, decode_replica):
                 self.seen.append(request)
@@ -119,19 +119,19 @@ class FakeCluster:
             self._start(progress, progress.decode_replica)
 
     def report(self, replica_id: int, *deltas: Delta) -> None:
-        """Let a replica tell rank 0 something."""
+        """Send a replica's report to rank 0."""
         load = ReplicaLoad(num_blocks=NUM_BLOCKS, num_free_blocks=60, num_running=len(self.active))
         self.service.on_report(Report(replica_id, load, deltas, num_step_tokens=len(deltas)))
         self._changed.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until messages have made ``condition`` true."""
+        """Wait until ``condition`` holds; check it after each message."""
         while not condition():
             self._changed.clear()
             await self._changed.wait()
 
     def assert_at_rest(self) -> None:
-        """Nothing is remembered of any request."""
+        """Assert that no state of any request is left."""
         assert self.service.num_active == 0
         assert self.dispatcher.num_waiting == 0
         assert not self.active
@@ -145,7 +145,7 @@ class FakeCluster:
             asyncio.get_running_loop().call_soon(self._turn, progress, replica_id)
 
     def _turn(self, progress: Progress, replica_id: int) -> None:
-        """One token of one request, if it is still wanted."""
+        """Make one token of a request, unless the request has ended or is held."""
         progress.running = False
         request, index = progress.request, progress.num_tokens
         if self.active.get(request.id) is not progress or index == self.hold_at:
@@ -167,7 +167,7 @@ def _reason(progress: Progress) -> FinishReason | None:
 
 
 def make_delta(request_id: str, index: int, reason: FinishReason | None = None) -> Delta:
-    """Token ``index`` of a request."""
+    """Return the delta with token ``index`` of a request."""
     stamps = None
     if index == 0:
         stamps = Timeline(prefill_queued_s=1.0, prefill_started_s=2.0, prefill_ended_s=4.0)
@@ -183,7 +183,7 @@ def make_delta(request_id: str, index: int, reason: FinishReason | None = None) 
 
 @contextlib.asynccontextmanager
 async def serving(app: web.Application) -> AsyncIterator[str]:
-    """Serve ``app`` on a free port; gives ``http://host:port``."""
+    """Serve ``app`` on a free port; yield ``http://host:port``."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         runner = await run_app_on(app, listener)

@@ -1,4 +1,4 @@
-"""The front end over a fake cluster, on a real socket: the fixtures of the HTTP tests."""
+"""Fixtures of the HTTP tests: the front end of a fake cluster on a real socket."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.fake_service import FakeCluster, load_test_tokenizer, serving
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """The test model's."""
+    """Load the test model's tokenizer."""
     return load_test_tokenizer()
 
 
 @pytest.fixture
 async def cluster(tokenizer: Tokenizer) -> AsyncIterator[FakeCluster]:
-    """Has nothing left to do when the test ends."""
+    """Yield a fake cluster; after the test, assert that no request is left."""
     cluster = FakeCluster(tokenizer)
     yield cluster
     cluster.assert_at_rest()
@@ -27,13 +27,13 @@ async def cluster(tokenizer: Tokenizer) -> AsyncIterator[FakeCluster]:
 
 @pytest.fixture
 async def url(cluster: FakeCluster) -> AsyncIterator[str]:
-    """Where the front end listens."""
+    """Yield the address of the front end."""
     async with serving(cluster.app) as url:
         yield url
 
 
 @pytest.fixture
 async def http(url: str) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of it."""
+    """Yield a client of the front end."""
     async with aiohttp.ClientSession(url) as session:
         yield session
