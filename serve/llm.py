@@ -26,6 +26,7 @@ import msgspec
 import uvloop
 from tqdm import tqdm
 
+from serve.api.prompt_file import FilePrompt, PromptFileError, read_prompt_file
 from serve.config.sampling_fields import sampling_from_fields
 from serve.config.server import ConfigError, parse_args
 from serve.dispatch.service import Stream
@@ -203,58 +204,48 @@ def to_argv(options: dict[str, Any]) -> list[str]:
     return argv
 
 
-class PromptLine(msgspec.Struct):
-    """One line of the prompts file. None stands for the value that the model recommends."""
-
-    prompt: str | list[int]
-    max_tokens: int = 16
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int = 0
-    stop: list[str] = []
-    ignore_eos: bool = False
-
-
 def main() -> None:
-    """Read prompts from a JSONL file and write their completions to another."""
+    """Read prompts from a JSONL file and write their completions, one JSON object a line."""
     parser = argparse.ArgumentParser(
         prog="serve.llm", description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False, epilog="All other options are those of serve.launch.",
     )  # fmt: skip
-    parser.add_argument("--prompts", type=Path, required=True, help="JSONL: prompt, max_tokens, …")
+    parser.add_argument(
+        "--prompts", type=Path, required=True,
+        help="JSONL: prompt (text or token ids), and sampling parameters as in /v1/completions",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="JSONL, in the same order; else stdout")
     args, rest = parser.parse_known_args()
-    lines = [
-        msgspec.json.decode(line, type=PromptLine)
-        for line in args.prompts.read_bytes().splitlines()
-        if line.strip()
-    ]
     try:
+        prompts = read_prompt_file(args.prompts)
+        sampling = _sampling_params(prompts, rest)
         llm = LLM(rest)
-    except ConfigError as error:
+    except (ConfigError, PromptFileError) as error:
         if read_rank_info(os.environ).rank != 0:
-            exit_now(0)
+            exit_now(0)  # all ranks find the same error, and rank 0 prints it
         print(f"serve: error: {error}", file=sys.stderr)
         exit_now(2)
     with llm:
-        sampling = [
-            llm.config.sampling_defaults.params(
-                max_tokens=line.max_tokens, temperature=line.temperature, top_p=line.top_p,
-                top_k=line.top_k, min_p=line.min_p, repetition_penalty=line.repetition_penalty,
-                seed=line.seed, stop=tuple(line.stop), ignore_eos=line.ignore_eos,
-            )
-            for line in lines
-        ]  # fmt: skip
-        completions = llm.generate([line.prompt for line in lines], sampling)
+        completions = llm.generate([prompt.line.prompt for prompt in prompts], sampling)
     text = b"".join(msgspec.json.encode(completion) + b"\n" for completion in completions)
     if args.output is None:
         sys.stdout.buffer.write(text)
     else:
         args.output.write_bytes(text)
     exit_now(0)
+
+
+def _sampling_params(prompts: Sequence[FilePrompt], argv: Sequence[str]) -> list[SamplingParams]:
+    """Check the prompts against the model's configuration, before its weights are loaded."""
+    config = parse_args(argv, read_rank_info(os.environ).world_size)
+    return [
+        prompt.sampling_params(
+            config.sampling_defaults,
+            vocab_size=config.model_config.vocab_size,
+            has_tokenizer=config.tokenizer is not None,
+        )
+        for prompt in prompts
+    ]
 
 
 if __name__ == "__main__":

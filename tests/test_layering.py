@@ -35,7 +35,7 @@ def _only(*packages: str) -> frozenset[str]:
 # Top to bottom. A row imports only rows below it, so no two rows can import each other.
 ROWS = (
     Row("launch", "runtime config topology", torch=True),
-    Row("llm", "runtime dispatch config topology request", torch=True),
+    Row("llm", "runtime api dispatch config topology request", torch=True),
     Row("runtime", "api engine config dispatch replica comm tokenizer protocol topology device",
         torch=True),
     Row("api", "config dispatch tokenizer request"),

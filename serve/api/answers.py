@@ -1,4 +1,4 @@
-"""The objects of the two text endpoints: what a choice and a chunk look like in each."""
+"""The JSON objects of the two text endpoints: whole answers and the chunks of streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serve.dispatch.output import Output
 
 @dataclass(slots=True)
 class Collected:
-    """Everything one choice brought."""
+    """The outputs of one choice, joined."""
 
     token_ids: list[int] = field(default_factory=list)
     end: Output | None = None
@@ -21,11 +21,9 @@ class Collected:
 
     @property
     def text(self) -> str:
-        """The whole text."""
         return "".join(self._texts)
 
     def add(self, output: Output) -> None:
-        """Take in the next output."""
         self.token_ids += output.token_ids
         self._texts.append(output.text)
         if output.finish_reason is not None:
@@ -33,49 +31,49 @@ class Collected:
 
 
 class Format(Protocol):
-    """One endpoint's objects, as dictionaries ready to be encoded."""
+    """The objects of one endpoint, as dictionaries ready to be encoded."""
 
     def response(self, call: Call, choices: list[Collected]) -> dict[str, Any]:
-        """The whole answer."""
+        """Return the answer to a request without ``stream``."""
         ...
 
     def opening(self, call: Call, index: int) -> dict[str, Any] | None:
-        """The chunk that comes before a choice's first token, if there is one."""
+        """Return the chunk before a choice's first token; None if the endpoint has none."""
         ...
 
     def chunk(self, call: Call, index: int, output: Output) -> dict[str, Any]:
-        """The chunk of one output."""
+        """Return the chunk for one output."""
         ...
 
     def closing(self, call: Call, num_completion_tokens: int) -> dict[str, Any]:
-        """The chunk with the usage, after all choices have ended."""
+        """Return the chunk with the usage, which follows the last choice's end."""
         ...
 
 
 class CompletionFormat:
-    """``/v1/completions``."""
+    """The objects of ``/v1/completions``."""
 
     def response(self, call: Call, choices: list[Collected]) -> dict[str, Any]:
-        """A ``text_completion``."""
+        """Return a ``text_completion``."""
         return _object(call, "text_completion", choices, lambda c: {"text": c.text})
 
     def opening(self, call: Call, index: int) -> None:
-        """Text begins with its first token."""
+        """Return None: the first chunk is that of the first token."""
 
     def chunk(self, call: Call, index: int, output: Output) -> dict[str, Any]:
-        """A ``text_completion`` with the new text."""
+        """Return a ``text_completion`` with the new text."""
         return _chunk(call, "text_completion", index, {"text": output.text}, output)
 
     def closing(self, call: Call, num_completion_tokens: int) -> dict[str, Any]:
-        """A ``text_completion`` without choices."""
+        """Return a ``text_completion`` without choices."""
         return _closing(call, "text_completion", num_completion_tokens)
 
 
 class ChatFormat:
-    """``/v1/chat/completions``."""
+    """The objects of ``/v1/chat/completions``."""
 
     def response(self, call: Call, choices: list[Collected]) -> dict[str, Any]:
-        """A ``chat.completion``."""
+        """Return a ``chat.completion``."""
 
         def message(choice: Collected) -> dict[str, Any]:
             return {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
@@ -83,7 +81,7 @@ class ChatFormat:
         return _object(call, "chat.completion", choices, message)
 
     def opening(self, call: Call, index: int) -> dict[str, Any]:
-        """The role, before the first token."""
+        """Return the chunk with the role."""
         choice: dict[str, Any] = {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
@@ -92,24 +90,19 @@ class ChatFormat:
         return _head(call, "chat.completion.chunk") | {"choices": [choice]}
 
     def chunk(self, call: Call, index: int, output: Output) -> dict[str, Any]:
-        """A ``chat.completion.chunk`` with the new text."""
+        """Return a ``chat.completion.chunk`` with the new text."""
         return _chunk(
             call, "chat.completion.chunk", index, {"delta": {"content": output.text}}, output
         )
 
     def closing(self, call: Call, num_completion_tokens: int) -> dict[str, Any]:
-        """A ``chat.completion.chunk`` without choices."""
+        """Return a ``chat.completion.chunk`` without choices."""
         return _closing(call, "chat.completion.chunk", num_completion_tokens)
 
 
 def _head(call: Call, kind: str) -> dict[str, Any]:
-    options = call.options
-    return {
-        "id": options.id,
-        "object": kind,
-        "created": options.created,
-        "model": options.model,
-    }
+    head = call.head
+    return {"id": head.id, "object": kind, "created": head.created, "model": head.model}
 
 
 def _closing(call: Call, kind: str, num_completion_tokens: int) -> dict[str, Any]:
@@ -126,7 +119,7 @@ def _object(call: Call, kind: str, choices: list[Collected], body: Any) -> dict[
             "finish_reason": end.finish_reason if end else None,
             "stop_reason": end.stop_reason if end else None,
         }
-        if call.options.return_token_ids:
+        if call.body.return_token_ids:
             entry["prompt_token_ids"] = call.prompt_of(index)
             entry["token_ids"] = collected.token_ids
         if end is not None:
@@ -148,7 +141,7 @@ def _chunk(
     if output.finish_reason is not None:
         entry["stop_reason"] = output.stop_reason
         entry |= _timeline(call, output)
-    if call.options.return_token_ids:
+    if call.body.return_token_ids:
         if output.first_index == 0:
             entry["prompt_token_ids"] = call.prompt_of(index)
         entry["token_ids"] = output.token_ids
@@ -156,6 +149,6 @@ def _chunk(
 
 
 def _timeline(call: Call, end: Output) -> dict[str, Any]:
-    if not call.options.return_timeline or end.timeline is None:
+    if not call.body.return_timeline or end.timeline is None:
         return {}
     return {"timeline": msgspec.to_builtins(end.timeline)}

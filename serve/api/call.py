@@ -1,4 +1,4 @@
-"""Call: one HTTP request for text, as the requests that it makes of the service."""
+"""Call: one HTTP request for text, and the requests to the service that answer it."""
 
 from __future__ import annotations
 
@@ -6,58 +6,51 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from aiohttp import web
 from msgspec.structs import replace
 
-from serve.api.body import Body
-from serve.api.errors import ID, NAMED, ApiError, sane_id
-from serve.api.sampling import read_max_tokens, read_sampling, refuse_unsupported
+from serve.api.errors import ApiError, name_request
+from serve.api.models import check_model
+from serve.api.sampling_params import make_sampling_params
+from serve.api.schemas import GenerationRequest
 from serve.api.settings import Api
+from serve.api.validation import InvalidField
 from serve.request import Request, SamplingParams
 
-MAX_CHOICES = 128  # of one prompt
-MAX_REQUESTS = 512  # prompts times n: each takes the event loop some 15 us at a stretch
+MAX_REQUESTS = 512  # prompts times n, because each holds the event loop for about 15 us
 MAX_PROMPT_TOKENS = 1 << 23  # of all requests of a call together
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What a body says beside its prompts."""
+class Head:
+    """The fields that every object of an answer begins with."""
 
     id: str
-    created: int
+    created: int  # Unix seconds
     model: str
-    n: int
-    sampling: SamplingParams  # max_tokens and min_tokens as asked, before the context is known
-    seeded: bool  # whether sampling.seed is the client's
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
-    return_token_ids: bool
-    return_timeline: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """``requests[i]`` is choice ``i``: all choices of the first prompt, then those of the next."""
+    """``requests[i]`` is choice ``i``: first all choices of the first prompt, then of the next."""
 
-    options: Options
+    head: Head
+    body: GenerationRequest
     prompts: tuple[tuple[int, ...], ...]
     requests: tuple[Request, ...]
 
     def prompt_of(self, index: int) -> tuple[int, ...]:
-        """The prompt of choice ``index``."""
+        """Return the token ids of the prompt that choice ``index`` continues."""
         return self.requests[index].prompt_ids
 
     def usage(self, num_completion_tokens: int) -> dict[str, int]:
-        """The ``usage`` object; each prompt counts once, whatever ``n``."""
+        """Return the ``usage`` object. Each prompt counts once, for any ``n``."""
         return usage_object(sum(map(len, self.prompts)), num_completion_tokens)
 
 
 def usage_object(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
-    """``usage`` of so many tokens."""
+    """Return a ``usage`` object."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
@@ -65,97 +58,75 @@ def usage_object(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str
     }
 
 
-def check_model(name: Any, api: Api) -> str:
-    """The served name that a body asks for; 404 if it is not served here."""
-    names = api.settings.served_model_names
-    if name is None or name == "":
-        return names[0]
-    if not isinstance(name, str):
-        raise ApiError("model must be a string", param="model")
-    if name not in names:
-        raise ApiError(f"The model `{name[:200]}` does not exist.", status=404, param="model")
-    return name
+def make_head(http: web.Request, body: GenerationRequest, api: Api, id_prefix: str) -> Head:
+    """Name the answer; 404 if the model is not served here."""
+    model = check_model(body.model, api)
+    return Head(f"{id_prefix}-{name_request(http, body.request_id)}", int(time.time()), model)
 
 
-def read_options(
-    http: web.Request, body: Body, api: Api, prefix: str, default_max_tokens: int | None
-) -> Options:
-    """Check everything but the prompts. ``default_max_tokens`` None: what the context leaves."""
-    model = check_model(body.get("model"), api)
-    refuse_unsupported(body)
-    stream = body.boolean("stream")
-    stream_options = _stream_options(body, stream)
-    include_usage = stream_options.boolean("include_usage")
-    max_tokens = read_max_tokens(body, default_max_tokens or api.service.max_model_len)
-    _take_id(http, body)
-    return Options(
-        id=f"{prefix}-{http[ID]}",
-        created=int(time.time()),
-        model=model,
-        n=body.integer("n", 1, low=1, high=min(MAX_CHOICES, _max_requests(api))),
-        sampling=read_sampling(body, api, max_tokens),
-        seeded=body.get("seed") is not None,
-        stream=stream,
-        include_usage=include_usage,
-        continuous_usage=stream_options.boolean("continuous_usage_stats") and include_usage,
-        return_token_ids=body.boolean("return_token_ids"),
-        return_timeline=body.boolean("return_timeline"),
+def read_sampling(body: GenerationRequest, api: Api) -> SamplingParams:
+    """Return the parameters of all choices; raise ``InvalidField`` for what this server lacks."""
+    if body.n > _max_requests(api):
+        raise InvalidField(f"n must be in [1, {_max_requests(api)}], got {body.n}", "n")
+    return make_sampling_params(
+        body,
+        api.settings.sampling,
+        max_tokens=api.service.max_model_len,
+        vocab_size=api.settings.vocab_size,
+        has_tokenizer=api.tokenizer is not None,
     )
 
 
-def max_prompts(options: Options, api: Api) -> int:
-    """How many prompts may come with this ``n``."""
-    return _max_requests(api) // options.n
+def max_prompts(body: GenerationRequest, api: Api) -> int:
+    """Return the number of prompts allowed with this ``n``."""
+    return _max_requests(api) // body.n
 
 
 def _max_requests(api: Api) -> int:
-    # What can never be taken is the client's mistake, and not worth another try.
+    # More than max_waiting can never be accepted, so it is a 400 and not a 429 to be tried again.
     return max(1, min(MAX_REQUESTS, api.service.max_waiting))
 
 
-def make_call(options: Options, prompts: Sequence[tuple[int, ...]], api: Api) -> Call:
-    """The requests for ``prompts``, which are checked."""
-    if options.n * sum(map(len, prompts)) > MAX_PROMPT_TOKENS:
+def make_call(
+    head: Head,
+    body: GenerationRequest,
+    sampling: SamplingParams,
+    prompts: Sequence[tuple[int, ...]],
+    api: Api,
+) -> Call:
+    """Make ``n`` requests of each prompt. The prompts are checked already."""
+    if body.n * sum(map(len, prompts)) > MAX_PROMPT_TOKENS:
         raise ApiError(f"prompts times n exceed {MAX_PROMPT_TOKENS} tokens", param="prompt")
     requests: list[Request] = []
     for prompt_ids in prompts:
-        requests += _choices(prompt_ids, options, api)
-    return Call(options, tuple(prompts), tuple(requests))
+        seed = sampling.seed if body.seed is not None else api.seeds.getrandbits(63)
+        room = api.service.max_model_len - len(prompt_ids)
+        requests += _choices(prompt_ids, sampling, body.n, seed, room)
+    return Call(head, body, tuple(prompts), tuple(requests))
 
 
-def _stream_options(body: Body, stream: bool) -> Body:
-    options = body.mapping("stream_options")
-    if options and not stream:
-        raise ApiError("stream_options is only allowed with stream", param="stream_options")
-    return Body(options)
+def _choices(
+    prompt_ids: tuple[int, ...], sampling: SamplingParams, n: int, seed: int, room: int
+) -> list[Request]:
+    """Return ``n`` requests that differ in their seed, of at most ``room`` new tokens each.
 
-
-def _take_id(http: web.Request, body: Body) -> None:
-    """Let ``request_id`` name a request that no header names."""
-    given = body.get("request_id")
-    if not http[NAMED] and isinstance(given, str) and sane_id(given):
-        http[ID] = given
-
-
-def _choices(prompt_ids: tuple[int, ...], options: Options, api: Api) -> list[Request]:
-    """``n`` requests that differ in their seed. Ids are ours: a client's may come twice."""
-    asked = options.sampling
-    max_tokens = min(asked.max_tokens, api.service.max_model_len - len(prompt_ids))
-    min_tokens = min(asked.min_tokens, max_tokens)
-    seed = asked.seed if options.seeded else api.seeds.getrandbits(63)
+    Their ids are random, because two clients can choose the same id for their requests.
+    """
+    max_tokens = min(sampling.max_tokens, room)
+    min_tokens = min(sampling.min_tokens, max_tokens)
     unique = uuid.uuid4().hex
     return [
         Request(
             id=f"{unique}-{i}",
             prompt_ids=prompt_ids,
             sampling=replace(
-                asked, max_tokens=max_tokens, min_tokens=min_tokens, seed=_wrap(seed + i)
+                sampling, max_tokens=max_tokens, min_tokens=min_tokens, seed=_wrap(seed + i)
             ),
         )
-        for i in range(options.n)
+        for i in range(n)
     ]
 
 
 def _wrap(seed: int) -> int:
-    """``seed`` within int64, past whose end it starts again."""
+    """Wrap ``seed`` into the range of int64."""
     return (seed + 2**63) % 2**64 - 2**63

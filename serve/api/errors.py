@@ -1,4 +1,4 @@
-"""Errors in the OpenAI API's shape, for every answer that is not a success."""
+"""Error answers in the shape of OpenAI's API, and the middlewares that make them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import msgspec
 from aiohttp import web
 
 from serve.api.settings import API
+from serve.api.validation import InvalidField
 from serve.dispatch.service import Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
-_OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics", "/cluster"))  # need no key
+# They need no key, because probes and metrics collectors have none.
+_OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics", "/cluster"))
 
-ID = web.RequestKey("id", str)  # of the request, the client's or ours
-NAMED = web.RequestKey("named", bool)  # whether it is the client's
-STREAMING = web.RequestKey("streaming", bool)  # whether the status is sent already
+ID = web.RequestKey("id", str)  # of the request: the client's, or a random one
+NAMED = web.RequestKey("named", bool)  # whether the client chose it in a header
+STREAMING = web.RequestKey("streaming", bool)  # whether the status has been sent
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -36,12 +38,11 @@ _TYPES = {
     503: "ServiceUnavailableError",
 }
 
-
-CLIENT_GONE = 499  # as nginx has it; only ever seen in a log
+CLIENT_GONE = 499  # nginx's status for it; it appears in logs only
 
 
 class ApiError(Exception):
-    """An answer other than success; ``param`` names the field of the body that is at fault."""
+    """An answer other than success. ``param`` names the field of the body that is wrong."""
 
     def __init__(
         self,
@@ -56,18 +57,24 @@ class ApiError(Exception):
 
 
 def error_object(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """The body of an error answer, and of an error event in a stream."""
+    """Return the body of an error answer, which is also that of an error event in a stream."""
     kind = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 def sane_id(text: str) -> bool:
-    """Whether a client's name for its request can be ours, and go into a header."""
+    """Return whether a client's id for its request may be used, also in a header."""
     return 0 < len(text) <= 128 and text.isascii() and text.isprintable()
 
 
+def name_request(http: web.Request, request_id: Any) -> str:
+    """Return the request's id. A body's ``request_id`` counts if no header has one."""
+    if not http[NAMED] and isinstance(request_id, str) and sane_id(request_id):
+        http[ID] = request_id
+    return http[ID]
+
+
 def json_response(data: Any, status: int = 200, headers: Any = None) -> web.Response:
-    """``data`` as JSON."""
     return web.Response(
         body=msgspec.json.encode(data),
         status=status,
@@ -77,10 +84,12 @@ def json_response(data: Any, status: int = 200, headers: Any = None) -> web.Resp
 
 
 def from_exception(error: Exception) -> ApiError:
-    """What a client is told about ``error``; a 500 for what should not have happened."""
+    """Return the answer to ``error``. An unexpected one is logged and hidden behind a 500."""
     match error:
         case ApiError():
             return error
+        case InvalidField():
+            return ApiError(str(error), param=error.param)
         case Overloaded():
             return ApiError(str(error), status=429, headers=_retry(error.retry_after_s))
         case Unavailable():
@@ -100,16 +109,16 @@ def _retry(seconds: float) -> dict[str, str]:
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn exceptions into error answers, and name the request in every answer."""
-    given = request.headers.get("X-Request-Id", "")
-    request[NAMED] = sane_id(given)
-    request[ID] = given if request[NAMED] else uuid.uuid4().hex
+    """Turn exceptions into error answers, and put the request's id into every answer."""
+    header = request.headers.get("X-Request-Id", "")
+    request[NAMED] = sane_id(header)
+    request[ID] = header if request[NAMED] else uuid.uuid4().hex
     try:
         response = await handler(request)
-    except ConnectionError:  # the client has gone: nobody reads this, and it is no error
+    except ConnectionError:  # the client has disconnected, which is not an error
         return web.Response(status=CLIENT_GONE)
     except Exception as raised:
-        if request.get(STREAMING):  # the status is sent; the connection is all that is left
+        if request.get(STREAMING):  # too late for another status: aiohttp closes the connection
             raise
         error = from_exception(raised)
         body = error_object(str(error), error.status, error.param)
@@ -121,11 +130,11 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """401 without the key, on everything but what tells only how the server is."""
+    """Answer 401 without the API key, except on the paths that report the server's state."""
     key = request.app[API].settings.api_key
     if key is not None and request.path not in _OPEN_PATHS:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        same = hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode())
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        same = hmac.compare_digest(token.encode("utf-8", "surrogateescape"), key.encode())
         if not same or scheme.lower() != "bearer":
             raise ApiError("the API key is missing or wrong", status=401)
     return await handler(request)

@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 
 from serve.api.answers import ChatFormat, Collected, CompletionFormat, Format
-from serve.api.body import Body, read_body
-from serve.api.call import Call, check_model, make_call, max_prompts, read_options
+from serve.api.body import in_thread_if_large, read_request
+from serve.api.call import Call, make_call, make_head, max_prompts, read_sampling
 from serve.api.errors import ApiError, json_response
-from serve.api.prompts import read_messages_now, read_prompts_now
+from serve.api.prompts import read_messages, read_prompts
+from serve.api.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from serve.api.settings import API, Api
 from serve.api.streaming import stream_answer
 from serve.dispatch.service import Stream, read_all
 from serve.request import FinishReason
 
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+Prompts = Sequence[tuple[int, ...]]
 
 
 async def completions(http: web.Request) -> web.StreamResponse:
-    """Text after text."""
+    """Continue each prompt."""
     api = http.app[API]
-    body = await _read_open(http, api)
-    options = read_options(http, body, api, "cmpl", DEFAULT_COMPLETION_TOKENS)
-    limit = max_prompts(options, api)
-    call = await body.work(lambda: make_call(options, read_prompts_now(body, api, limit), api))
+    body = await read_request(http, CompletionRequest)
+    call = await _make_call(
+        http, body, "cmpl", lambda: read_prompts(body, api, max_prompts(body, api))
+    )
     return await _answer(http, api, call, CompletionFormat())
 
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
-    """The assistant's next message."""
+    """Write the assistant's next message."""
     api = http.app[API]
-    body = await _read_open(http, api)
-    options = read_options(http, body, api, "chatcmpl", None)
-    call = await body.work(lambda: make_call(options, [read_messages_now(body, api)], api))
+    body = await read_request(http, ChatCompletionRequest)
+    call = await _make_call(http, body, "chatcmpl", lambda: [read_messages(body, api)])
     return await _answer(http, api, call, ChatFormat())
 
 
-async def _read_open(http: web.Request, api: Api) -> Body:
-    """The body, if requests for its model are taken; nothing else is known before ready."""
-    body = await read_body(http)
-    check_model(body.get("model"), api)
-    api.service.check_open()
-    return body
+async def _make_call(
+    http: web.Request,
+    body: GenerationRequest,
+    id_prefix: str,
+    read: Callable[[], Prompts],
+) -> Call:
+    """Check the parameters, which is quick, before ``read`` makes token ids of the prompts."""
+    api = http.app[API]
+    head = make_head(http, body, api, id_prefix)
+    sampling = read_sampling(body, api)
+    return await in_thread_if_large(http, lambda: make_call(head, body, sampling, read(), api))
 
 
-async def _answer(http: web.Request, api: Api, call: Call, answer: Format) -> web.StreamResponse:
-    """Submit, answer, and whatever happens leave no request behind."""
+async def _answer(http: web.Request, api: Api, call: Call, form: Format) -> web.StreamResponse:
+    """Submit the requests and answer. Afterwards abort those that have not ended."""
     streams = api.service.submit(call.requests)
-    api.metrics.on_call(call.options.n, len(call.prompts))
+    api.metrics.on_call(call.body.n, len(call.prompts))
     try:
-        if call.options.stream:
-            return await stream_answer(http, call, answer, streams)
-        return json_response(answer.response(call, await _collect(streams)))
+        if call.body.stream:
+            return await stream_answer(http, call, form, streams)
+        return json_response(form.response(call, await _collect(streams)))
     finally:
         for request in call.requests:
-            api.service.abort(request.id)  # those that have ended are not there to abort
+            api.service.abort(request.id)  # has no effect on requests that have ended
 
 
 async def _collect(streams: Sequence[Stream]) -> list[Collected]:

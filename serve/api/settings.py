@@ -1,4 +1,4 @@
-"""What the HTTP handlers are told at start."""
+"""The options of the front end, and the objects that its handlers share."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from serve.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Options of the front end."""
+    """Options of the front end, which do not change while it runs."""
 
     served_model_names: tuple[str, ...]
     model_path: str
     vocab_size: int
-    created: int  # Unix seconds, of the start
+    created: int  # when the server started, in Unix seconds
     api_key: str | None = None
-    seed: int = 0  # of the seeds that requests get which bring none
+    seed: int = 0  # of the generator that gives a seed to each request without one
     max_body_bytes: int = 32 << 20
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 @dataclass(slots=True)
 class Api:
-    """All that a handler needs; one per application."""
+    """The objects that the handlers of one application share."""
 
     service: Service
     tokenizer: Tokenizer | None

@@ -1,4 +1,4 @@
-"""Answers as server-sent events: the choices of one call, interleaved as their tokens come."""
+"""Answers as server-sent events. The choices of a call are interleaved as their tokens arrive."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _HEADERS = {
     "X-Accel-Buffering": "no",
 }
 
-
 _encode = msgspec.json.Encoder().encode
-_MARK = "\0text\0"  # ids and names have no such characters
+_MARK = "\0text\0"  # stands for the text; ids and model names have no such characters
 
 
 class CallFailed(Exception):
-    """A choice ended with an error; the reason is the server's own."""
+    """A choice ended with an error. The text is the service's reason, for the client to read."""
 
 
 async def stream_answer(
-    http: web.Request, call: Call, answer: Format, streams: Sequence[Stream]
+    http: web.Request, call: Call, form: Format, streams: Sequence[Stream]
 ) -> web.StreamResponse:
-    """Write every choice's chunks, then usage if asked for, then ``[DONE]``.
+    """Write the chunks of all choices, then the usage if requested, then ``[DONE]``.
 
-    When the client goes away this is cancelled or the write fails; the caller aborts the requests.
+    When the client disconnects, this coroutine is cancelled or its write fails. The caller then
+    aborts the requests.
     """
     response = web.StreamResponse(headers={**_HEADERS, "X-Request-Id": http[ID]})
     await response.prepare(http)
     http[STREAMING] = True
     try:
-        await _write_choices(response, ChunkWriter(call, answer), streams)
+        await _write_choices(response, ChunkWriter(call, form), streams)
     except ConnectionError:
         raise
     except CallFailed as error:
         await response.write(_event(error_object(str(error), 500)))
-    except Exception as error:  # the status is sent: the error becomes an event
-        told = from_exception(error)
-        await response.write(_event(error_object(str(told), told.status)))
+    except Exception as error:  # the status has been sent, so the error becomes an event
+        answer_error = from_exception(error)
+        await response.write(_event(error_object(str(answer_error), answer_error.status)))
     await response.write_eof(DONE)
     return response
 
@@ -58,7 +58,10 @@ async def stream_answer(
 async def _write_choices(
     response: web.StreamResponse, writer: ChunkWriter, streams: Sequence[Stream]
 ) -> None:
-    """One write for what came together. A slow reader holds up nobody: its tokens merge."""
+    """Write the outputs that arrived together in one write.
+
+    A slow reader delays only itself: its stream joins the outputs that it has not read.
+    """
     async for batch in read_all(streams):
         error = None
         events = []
@@ -73,30 +76,30 @@ async def _write_choices(
             await response.write(b"".join(events))
         if error is not None:
             raise error
-    if writer.call.options.include_usage:
+    if writer.call.body.include_usage:
         await response.write(_event(writer.closing()))
 
 
 class ChunkWriter:
-    """Makes chunks of outputs, and counts their tokens.
+    """Turns outputs into events, and counts their tokens.
 
-    Between its first and its last chunk a choice's chunks differ in nothing but their text, if no
-    more is asked for: what stands around it is encoded once.
+    The chunks between a choice's first and last differ only in their text, unless usage or token
+    ids are requested. So the bytes before and after the text, the frame, are encoded only once.
     """
 
-    def __init__(self, call: Call, answer: Format) -> None:
-        self.call, self._answer = call, answer
+    def __init__(self, call: Call, form: Format) -> None:
+        self.call, self._form = call, form
         self._num_tokens = [0] * len(call.requests)
         self._opened: set[int] = set()
-        self._frames: dict[int, tuple[bytes, bytes]] = {}  # by choice: before and after the text
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # by choice
 
     def events(self, index: int, output: Output) -> bytes:
-        """The events that tell of ``output`` of choice ``index``."""
+        """Return the encoded events for ``output`` of choice ``index``."""
         frame = self._frames.get(index)
         if frame is None or output.finish_reason is not None:
             chunks = list(self.chunks(index, output))
-            options = self.call.options
-            if not (options.continuous_usage or options.return_token_ids):
+            body = self.call.body
+            if not (body.continuous_usage or body.return_token_ids):
                 self._frames[index] = self._frame(index, output)
             return b"".join([_event(chunk) for chunk in chunks])
         self._num_tokens[index] += len(output.token_ids)
@@ -104,27 +107,27 @@ class ChunkWriter:
 
     def _frame(self, index: int, output: Output) -> tuple[bytes, bytes]:
         plain = replace(output, text=_MARK, finish_reason=None)
-        before, _, after = _event(self._answer.chunk(self.call, index, plain)).partition(
+        before, _, after = _event(self._form.chunk(self.call, index, plain)).partition(
             _encode(_MARK)
         )
         return before, after
 
     def chunks(self, index: int, output: Output) -> Iterator[dict[str, Any]]:
-        """The chunks of choice ``index`` that tell of ``output``."""
+        """Yield the chunks for ``output`` of choice ``index``, the opening one first."""
         if index not in self._opened:
             self._opened.add(index)
-            opening = self._answer.opening(self.call, index)
+            opening = self._form.opening(self.call, index)
             if opening is not None:
                 yield self._count(opening, index)
         self._num_tokens[index] += len(output.token_ids)
-        yield self._count(self._answer.chunk(self.call, index, output), index)
+        yield self._count(self._form.chunk(self.call, index, output), index)
 
     def closing(self) -> dict[str, Any]:
-        """The chunk with the usage of all choices."""
-        return self._answer.closing(self.call, sum(self._num_tokens))
+        """Return the chunk with the usage of all choices."""
+        return self._form.closing(self.call, sum(self._num_tokens))
 
     def _count(self, chunk: dict[str, Any], index: int) -> dict[str, Any]:
-        if self.call.options.continuous_usage:
+        if self.call.body.continuous_usage:
             length = len(self.call.prompt_of(index))
             chunk["usage"] = usage_object(length, self._num_tokens[index])
         return chunk

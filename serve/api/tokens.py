@@ -6,54 +6,50 @@ from typing import Any
 
 from aiohttp import web
 
-from serve.api.body import Body, read_body
-from serve.api.call import check_model
+from serve.api.body import in_thread_if_large, read_request
 from serve.api.errors import ApiError, json_response
-from serve.api.prompts import are_token_ids_now, encode_now, need_tokenizer, render_messages_now
+from serve.api.models import check_model
+from serve.api.prompts import are_token_ids, encode, need_tokenizer, render_messages
+from serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from serve.api.settings import API, Api
 
-_MAX_ID = 2**31  # ids that the vocabulary lacks read as U+FFFD
+_MAX_ID = 2**31  # ids outside the vocabulary become U+FFFD
 
 
 async def tokenize(http: web.Request) -> web.Response:
-    """Token ids of ``prompt``, or of ``messages`` through the chat template."""
+    """Answer with the token ids of ``prompt``, or of ``messages`` in the chat template."""
     api = http.app[API]
-    body = await read_body(http)
-    check_model(body.get("model"), api)
-    api.service.check_open()
-    return json_response(await body.work(lambda: _tokenize_now(body, api)))
+    body = await read_request(http, TokenizeRequest)
+    check_model(body.model, api)
+    return json_response(await in_thread_if_large(http, lambda: _tokenize(body, api)))
 
 
 async def detokenize(http: web.Request) -> web.Response:
-    """The text of ``tokens``."""
+    """Answer with the text of ``tokens``."""
     api = http.app[API]
-    body = await read_body(http)
-    check_model(body.get("model"), api)
-    api.service.check_open()
-    return json_response(await body.work(lambda: _detokenize_now(body, api)))
+    body = await read_request(http, DetokenizeRequest)
+    check_model(body.model, api)
+    return json_response(await in_thread_if_large(http, lambda: _detokenize(body, api)))
 
 
-def _tokenize_now(body: Body, api: Api) -> dict[str, Any]:
+def _tokenize(body: TokenizeRequest, api: Api) -> dict[str, Any]:
     tokenizer = need_tokenizer(api, "tokenize")
-    wanted = body.boolean("return_token_strs")
-    if body.get("messages") is not None:
-        token_ids = render_messages_now(body, api)
+    special = body.add_special_tokens
+    if body.messages is not None:
+        token_ids = render_messages(body, api, add_special_tokens=special or False)
     else:
-        prompt = body.text("prompt")
-        if prompt is None:
-            raise ApiError("prompt or messages is required", param="prompt")
-        token_ids = encode_now(tokenizer, prompt, body.boolean("add_special_tokens", True))
+        token_ids = encode(tokenizer, body.prompt or "", special is None or special)
+    strings = [tokenizer.id_to_token(i) for i in token_ids] if body.return_token_strs else None
     return {
         "count": len(token_ids),
         "max_model_len": api.service.max_model_len,
         "tokens": token_ids,
-        "token_strs": [tokenizer.id_to_token(i) for i in token_ids] if wanted else None,
+        "token_strs": strings,
     }
 
 
-def _detokenize_now(body: Body, api: Api) -> dict[str, Any]:
+def _detokenize(body: DetokenizeRequest, api: Api) -> dict[str, Any]:
     tokenizer = need_tokenizer(api, "detokenize")
-    tokens = body.get("tokens")
-    if not are_token_ids_now(tokens, _MAX_ID):
+    if not are_token_ids(body.tokens, _MAX_ID):
         raise ApiError("tokens must be a list of token ids", param="tokens")
-    return {"prompt": tokenizer.decode(tokens, skip_special_tokens=False)}
+    return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}

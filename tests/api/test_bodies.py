@@ -1,4 +1,4 @@
-"""What bodies may ask for: recorded clients, extensions, neutral values, refusals by name."""
+"""Request bodies: those of known clients, extensions, neutral values, refusals by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN = [{"role": "user", "content": "hi"}]
 USAGE = {"include_usage": True, "continuous_usage_stats": True}
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
-# What clients were seen to send.
+# Bodies recorded from clients.
 RECORDED: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"model": "alias", "messages": PARTS, "stream": True, "stream_options": USAGE,
             "max_completion_tokens": 4, "max_tokens": 4, "ignore_eos": True, "stop": None}),
@@ -48,7 +48,7 @@ RECORDED: list[tuple[str, dict[str, Any]]] = [
 async def post(
     ask: dict[str, Any], path: str = COMPLETIONS, **settings: Any
 ) -> tuple[int, Any, FakeService]:
-    """Status and body (a list of events if it is a stream), and the service that was asked."""
+    """Return the status, the body (for a stream the list of its events) and the service."""
     service = FakeService()
     async with (
         serving(service, FakeTokenizer(), **settings) as url,
@@ -239,7 +239,7 @@ async def test_wrong_messages(messages: object) -> None:
         {"self": 1}, [1], "x",
     ],
 )  # fmt: skip
-async def test_what_the_template_refuses_is_400(kwargs: object) -> None:
+async def test_a_refusal_of_the_template_is_400(kwargs: object) -> None:
     status, body, _ = await post({"messages": PLAIN, "chat_template_kwargs": kwargs}, CHAT)
     assert status == 400, body
     if kwargs == {"refuse": "roles must alternate"}:
@@ -265,17 +265,17 @@ async def test_sampling_arrives_as_asked() -> None:
     assert sampling.logit_bias == {5: -100.0, 7: 3.5}
 
 
-async def test_what_a_request_leaves_open_is_as_the_model_recommends() -> None:
+async def test_missing_fields_are_as_the_model_recommends() -> None:
     recommended: dict[str, Any] = {
         "temperature": 0.6, "top_p": 0.8, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.05,
     }  # fmt: skip
     settings = {"sampling": SamplingDefaults(**recommended)}
-    given: dict[str, Any]
-    for given in ({}, {"temperature": 0, "top_k": -1}, {"top_p": None, "repetition_penalty": 1.0}):
+    fields: dict[str, Any]
+    for fields in ({}, {"temperature": 0, "top_k": -1}, {"top_p": None, "repetition_penalty": 1.0}):
         for path, prompt in ((COMPLETIONS, {"prompt": "hi"}), (CHAT, {"messages": PLAIN})):
-            _, _, service = await post({"max_tokens": 2} | prompt | given, path, **settings)
+            _, _, service = await post({"max_tokens": 2} | prompt | fields, path, **settings)
             sampling = service.requests[0].sampling
-            chosen = {name: value for name, value in given.items() if value is not None}
+            chosen = {name: value for name, value in fields.items() if value is not None}
             for name, value in (recommended | chosen).items():
                 assert getattr(sampling, name) == max(0, value), name
             assert sampling.presence_penalty == sampling.frequency_penalty == 0.0
@@ -318,7 +318,8 @@ async def test_token_ids_and_timeline_in_a_stream() -> None:
 
 
 async def test_every_token_makes_a_chunk_even_without_text() -> None:
-    stop = "abcdefghijklmnopqrstuvwxyz"  # every text may be its beginning: all of it is held back
+    # Every text may be the beginning of this stop string, so no text is sent before the end.
+    stop = "abcdefghijklmnopqrstuvwxyz"
     ask = {"prompt": "hi", "max_tokens": 4, "stream": True, "temperature": 0, "stop": [stop]}
     _, chunks, _ = await post(ask | {"logit_bias": {}})
     assert len(chunks) == 4

@@ -1,4 +1,4 @@
-"""Bodies that benchmarks and libraries were seen to send, and values that ask for nothing."""
+"""Bodies recorded from benchmarks and libraries, and values that mean the default."""
 
 from __future__ import annotations
 

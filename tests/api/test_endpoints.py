@@ -1,4 +1,4 @@
-"""The HTTP endpoints as the OpenAI SDK and recorded clients use them, over real sockets."""
+"""The HTTP endpoints over real sockets, as the OpenAI SDK and plain HTTP clients use them."""
 
 from __future__ import annotations
 

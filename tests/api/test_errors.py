@@ -1,4 +1,4 @@
-"""What the HTTP front end answers to users' mistakes, and when it takes no requests."""
+"""Error answers: wrong requests, a missing key, overload, a server that starts or drains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 async def check_error(response: aiohttp.ClientResponse, status: int) -> dict[str, Any]:
-    """The error object, in the one shape there is."""
+    """Check status and shape of an error answer, and return its error object."""
     assert response.status == status, await response.text()
     assert response.content_type == "application/json"
     assert response.headers["X-Request-Id"]
@@ -160,8 +160,8 @@ async def test_prompts_times_n_are_bounded(http: aiohttp.ClientSession) -> None:
 async def test_wrong_key(tokenizer: Tokenizer) -> None:
     cluster = FakeCluster(tokenizer, api_key="kéy")
     async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
-        for given in (None, "Bearer", "Bearer wrong", "Basic kéy", "kéy", "Bearer \udcff"):
-            headers: dict[str, str] = {} if given is None else {"Authorization": given}
+        for header in (None, "Bearer", "Bearer wrong", "Basic kéy", "kéy", "Bearer \udcff"):
+            headers: dict[str, str] = {} if header is None else {"Authorization": header}
             for path in ("/v1/models", COMPLETIONS, "/tokenize", "/nowhere", "/%76%31/models"):
                 async with http.request("POST", path, headers=headers) as response:
                     error = await check_error(response, 401)

@@ -1,4 +1,4 @@
-"""Random bodies: whatever a client sends, the answer is 2xx or 4xx, comes soon, and leaks nothing.
+"""Random bodies: each is answered with 2xx or 4xx, in time, and leaves no state behind.
 
 The examples are the same in every run.
 """
@@ -106,7 +106,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "request_id": st.text(max_size=5),
 }  # fmt: skip
 
-# Mostly what is right, so that much of it gets through, and here and there anything.
+# Three in four values are of the right type, so that many bodies are accepted.
 fields = {name: st.one_of(good, good, good, values) for name, good in LIKELY.items()}
 needed = {name: fields.pop(name) for name in ("prompt", "messages", "tokens")}
 bodies = st.lists(st.sampled_from(sorted(fields)), max_size=5, unique=True).flatmap(
@@ -115,7 +115,7 @@ bodies = st.lists(st.sampled_from(sorted(fields)), max_size=5, unique=True).flat
 
 
 class Server:
-    """A fake cluster on an event loop of its own; one connection per question."""
+    """A fake cluster on an event loop of its own. Each request has its own connection."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()

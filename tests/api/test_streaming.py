@@ -1,4 +1,4 @@
-"""Streams over real sockets: usage, slow readers, errors on the way, clients that go away."""
+"""Streams over real sockets: usage, slow readers, errors in mid-stream, disconnects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 def parse(raw: str) -> list[dict[str, Any]]:
-    """The events of a whole stream, without its ``[DONE]``."""
+    """Return the events of a whole stream, without its ``[DONE]``."""
     events = raw.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert all(event.startswith("data: ") for event in events[:-1])
@@ -151,11 +151,11 @@ async def test_exception_in_a_stream_is_an_event(
     await cluster.until(lambda: len(cluster.aborted) == 1)
 
 
-# --- clients that go away -------------------------------------------------------------------------
+# --- disconnects --------------------------------------------------------------------------------
 
 
 async def open_request(url: str, path: str, **body: Any) -> tuple[asyncio.StreamReader, Any]:
-    """A connection on which a request is sent."""
+    """Open a connection and send a request on it."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     data = json.dumps({"prompt": "Hello", "messages": HELLO, **body}).encode()
@@ -180,7 +180,7 @@ async def test_disconnect_aborts_every_choice(
 
 
 async def test_disconnect_while_the_last_token_comes(url: str, cluster: FakeCluster) -> None:
-    """Whichever is first, the request ends once and nothing is left."""
+    """The request ends once and leaves no state, in either order of the two events."""
     for _ in range(20):
         cluster.hold_at = 3
         _, writer = await open_request(url, COMPLETIONS, stream=True, max_tokens=4)
@@ -210,7 +210,7 @@ async def test_disconnect_during_the_body(url: str, cluster: FakeCluster) -> Non
 
 
 async def test_slow_reader_gets_everything(url: str, cluster: FakeCluster) -> None:
-    """Its tokens merge while the socket is full; other requests go on."""
+    """The stream joins tokens while the socket is full; other requests are not delayed."""
     num_tokens, text = 400, "x" * 20_000
     cluster.hold_at = 0
     host, port = url.removeprefix("http://").split(":")

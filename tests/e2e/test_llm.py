@@ -142,3 +142,16 @@ def test_a_wrong_option_gives_one_error_line(tmp_path: Path) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("serve: error:")]
     assert len(errors) == 1
     assert "--replica-spec" in errors[0]
+
+
+def test_a_wrong_line_is_one_line(tmp_path: Path) -> None:
+    model = write_llama_checkpoint(tmp_path / "model", seed=5)
+    for weights in model.glob("*.safetensors"):
+        weights.unlink()  # the line is refused before the weights are read
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"prompt": [1]}\n{"prompt": [1], "temperature": 7}\n')
+    done = generate(tmp_path, model, 2)
+    assert done.returncode == 1, "torchrun's own"
+    errors = [line for line in done.stderr.splitlines() if line.startswith("serve: error:")]
+    assert errors == [f"serve: error: {prompts}:2: temperature must be in [0, 2], got 7"]
+    assert not (tmp_path / "out.jsonl").exists()

@@ -1,4 +1,4 @@
-"""FakeService: a service without replicas, which computes tokens itself, for tests of HTTP."""
+"""A fake service and tokenizer for the HTTP front end, with tokens computed from the request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_BYTES = 256  # ids from here on have no token
 
 
 class FakeTokenizer:
-    """One id per byte of UTF-8."""
+    """A tokenizer with one id for each byte of UTF-8."""
 
     vocab_size = VOCAB_SIZE
     has_chat_template = True
@@ -51,33 +51,33 @@ class FakeTokenizer:
 
 
 def token(request: Request, index: int) -> int:
-    """Return output ``index`` of ``request``: a letter computed from prompt, seed and index."""
+    """Return token ``index`` of ``request``: a letter that depends on prompt, seed and index."""
     seed = request.sampling.seed if request.sampling.temperature else 0
     return ord("a") + (sum(request.prompt_ids) + seed + index) % 26
 
 
 def text(request: Request, count: int) -> str:
-    """Return the first ``count`` tokens as text."""
+    """Return the text of the first ``count`` tokens."""
     return "".join(chr(token(request, index)) for index in range(count))
 
 
 class FakeService:
-    """With ``auto`` it answers at once, one output per turn of the event loop; else a test does."""
+    """A service that emits one token per turn of the event loop, or as a test says."""
 
     def __init__(self, max_model_len: int = 2048, auto: bool = True) -> None:
         self.ready, self.draining = True, False
         self.max_model_len = max_model_len
-        self.max_live = self.max_waiting = 1000
+        self.max_active = self.max_waiting = 1000
         self.auto = auto
-        self.live: dict[str, Stream] = {}
-        self.requests: list[Request] = []  # every request so far
+        self.active: dict[str, Stream] = {}
+        self.requests: list[Request] = []  # all that were submitted
         self.submitted: asyncio.Queue[Request] = asyncio.Queue()
-        self.aborted: asyncio.Queue[str] = asyncio.Queue()  # only active requests
+        self.aborted: asyncio.Queue[str] = asyncio.Queue()  # only those that were active
         self._texts: dict[str, Detokenizer] = {}
 
     def submit(self, requests: Sequence[Request]) -> list[Stream]:
         self.check_open()
-        if len(self.live) + len(requests) > self.max_live:
+        if len(self.active) + len(requests) > self.max_active:
             raise Overloaded("too many wait", 2.5)
         streams = [self._open(request) for request in requests]
         for request in requests:
@@ -91,7 +91,7 @@ class FakeService:
             raise Unavailable("the server is starting or shutting down")
 
     def abort(self, request_id: str) -> None:
-        if request_id in self.live:
+        if request_id in self.active:
             self.aborted.put_nowait(request_id)
             self.end(request_id, FinishReason.ABORT)
 
@@ -99,7 +99,7 @@ class FakeService:
         return [{"id": 0, "role": "mixed"}]
 
     def emit(self, request: Request, index: int) -> None:
-        """Put token ``index`` of ``request``, together with the end if it is the last."""
+        """Emit token ``index`` of ``request``, with a finish reason if it is the last."""
         sampling = request.sampling
         token_id = token(request, index)
         piece = self._texts[request.id].push(token_id)
@@ -123,16 +123,16 @@ class FakeService:
         stop_reason: str | int | None = None,
         error: str | None = None,
     ) -> None:
-        """Put the last output."""
+        """Emit the last output of a request."""
         self._put(
             request_id, first_index, token_ids, text, finish_reason=reason, error=error,
             stop_reason=stop_reason, timeline=Timeline(arrived_s=1.0, finished_s=2.5),
         )  # fmt: skip
-        del self.live[request_id]
+        del self.active[request_id]
 
     def _open(self, request: Request) -> Stream:
         stream = Stream(request)
-        self.live[request.id] = stream
+        self.active[request.id] = stream
         self.requests.append(request)
         self._texts[request.id] = Detokenizer(
             cast(Tokenizer, FakeTokenizer()), request.sampling, request.prompt_ids
@@ -140,14 +140,14 @@ class FakeService:
         return stream
 
     def _run(self, request: Request, index: int) -> None:
-        if request.id in self.live:
+        if request.id in self.active:
             self.emit(request, index)
             asyncio.get_running_loop().call_soon(self._run, request, index + 1)
 
     def _put(
         self, request_id: str, index: int, ids: tuple[int, ...], text: str, **end: Any
     ) -> None:
-        self.live[request_id].put(
+        self.active[request_id].put(
             Output(request_id=request_id, first_index=index, token_ids=ids, text=text, **end)
         )
 
@@ -156,7 +156,7 @@ class FakeService:
 async def serving(
     service: FakeService, tokenizer: FakeTokenizer | None = None, **settings: Any
 ) -> AsyncIterator[str]:
-    """Start the front end over ``service`` as the launcher does and yield its URL."""
+    """Serve the front end of ``service`` as the launcher does; yield its URL."""
     defaults: dict[str, Any] = {
         "served_model_names": ("org/model", "alias"), "model_path": "/models/m",
         "vocab_size": VOCAB_SIZE, "created": 1,

@@ -53,12 +53,12 @@ class Progress:
     request: Request
     decode_replica: int
     num_tokens: int = 0
-    end_at: int | None = None  # with finish_reason stop, as if the text had matched
+    end_at: int | None = None  # with finish_reason stop, as after a stop string
     running: bool = False
 
 
 class FakeCluster:
-    """Replicas that answer on the running event loop, and the server in front of them."""
+    """Simulated replicas on the running event loop, and the real server in front of them."""
 
     def __init__(
         self,

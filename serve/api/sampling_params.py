@@ -1,0 +1,66 @@
+"""Make ``SamplingParams`` of a request's fields; check what depends on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from serve.api.schemas import SamplingFields
+from serve.api.validation import InvalidField, shorten
+from serve.config.sampling_defaults import SamplingDefaults
+from serve.request import SamplingParams
+
+T = TypeVar("T")
+
+
+def make_sampling_params(
+    fields: SamplingFields,
+    defaults: SamplingDefaults,
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    has_tokenizer: bool,
+) -> SamplingParams:
+    """Make the parameters that all prompts and choices of a request share.
+
+    ``max_tokens`` is the limit for requests without one of their own. It is not yet cut to the
+    room that a prompt leaves in the context. Raises ``InvalidField``.
+    """
+    limit = fields.max_completion_tokens or fields.max_tokens or max_tokens
+    if fields.min_tokens > limit:
+        raise InvalidField(f"min_tokens must not exceed max_tokens, {limit}", "min_tokens")
+    stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
+    if stop and not has_tokenizer:
+        raise InvalidField("stop needs a tokenizer, and the server runs without one", "stop")
+    _check_vocabulary("stop_token_ids", fields.stop_token_ids, vocab_size)
+    _check_vocabulary("logit_bias", fields.logit_bias, vocab_size)
+    return SamplingParams(
+        max_tokens=limit,
+        min_tokens=fields.min_tokens,
+        temperature=_or(fields.temperature, defaults.temperature),
+        top_p=_or(fields.top_p, defaults.top_p),
+        top_k=min(max(0, _or(fields.top_k, defaults.top_k)), vocab_size),
+        min_p=_or(fields.min_p, defaults.min_p),
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        repetition_penalty=_or(fields.repetition_penalty, defaults.repetition_penalty),
+        seed=_or(fields.seed, 0),
+        stop=stop,
+        stop_token_ids=tuple(fields.stop_token_ids),
+        logit_bias=fields.logit_bias,
+        include_stop_str_in_output=fields.include_stop_str_in_output,
+        skip_special_tokens=fields.skip_special_tokens,
+        ignore_eos=fields.ignore_eos,
+    )
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _check_vocabulary(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if token_id >= vocab_size:
+            raise InvalidField(
+                f"{name} must have token ids below {vocab_size}, got {shorten(token_id)}", name
+            )
