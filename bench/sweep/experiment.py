@@ -66,7 +66,7 @@ class Workload(Strict, frozen=True):
     extra_body: dict[str, Any] | None = None
     monitor_interval_s: Annotated[float, Meta(ge=0)] | None = None
 
-    def given(self) -> dict[str, Any]:
+    def set_options(self) -> dict[str, Any]:
         """Return the options that are set, by name. A switch that is False is left out."""
         return {
             name: value
