@@ -26,8 +26,8 @@ import msgspec
 import uvloop
 from tqdm import tqdm
 
-from serve.api.prompt_file import FilePrompt, PromptFileError, read_prompt_file
-from serve.config.sampling_fields import sampling_from_fields
+from serve.api.prompt_file import DEFAULT_MAX_TOKENS, FilePrompt, PromptFileError, read_prompt_file
+from serve.api.sampling_params import sampling_from_keywords
 from serve.config.server import ConfigError, parse_args
 from serve.dispatch.service import Stream
 from serve.request import FinishReason, Request, SamplingParams
@@ -37,8 +37,6 @@ from serve.runtime.server import run_to_end, work_until_dismissed
 from serve.runtime.shutdown import die_with_parent, exit_now
 from serve.runtime.startup import FrontEnd, serving_front_end
 from serve.topology import read_rank_info
-
-DEFAULT_MAX_TOKENS = 16
 
 T = TypeVar("T")
 
@@ -90,9 +88,9 @@ class LLM:
     ) -> list[Completion]:
         """Complete ``prompts`` (text or token ids) and return the completions in their order.
 
-        ``sampling`` is for all prompts, or has one entry for each. Without it, ``fields`` are
-        fields of ``SamplingParams`` (``max_tokens``, ``temperature``, ``top_p``, ``seed``,
-        ``stop``, ...). The default of ``max_tokens`` is 16 and that of ``temperature`` is 0, which
+        ``sampling`` is for all prompts, or has one entry for each. Without it, ``fields`` are the
+        sampling fields of ``/v1/completions`` (``max_tokens``, ``temperature``, ``top_p``,
+        ``seed``, ``stop``, ...). The default of ``max_tokens`` is 16 and that of ``temperature`` is 0, which
         is greedy; ``temperature=None`` stands for the value that the model recommends. All other
         fields default to what the model recommends.
 
@@ -135,13 +133,13 @@ class LLM:
             await self._closing.wait()
 
     def _read_sampling(self, fields: dict[str, Any]) -> SamplingParams:
-        config = self.config
-        fields = {"max_tokens": DEFAULT_MAX_TOKENS, "temperature": 0.0} | fields
-        vocab_size = config.model_config.vocab_size
-        sampling = sampling_from_fields(fields, config.sampling_defaults, vocab_size)
-        if sampling.stop and self._front_end.tokenizer is None:
-            raise ValueError("stop needs a tokenizer")
-        return sampling
+        return sampling_from_keywords(
+            {"temperature": 0.0} | fields,
+            self.config.sampling_defaults,
+            max_tokens=DEFAULT_MAX_TOKENS,
+            vocab_size=self.config.model_config.vocab_size,
+            has_tokenizer=self._front_end.tokenizer is not None,
+        )
 
     def _request(self, prompt: str | Sequence[int], sampling: SamplingParams) -> Request:
         ids = self._encode(prompt) if isinstance(prompt, str) else tuple(prompt)
@@ -152,7 +150,9 @@ class LLM:
         if room < 1:
             limit = self._front_end.service.max_model_len
             raise ValueError(f"a prompt of {len(ids)} tokens; contexts hold {limit}")
-        sampling = msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        max_tokens = min(sampling.max_tokens, room)
+        min_tokens = min(sampling.min_tokens, max_tokens)
+        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens)
         return Request(id=uuid.uuid4().hex, prompt_ids=ids, sampling=sampling)
 
     def _encode(self, prompt: str) -> tuple[int, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from serve.api.schemas import SamplingFields
-from serve.api.validation import InvalidField, shorten
+from serve.api.validation import InvalidField, shorten, to_struct
 from serve.config.sampling_defaults import SamplingDefaults
 from serve.request import SamplingParams
 
@@ -52,6 +53,36 @@ def make_sampling_params(
         skip_special_tokens=fields.skip_special_tokens,
         ignore_eos=fields.ignore_eos,
     )
+
+
+def sampling_from_keywords(
+    keywords: Mapping[str, Any],
+    defaults: SamplingDefaults,
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    has_tokenizer: bool,
+) -> SamplingParams:
+    """Make parameters of Python keywords, which have the names and ranges of the HTTP API's fields.
+
+    A keyword that is None has its default. Raises ``TypeError`` for an unknown keyword, and
+    ``ValueError`` for a value that is out of range or of the wrong type. Both name the keyword.
+    """
+    for name, value in keywords.items():
+        if name not in SamplingFields.__struct_fields__:
+            raise TypeError(f"{name!r} is not a sampling parameter")
+        if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers
+            raise ValueError(f"{name} must be a finite number")
+    try:
+        return make_sampling_params(
+            to_struct(keywords, SamplingFields),
+            defaults,
+            max_tokens=max_tokens,
+            vocab_size=vocab_size,
+            has_tokenizer=has_tokenizer,
+        )
+    except InvalidField as error:
+        raise ValueError(str(error)) from None
 
 
 def _or(value: T | None, default: T) -> T:

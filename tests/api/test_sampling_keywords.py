@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from serve.api.sampling_params import sampling_from_keywords
 from serve.config.sampling_defaults import SamplingDefaults
-from serve.config.sampling_fields import sampling_from_fields
 from serve.request import SamplingParams
 
 VOCAB_SIZE = 128
@@ -16,7 +16,9 @@ DEFAULTS = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20, repetition_pen
 
 
 def sample(**fields: Any) -> SamplingParams:
-    return sampling_from_fields({"max_tokens": 16} | fields, DEFAULTS, VOCAB_SIZE)
+    return sampling_from_keywords(
+        fields, DEFAULTS, max_tokens=16, vocab_size=VOCAB_SIZE, has_tokenizer=True
+    )
 
 
 def test_fields_lie_on_top_of_the_models_defaults() -> None:
@@ -28,7 +30,7 @@ def test_fields_lie_on_top_of_the_models_defaults() -> None:
     )
 
 
-EVERY_FIELD = {
+EVERY_FIELD: dict[str, Any] = {
     "max_tokens": 9, "seed": -5, "temperature": 0.5, "top_p": 0.4, "top_k": 3, "min_p": 0.1,
     "presence_penalty": 1.0, "frequency_penalty": -1.0, "repetition_penalty": 1.3,
     "logit_bias": {5: 2.0}, "stop": ("a", "b"), "stop_token_ids": (1, 2),
@@ -59,7 +61,7 @@ def test_an_unknown_field_is_a_type_error(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_tokens", None), ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True),
+        ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True),
         ("min_tokens", -1),
         ("min_tokens", 17), ("seed", 2**63), ("seed", "x"), ("temperature", -0.1),
         ("temperature", 2.1), ("temperature", math.nan), ("temperature", "hot"), ("top_p", 0),
@@ -74,3 +76,10 @@ def test_a_bad_value_is_a_value_error_of_one_line(name: str, value: Any) -> None
     with pytest.raises(ValueError, match=name) as raised:
         sample(**{name: value})
     assert "\n" not in str(raised.value)
+
+
+def test_stop_needs_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match="stop needs a tokenizer"):
+        sampling_from_keywords(
+            {"stop": "x"}, DEFAULTS, max_tokens=16, vocab_size=VOCAB_SIZE, has_tokenizer=False
+        )
