@@ -285,7 +285,7 @@ def test_rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, cop
 @pytest.mark.parametrize(("dim", "heads"), [(128, (0, 1, 2, 3)), (64, (2, 3)), (96, (3, 0, 1))])
 def test_packing(dim: int, heads: tuple[int, ...], dtype: torch.dtype) -> None:
     """Exactly the blocks and heads that are wanted, there and back."""
-    kernels = pytest.importorskip("serve.comm.triton_kv")
+    kernels = pytest.importorskip("serve.comm.pack_kernels")
     source = torch.randn(9, 3, 2, 16, 4, dim, device=GPU, dtype=dtype)
     target = torch.randn_like(source)
     before = target.clone()
