@@ -86,7 +86,7 @@ def _rows(
         for sequence in sequences:
             sequence.token_ids.append(INPUT_ID)
         chunks = [Chunk(one, len(one.token_ids) - 1, 1, True, None, 0) for one in sequences]
-        return build_step(0, Batch(tuple(chunks), (), ()), ()).rows
+        return build_step(Batch(tuple(chunks), (), ()), ()).rows
 
     return plan
 

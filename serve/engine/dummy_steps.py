@@ -43,7 +43,6 @@ def _step(setup: RankSetup, sequences: list[tuple[int, int]]) -> Step:
     """Of sequences that bring ``count`` tokens after ``start`` others."""
     layout = setup.layout
     return Step(
-        0,
         tuple(
             StepSequence(start, (0,) * count, (0,) * layout.num_blocks_for(start + count), True)
             for start, count in sequences

@@ -81,7 +81,6 @@ class Offer(Message, frozen=True):
 class Ready(Message, frozen=True):
     """The blocks are reserved; until the loan ends they are the prefill replica's to fill."""
 
-    decode_replica: int
     request_id: str
 
 
@@ -147,7 +146,6 @@ class ReplicaLoad(Struct, frozen=True, kw_only=True):
     num_sending: int = 0
     num_unfinished_tokens: int = 0
     num_preemptions: int = 0
-    num_steps: int = 0
 
 
 class Report(Message, frozen=True):
@@ -198,7 +196,6 @@ class SampleRow(Struct, frozen=True, array_like=True):
 class Step(Message, frozen=True):
     """One forward pass over ``sequences``; ``rows`` has one entry per sequence with ``sample``."""
 
-    number: int
     sequences: tuple[StepSequence, ...]
     rows: tuple[SampleRow, ...] = ()
 
@@ -237,7 +234,6 @@ Entry = Step | PostReceive | Unpack | Send | Stop
 class Received(Message, frozen=True):
     """A follower has push ``number`` of ``prefill_replica`` in its staging slot."""
 
-    rank: int
     prefill_replica: int
     number: int
 
@@ -268,8 +264,6 @@ class ReplicaReady(Message, frozen=True):
 
 class Heartbeat(Message, frozen=True):
     """A follower to rank 0, once a second."""
-
-    rank: int
 
 
 class Goodbye(Message, frozen=True):

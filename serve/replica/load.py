@@ -14,7 +14,6 @@ def measure_load(
     scheduler: Scheduler,
     incoming: IncomingTransfers,
     outgoing: OutgoingTransfers,
-    num_steps: int,
 ) -> ReplicaLoad:
     """The load of the replica that these belong to."""
     return ReplicaLoad(
@@ -26,5 +25,4 @@ def measure_load(
         num_sending=outgoing.num_sending,
         num_unfinished_tokens=scheduler.num_unfinished_tokens,
         num_preemptions=scheduler.num_preemptions,
-        num_steps=num_steps,
     )

@@ -84,7 +84,7 @@ def make_case(
     for (new, total), count in zip(lengths, counts, strict=True):
         table, order = tuple(order[:count]), order[count:]
         sequences.append(StepSequence(total - new, (0,) * new, table, True))
-    batch = build_forward_batch(Step(0, tuple(sequences)), BLOCK_SIZE, GPU)
+    batch = build_forward_batch(Step(tuple(sequences)), BLOCK_SIZE, GPU)
     shape = (sum(counts), 3, 2, BLOCK_SIZE, num_kv_heads, dim)
     cache = torch.randn(shape, device=GPU, dtype=dtype)
     q = torch.randn(len(batch.token_ids), num_heads, dim, device=GPU, dtype=dtype)
