@@ -2,8 +2,8 @@
 
 Each filter keeps the logits above a threshold of the row and, of the logits equal to it, the first
 few by id. The threshold is the largest value for which the logits at or above it reach a target
-weight: the count ``top_k``, or the share ``top_p`` of the probability. Bisection finds it. Each pass
-reads the whole row, which lies in the L2 cache, until the logits between the bounds fit into
+weight: the count ``top_k``, or the share ``top_p`` of the probability. Bisection finds it. Each
+pass reads the whole row, which lies in the L2 cache, until the logits between the bounds fit into
 registers. The rest of the bisection runs there.
 
 One program handles one row. Nothing depends on the host, and no sum depends on the order in which

@@ -74,9 +74,8 @@ def _best_of_part(
         rough = tl.where(valid, scaled + _rough_gumbel(bits), float("-inf"))
         highest = tl.max(rough, 0)
         near = valid & (rough >= highest - (1e-3 + 1e-5 * tl.abs(highest)))
-        if (
-            tl.sum(near.to(tl.int32), 0) == 1
-        ):  # nearly always, so that one token needs the exact noise
+        # Nearly always one token is near the highest, and only it needs the exact noise.
+        if tl.sum(near.to(tl.int32), 0) == 1:
             found = tl.min(tl.where(near, token, vocab_size), 0)
             logit_found = tl.load(logits_ptr + row * vocab_size + found).to(tl.float32)
             exact = tl.math.div_rn(logit_found, temperature).to(tl.float64)
