@@ -36,7 +36,7 @@ def uniform_noise(streams: Tensor, num_ids: int) -> Tensor:
 
 
 def gumbel_noise(streams: Tensor, num_ids: int) -> Tensor:
-    """Return standard Gumbel noise for ids ``[0, num_ids)``: ``[num_streams, num_ids]``, float64."""
+    """Return standard Gumbel noise of ids ``[0, num_ids)``: ``[num_streams, num_ids]``, float64."""
     return uniform_noise(streams, num_ids).log_().neg_().log_().neg_()
 
 
