@@ -140,8 +140,8 @@ class RankProcess:
         self._leaving = True
         if self.leads:
             self.worker.stop()
-        self.channel.goodbye()
-        await self.channel.closed()
+        self.channel.send_goodbye()
+        await self.channel.wait_closed()
 
     def abandon(self, reason: str) -> None:
         """The job cannot go on, for a reason from outside."""
@@ -163,9 +163,9 @@ class RankProcess:
     async def dismiss(self) -> None:
         """On rank 0: the job ends here, and the others, which can do nothing about it, leave."""
         self._leaving = True
-        self.channel.goodbye()
+        self.channel.send_goodbye()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.channel.closed(), FAREWELL_S)
+            await asyncio.wait_for(self.channel.wait_closed(), FAREWELL_S)
 
     def _load(self, progress: Progress) -> Loaded:
         loaded = load_rank(self.setup, progress)
