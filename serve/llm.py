@@ -90,9 +90,9 @@ class LLM:
 
         ``sampling`` is for all prompts, or has one entry for each. Without it, ``fields`` are the
         sampling fields of ``/v1/completions`` (``max_tokens``, ``temperature``, ``top_p``,
-        ``seed``, ``stop``, ...). The default of ``max_tokens`` is 16 and that of ``temperature`` is 0, which
-        is greedy; ``temperature=None`` stands for the value that the model recommends. All other
-        fields default to what the model recommends.
+        ``seed``, ``stop``, ...). The default of ``max_tokens`` is 16. The default of
+        ``temperature`` is 0, which is greedy; ``temperature=None`` stands for the value that the
+        model recommends. All other fields default to what the model recommends.
 
         Raises ``TypeError`` for an unknown field, and ``ValueError`` for a prompt or a field that
         is out of range. Both name it.

@@ -90,7 +90,7 @@ class Engine:
             id="r", prompt_ids=(0,), sampling=SamplingParams(max_tokens=1, temperature=0.0)
         )
         rows = [SampleRow(request if i % 2 else greedy, 0) for i in range(batch)]
-        return Step(0, tuple(sequences), tuple(rows))
+        return Step(tuple(sequences), tuple(rows))
 
 
 def main() -> None:

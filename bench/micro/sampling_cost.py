@@ -87,7 +87,7 @@ def _rows(
         for sequence in sequences:
             sequence.token_ids.append(INPUT_ID)
         chunks = [Chunk(one, len(one.token_ids) - 1, 1, True, None, 0) for one in sequences]
-        return build_step(0, Batch(tuple(chunks), (), ()), ()).rows
+        return build_step(Batch(tuple(chunks), (), ()), ()).rows
 
     return plan
 
@@ -97,10 +97,10 @@ def _sampling(logits: Tensor, rows: Callable[[], Sequence[SampleRow]]) -> Callab
     penalties = Penalties(len(logits))
     if not logits.is_cuda:
         return lambda: sample(logits.clone(), rows(), input_ids, penalties)
-    from serve.sampling.gpu_sampler import sample_on_gpu
+    from serve.sampling.gpu_sampler import GpuSampler
 
-    tokens = torch.empty_like(input_ids)
-    return lambda: sample_on_gpu(logits, rows(), input_ids, penalties, tokens)
+    tokens, sampler = torch.empty_like(input_ids), GpuSampler(penalties)
+    return lambda: sampler.sample(logits, rows(), input_ids, tokens)
 
 
 @torch.inference_mode()

@@ -1,16 +1,17 @@
 """ControlChannel: ordered messages between this rank and its peers, over gloo.
 
-Each peer has three threads. Its reader is blocked in a receive that names its source, its watcher
-in one that only fails (see ``serve.comm.framing``), its writer on a queue. They own no state: what
-they receive goes to the event loop (plan entries straight to the GPU queue), and so does what ends
-them. A send completes only when the peer's receive is posted, so with one writer for all a stopped
-peer would hold up what is meant for the others.
+Each peer has three threads. The reader is blocked in a receive from this peer, the watcher in a
+receive that only ends with the connection (see ``serve.comm.framing``), the writer on a queue. The
+threads own no state. They pass messages and errors to the event loop, and plan entries straight to
+the GPU thread's queue. A send completes only when the peer has posted its receive. With one writer
+for all peers, a stopped peer would block the messages to the others, so each has its own.
 
-The life of a connection::
+The states of a connection::
 
-    open --Goodbye received--> departed    it still reads until it has our Goodbye
+    open --Goodbye received--> closing    the writer still runs until our Goodbye is sent
       |
-      +----closed, or not understood-----> lost    on_lost, once; its threads may never end
+      +--connection closed, or a frame is not valid--> lost    on_lost is called once;
+                                                               the threads may never end
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from serve.protocol.messages import AnyMessage, Entry, Goodbye, decode, encode
 
 
 class ControlChannel:
-    """Sends to and receives from ``peers``; everything is called on ``loop`` but ``on_entry``.
+    """Exchanges messages with ``peers``. Methods and callbacks run on ``loop``.
 
-    ``on_message(source, message)`` gets what peers send, in each one's order, and what is sent to
-    oneself. ``on_lost(peer, reason)`` is called once for a peer whose connection ends before its
-    Goodbye. With ``on_entry`` plan entries go there instead, in the reader's thread. ``group``
-    holds all ranks and is used by nobody else.
+    ``on_message(source, message)`` is called for each message, in the order of each sender, and for
+    messages that this rank sends to itself. ``on_lost(peer, reason)`` is called once for a peer
+    whose connection ends before its Goodbye. If there is an ``on_entry``, it is called for plan
+    entries instead, in the reader's thread. ``group`` holds all ranks and has no other user.
     """
 
     def __init__(
@@ -56,25 +57,25 @@ class ControlChannel:
         self._on_entry = on_entry
         self._clock = clock
         self._outboxes: dict[int, Outbox] = {peer: SimpleQueue() for peer in peers}
-        self._open = set(peers)  # those that may still be heard of
-        self._num_threads = dict.fromkeys(peers, 3)  # of peers that have not ended
-        self._leaving = False
-        self._ended = asyncio.Event()
-        self.last_heard_s: dict[int, float] = {}  # by peer, the time of its last frame
+        self._open = set(peers)  # neither lost nor past their Goodbye
+        self._num_threads = dict.fromkeys(peers, 3)  # running threads, of peers not yet closed
+        self._goodbye_sent = False
+        self._all_closed = asyncio.Event()
+        self.last_received_s: dict[int, float] = {}  # by peer, the time of its last frame
 
     def start(self) -> None:
-        """Start to read and write. What was sent before goes out now."""
+        """Start the threads. Messages that were queued before are sent now."""
         if not self._num_threads:
-            self._ended.set()
+            self._all_closed.set()
         for peer in self._outboxes:
-            self.last_heard_s[peer] = self._clock()
+            self.last_received_s[peer] = self._clock()
             for name, run in (("read", self._read), ("watch", self._watch), ("write", self._write)):
                 self._start_thread(f"{name}-{peer}", run, peer)
 
     def send(self, rank: int, message: AnyMessage) -> None:
         """Queue ``message`` for ``rank``; never blocks. ``ValueError`` if it is not a peer.
 
-        What is sent to a lost peer, or after ``goodbye``, goes nowhere.
+        A message to a lost peer, or after ``send_goodbye``, is dropped.
         """
         if rank == self._rank:
             self._loop.call_soon(self._deliver, rank, [message])
@@ -82,28 +83,28 @@ class ControlChannel:
         outbox = self._outboxes.get(rank)
         if outbox is None:
             raise ValueError(f"rank {rank} is not a control peer of rank {self._rank}")
-        if not self._leaving:
+        if not self._goodbye_sent:
             outbox.put(encode(message))
 
-    def goodbye(self) -> None:
-        """Say Goodbye to all peers, after what is queued; nothing is sent any more."""
-        if self._leaving:
+    def send_goodbye(self) -> None:
+        """Send Goodbye to all peers after the queued messages. Later messages are dropped."""
+        if self._goodbye_sent:
             return
-        self._leaving = True
+        self._goodbye_sent = True
         for outbox in self._outboxes.values():
             outbox.put(encode(Goodbye(self._rank)))
             outbox.put(None)
 
-    async def closed(self) -> None:
-        """Wait until every peer has said Goodbye or is lost, and all that was queued is out."""
-        await self._ended.wait()
+    async def wait_closed(self) -> None:
+        """Wait until every peer has sent Goodbye or is lost, and all queued messages are sent."""
+        await self._all_closed.wait()
 
     def silent_peers(self, limit_s: float) -> list[int]:
-        """The open peers not heard of for longer than ``limit_s``, the most silent first."""
+        """Return open peers with no frame for longer than ``limit_s``, the longest silent first."""
         now = self._clock()
-        heard = self.last_heard_s
-        silent = [peer for peer in self._open if now - heard.get(peer, now) > limit_s]
-        return sorted(silent, key=lambda peer: (heard[peer], peer))
+        received_s = self.last_received_s
+        silent = [peer for peer in self._open if now - received_s.get(peer, now) > limit_s]
+        return sorted(silent, key=lambda peer: (received_s[peer], peer))
 
     # --- on the event loop ----------------------------------------------------------------------
 
@@ -111,43 +112,44 @@ class ControlChannel:
         for message in messages:
             self._on_message(source, message)
 
-    def _lose(self, peer: int, reason: str) -> None:
+    def _on_thread_error(self, peer: int, reason: str) -> None:
         if peer in self._open:
             self._open.remove(peer)
             self._outboxes[peer].put(None)
             self._on_lost(peer, reason)
-        # Also if it broke after its Goodbye: its other threads may be stuck in gloo.
-        self._end(peer)
+        # Its other threads may be stuck in gloo, also when the error came after its Goodbye. So
+        # they are not waited for.
+        self._close_peer(peer)
 
-    def _end_thread(self, peer: int) -> None:
+    def _on_thread_end(self, peer: int) -> None:
         if peer in self._num_threads:
             self._num_threads[peer] -= 1
             if not self._num_threads[peer]:
-                self._end(peer)
+                self._close_peer(peer)
 
-    def _end(self, peer: int) -> None:
+    def _close_peer(self, peer: int) -> None:
         self._num_threads.pop(peer, None)
         if not self._num_threads:
-            self._ended.set()
+            self._all_closed.set()
 
     # --- in the threads of one peer -------------------------------------------------------------
 
     def _start_thread(self, name: str, run: Callable[[int], None], peer: int) -> None:
-        def run_to_end() -> None:
+        def run_and_report() -> None:
             try:
                 run(peer)
-            except BaseException as error:  # whatever it is, this peer is of no use any more
-                self._post(self._lose, peer, describe(error))
+            except BaseException as error:  # any error makes the connection unusable
+                self._post(self._on_thread_error, peer, describe_error(error))
             else:
-                self._post(self._end_thread, peer)
+                self._post(self._on_thread_end, peer)
 
-        threading.Thread(target=run_to_end, name=name, daemon=True).start()
+        threading.Thread(target=run_and_report, name=name, daemon=True).start()
 
     def _read(self, peer: int) -> None:
         for body in receive_bodies(self._group, peer):
-            self.last_heard_s[peer] = self._clock()
+            self.last_received_s[peer] = self._clock()
             messages = [decode(data) for data in split_body(body)]
-            self._take(peer, messages)
+            self._dispatch(peer, messages)
             if any(isinstance(message, Goodbye) for message in messages):
                 self._post(self._open.discard, peer)
                 break
@@ -158,8 +160,8 @@ class ControlChannel:
     def _write(self, peer: int) -> None:
         write_queue(self._outboxes[peer], self._group, peer)
 
-    def _take(self, source: int, messages: list[AnyMessage]) -> None:
-        """Pass a frame on: entries at once, the rest in one call on the loop."""
+    def _dispatch(self, source: int, messages: list[AnyMessage]) -> None:
+        """Pass on a frame's messages: entries at once, the rest in one call on the loop."""
         if self._on_entry is None:
             self._post(self._deliver, source, messages)
             return
@@ -176,12 +178,12 @@ class ControlChannel:
         try:
             self._loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:
-            if not self._loop.is_closed():  # then the process is ending, with nobody left to tell
+            if not self._loop.is_closed():  # a closed loop means that the process is ending
                 raise
 
 
-def describe(error: BaseException) -> str:
-    """The error in one line; of gloo's, what happened without where in its sources and advice."""
+def describe_error(error: BaseException) -> str:
+    """Describe ``error`` in one line, without gloo's source location and advice."""
     text = " ".join(str(error).split())
     if not isinstance(error, RuntimeError):
         return f"{type(error).__name__}: {text}"

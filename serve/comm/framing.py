@@ -1,16 +1,17 @@
-"""Frames: how messages travel on a gloo connection, many at a time, and how its end is noticed.
+"""Frames: the format of messages on a gloo connection, and the detection of its end.
 
-On the wire, everything that is queued for a peer when its writer gets to it::
+A writer takes all messages that are queued for its peer and sends them together::
 
     frame, always FRAME_BYTES   | mark | body bytes | size, message | size, message | ... | zeros |
-    and if the body is larger, a second message with the rest of it, of exactly that size
+    and if the body is larger, a second gloo message with the rest of it, of exactly that size
 
-gloo aborts the process when a message is larger than the posted buffer; hence the fixed size.
+The size of a frame is fixed because gloo aborts the process when a message is larger than the
+posted buffer.
 
-When a connection breaks, gloo fails the operations that wait for their counterpart, but not one
-whose bytes are partly there: a reader in the middle of a body would wait for ever. So a second
-receive, with a tag of its own, is always posted beside it. All it can get is the mark with which a
-writer ends; it fails as soon as the connection does.
+When a connection breaks, gloo fails the operations that wait for their counterpart. It does not
+fail an operation that has received some of its bytes, so a reader in the middle of a body would
+wait forever. Therefore a second receive with a tag of its own is always posted. It can only receive
+the end mark of the peer's writer, and it fails as soon as the connection breaks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from torch import Tensor
 
 FRAME_BYTES = 8192
 MAX_BODY_BYTES = 1 << 30
-# Past this a frame takes no more: the receiver handles a frame in one go on its event loop.
+# No more messages are added beyond this size, because the receiver handles a whole frame in one
+# call on its event loop.
 COALESCED_BYTES = 64 * 1024
 
 _HEAD = struct.Struct("<4sQ")  # mark, bytes of the body
@@ -33,13 +35,13 @@ _SIZE = struct.Struct("<I")  # of one message
 _MARK = b"SRV1"
 _FRAME_TAG, _END_TAG = 0, 1
 
-Outbox = SimpleQueue[bytes | None]  # messages for one peer; None: no more will come
+Outbox = SimpleQueue[bytes | None]  # messages for one peer; None ends the queue
 
 
 def receive_bodies(group: dist.ProcessGroup, peer: int) -> Iterator[memoryview]:
-    """The bodies of the frames of ``peer``, each valid until the next. Blocks in between.
+    """Yield the bodies of the frames of ``peer``, each valid until the next. Blocks in between.
 
-    ``RuntimeError`` when the connection ends, ``ValueError`` for what is not a frame.
+    Raises ``RuntimeError`` when the connection ends, ``ValueError`` if the data is not a frame.
     """
     frame = bytearray(FRAME_BYTES)
     tensor = as_tensor(frame)
@@ -48,23 +50,23 @@ def receive_bodies(group: dist.ProcessGroup, peer: int) -> Iterator[memoryview]:
         mark, body_bytes = _HEAD.unpack_from(frame)
         if mark != _MARK or not 0 < body_bytes <= MAX_BODY_BYTES:
             raise ValueError(f"not a frame: {bytes(frame[:16]).hex(' ')} ...")
-        whole = frame
+        data = frame
         if _HEAD.size + body_bytes > FRAME_BYTES:
-            whole = bytearray(_HEAD.size + body_bytes)
-            whole[:FRAME_BYTES] = frame
-            dist.recv(as_tensor(whole)[FRAME_BYTES:], peer, group, _FRAME_TAG)
-        yield memoryview(whole)[_HEAD.size : _HEAD.size + body_bytes]
+            data = bytearray(_HEAD.size + body_bytes)
+            data[:FRAME_BYTES] = frame
+            dist.recv(as_tensor(data)[FRAME_BYTES:], peer, group, _FRAME_TAG)
+        yield memoryview(data)[_HEAD.size : _HEAD.size + body_bytes]
 
 
 def await_end(group: dist.ProcessGroup, peer: int) -> None:
-    """Block until ``write_queue`` has ended at ``peer``; ``RuntimeError`` if the connection did."""
+    """Block until ``write_queue`` ends at ``peer``. ``RuntimeError`` if the connection breaks."""
     dist.recv(as_tensor(bytearray(1)), peer, group, _END_TAG)
 
 
 def write_queue(outbox: Outbox, group: dist.ProcessGroup, peer: int) -> None:
-    """Send what comes out of ``outbox``, as much at a time as is there, until a None.
+    """Send the messages of ``outbox`` until a None; those that are queued at once share a frame.
 
-    ``RuntimeError`` when the connection ends.
+    Raises ``RuntimeError`` when the connection ends.
     """
     ending = False
     while not ending:
@@ -78,7 +80,10 @@ def write_queue(outbox: Outbox, group: dist.ProcessGroup, peer: int) -> None:
 
 
 def take_queued(outbox: Outbox) -> tuple[list[bytes], bool]:
-    """Wait for a message and take those behind it; whether the end of the queue was reached."""
+    """Wait for a message and take it with those queued behind it.
+
+    Returns the messages, and whether the None that ends the queue was reached.
+    """
     messages: list[bytes] = []
     num_bytes = 0
     data = outbox.get()
@@ -95,7 +100,7 @@ def take_queued(outbox: Outbox) -> tuple[list[bytes], bool]:
 
 
 def make_frame(messages: Sequence[bytes]) -> bytearray:
-    """The bytes that carry ``messages``: a frame, and what does not fit into it after it."""
+    """Return the bytes of ``messages``: one frame, followed by the part that does not fit."""
     body_bytes = sum(_SIZE.size + len(message) for message in messages)
     if body_bytes > MAX_BODY_BYTES:
         raise ValueError(f"a message of {body_bytes} bytes exceeds {MAX_BODY_BYTES}")
@@ -108,7 +113,7 @@ def make_frame(messages: Sequence[bytes]) -> bytearray:
 
 
 def split_body(body: memoryview) -> Iterator[memoryview]:
-    """The messages in the body of a frame. ``ValueError`` if it is not made of them."""
+    """Yield the messages in the body of a frame. ``ValueError`` if it is not valid."""
     start = 0
     while start < len(body):
         first = start + _SIZE.size
@@ -119,5 +124,5 @@ def split_body(body: memoryview) -> Iterator[memoryview]:
 
 
 def as_tensor(buffer: bytearray) -> Tensor:
-    """``buffer`` as a tensor over the same memory, uint8."""
+    """Return a uint8 tensor over the memory of ``buffer``."""
     return torch.frombuffer(buffer, dtype=torch.uint8)

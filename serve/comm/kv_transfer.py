@@ -100,7 +100,7 @@ class Pair:
 
     def _pack(self, block_ids: Tensor, packed: Tensor) -> None:
         if self._on_gpu:
-            from serve.comm.triton_kv import pack
+            from serve.comm.pack_kernels import pack
 
             pack(self._cache, block_ids, self._heads, packed)
         elif self._all_heads:
@@ -110,7 +110,7 @@ class Pair:
 
     def _unpack(self, packed: Tensor, block_ids: Tensor) -> None:
         if self._on_gpu:
-            from serve.comm.triton_kv import unpack
+            from serve.comm.pack_kernels import unpack
 
             unpack(packed, block_ids, self._heads, self._cache)
         elif self._all_heads:

@@ -41,9 +41,8 @@ def one_decode(setup: RankSetup) -> Step:
 
 def _step(setup: RankSetup, sequences: list[tuple[int, int]]) -> Step:
     """Of sequences that bring ``count`` tokens after ``start`` others."""
-    layout = setup.layouts(setup.replica)[0]
+    layout = setup.layout
     return Step(
-        0,
         tuple(
             StepSequence(start, (0,) * count, (0,) * layout.num_blocks_for(start + count), True)
             for start, count in sequences

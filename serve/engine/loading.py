@@ -98,8 +98,7 @@ def _load_rank(setup: RankSetup, progress: Progress) -> Loaded:
         load_kernels(setup, model, tp)
     measured = measure_num_blocks(setup, model, tp)
     num_blocks = _agree(measured, group, setup.device)
-    layout = setup.layouts(setup.replica)[tp.rank]
-    cache = KVCache(layout, num_blocks, setup.dtype, setup.device)
+    cache = KVCache(setup.layout, num_blocks, setup.dtype, setup.device)
     sender, receiver = _make_transfers(setup, cache, routes, transports)
     runner = Runner(model, cache, tp, setup.limits.max_num_seqs)
     if uses_graphs(setup):

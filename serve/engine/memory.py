@@ -25,7 +25,7 @@ def measure_num_blocks(setup: RankSetup, model: nn.Module, tp: TensorParallel) -
 
     All that takes memory beside them is there already, or measured here.
     """
-    layout = setup.layouts(setup.replica)[setup.topology.tp_rank(setup.rank_info.rank)]
+    layout = setup.layout
     if setup.config.num_blocks is not None:
         return setup.config.num_blocks
     if setup.device.type == "cpu":
@@ -49,8 +49,7 @@ def _profile(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> int:
     """Bytes in use on the device at the peak of the largest steps, all processes' included."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    layout = setup.layouts(setup.replica)[setup.topology.tp_rank(setup.rank_info.rank)]
-    cache = KVCache(layout, 1, setup.dtype, setup.device)
+    cache = KVCache(setup.layout, 1, setup.dtype, setup.device)
     runner = Runner(model, cache, tp, setup.limits.max_num_seqs)
     for step in largest_steps(setup, longest_context(setup)):
         runner.run(step)
@@ -84,8 +83,7 @@ def make_graphs(
 
 
 def _measure_graphs(setup: RankSetup, model: nn.Module) -> int:
-    layout = setup.layouts(setup.replica)[setup.topology.tp_rank(setup.rank_info.rank)]
-    cache = KVCache(layout, 1, setup.dtype, setup.device)
+    cache = KVCache(setup.layout, 1, setup.dtype, setup.device)
     sampled = torch.zeros(setup.limits.max_num_seqs, dtype=torch.int64, device=setup.device)
     graphs = make_graphs(setup, model, cache, sampled)
     num_bytes = graphs.measure_bytes()

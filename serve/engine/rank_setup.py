@@ -52,6 +52,11 @@ class RankSetup:
         """Tokens in a block."""
         return self.config.block_size or preferred_block_size(self.device)
 
+    @property
+    def layout(self) -> KVLayout:
+        """The KV layout of this rank."""
+        return self.layouts(self.replica)[self.topology.tp_rank(self.rank_info.rank)]
+
     def layouts(self, replica: ReplicaInfo) -> tuple[KVLayout, ...]:
         """The KV layout of each tp rank of a replica."""
         model = self.config.model_config

@@ -17,6 +17,7 @@ from serve.sampling.sampler import sample
 
 if TYPE_CHECKING:
     from serve.engine.decode_graphs import DecodeGraphs  # needs Triton, as GPUs do
+    from serve.sampling.gpu_sampler import GpuSampler
 
 
 class Runner:
@@ -37,6 +38,11 @@ class Runner:
         self._device = kv_cache.blocks.device
         self._graphs: DecodeGraphs | None = None
         self._penalties = Penalties(max_num_seqs)
+        self._gpu_sampler: GpuSampler | None = None
+        if self._device.type == "cuda":
+            from serve.sampling.gpu_sampler import GpuSampler
+
+            self._gpu_sampler = GpuSampler(self._penalties)
         self.sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
@@ -53,8 +59,9 @@ class Runner:
         tokens = self.sampled[:num_rows]
         if self._graphs is not None and self._graphs.holds(step):
             logits = self._graphs.run(step)
-            if logits is not None:
-                self._sample_special(logits, step.rows, self._graphs.token_ids, tokens)
+            if logits is not None and self._gpu_sampler is not None:
+                input_ids = self._graphs.token_ids
+                self._gpu_sampler.sample_special(logits, step.rows, input_ids, tokens)
         else:
             logits = self._run_eagerly(step, tokens)
         self._tp.broadcast(tokens)
@@ -72,16 +79,7 @@ class Runner:
     def _sample(
         self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
     ) -> None:
-        if logits.is_cuda:
-            from serve.sampling.gpu_sampler import sample_on_gpu
-
-            sample_on_gpu(logits, rows, input_ids, self._penalties, tokens)
+        if self._gpu_sampler is not None:
+            self._gpu_sampler.sample(logits, rows, input_ids, tokens)
         else:
             tokens.copy_(sample(logits.float(), rows, input_ids, self._penalties))
-
-    def _sample_special(
-        self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
-    ) -> None:
-        from serve.sampling.gpu_sampler import sample_special
-
-        sample_special(logits, rows, input_ids, self._penalties, tokens)

@@ -41,8 +41,7 @@ def load_kernels(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> None
 
     They take device memory, so this comes before it is measured.
     """
-    layout = setup.layouts(setup.replica)[tp.rank]
-    cache = KVCache(layout, 1, setup.dtype, setup.device)
+    cache = KVCache(setup.layout, 1, setup.dtype, setup.device)
     limits = setup.limits
     runner = Runner(model, cache, tp, max(2, limits.max_num_seqs))
     runner.run(one_decode(setup))

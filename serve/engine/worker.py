@@ -64,7 +64,7 @@ class Worker:
             if self._replica is not None:
                 self._issue(self._replica.heartbeat())
             elif self._rank != FRONT_END_RANK:
-                self._send(FRONT_END_RANK, Heartbeat(self._rank))
+                self._send(FRONT_END_RANK, Heartbeat())
 
     def stop(self) -> None:
         """The last entry of the plan, here and on the followers."""
@@ -83,7 +83,7 @@ class Worker:
         if self._rank == self._leader:
             self._count_received(prefill_replica, number)
         else:
-            self._send(self._leader, Received(self._rank, prefill_replica, number))
+            self._send(self._leader, Received(prefill_replica, number))
 
     def _count_received(self, prefill_replica: int, number: int) -> None:
         """A push counts once every rank of the replica has it."""
@@ -110,7 +110,7 @@ class Worker:
 
     def _enqueue(self, entry: Entry) -> None:
         # The followers first, so that no rank waits for them in the step's collectives.
-        told = Step(entry.number, entry.sequences) if isinstance(entry, Step) else entry
+        told = Step(entry.sequences) if isinstance(entry, Step) else entry
         for follower in self._followers:
             self._send(follower, told)
         self.executor.enqueue(entry)

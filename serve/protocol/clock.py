@@ -1,4 +1,4 @@
-"""How far another rank's clock is from this one's, from pings."""
+"""The offset between the clocks of two ranks, estimated from pings."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def best_offset(samples: Sequence[tuple[float, float, float]]) -> float:
-    """What to add to the remote clock, in seconds, to get the local one.
+    """Return the seconds to add to the remote clock to get the local one.
 
     Each sample is one ping: ``(sent_s, remote_s, received_s)``, the first and last by the local
-    clock. The fastest ping decides: the error is at most half of its round trip, whatever delayed
-    the others. ``ValueError`` without samples.
+    clock. The fastest ping is used, because the error is at most half of its round trip. Raises
+    ``ValueError`` if there are no samples.
     """
     if not samples:
         raise ValueError("no ping to measure a clock with")

@@ -1,25 +1,28 @@
-"""The protocol: every message that crosses the control channel, and who sends which to whom.
+"""The protocol: every message on the control channel, with its sender and its receiver.
 
-A request, from its prompt to its last token (time runs down)::
+A replica is a group of ranks with one copy of the model. Its lowest rank, the leader, decides for
+the others, its followers. Rank 0 also runs the HTTP server and the dispatcher.
+
+The life of a request, from prompt to last token (time runs down)::
 
     rank 0                prefill leader                decode leader
       | Prefill ------------> |                              |
-      |                       | Offer ---------------------> |  all blocks of the prompt admitted
-      |                       | <--------------------- Ready |  blocks reserved: a loan begins
+      |                       | Offer ---------------------> |  the prompt has its blocks here
+      |                       | <--------------------- Ready |  and there: the reservation begins
       | <------ Report(delta) |                              |  token 0
-      |                       | Push ----------------------> |  KV follows on the ranks' own links
-      |                       | <-------------- PushReceived |  a staging slot is free again
-      |                       | Push(handover) ------------> |  the last one: the loan ends
-      | <------------------------------------ Report(deltas) |  one per step
-      | Abort --------------> | and -----------------------> |  at any time, to both
-      |                       | Withdraw ------------------> |  instead of a last Push
+      |                       | Push ----------------------> |  the KV follows between the GPUs
+      |                       | <-------------- PushReceived |  the staging slot may be reused
+      |                       | Push(handover) ------------> |  last push: the reservation ends
+      | <------------------------------------ Report(deltas) |  one per step, to the last token
+      | Abort --------------> | and -----------------------> |  at any time, to both replicas
+      |                       | Withdraw ------------------> |  in place of the last Push
 
-The loan ends with exactly one of ``Push(handover)`` and ``Withdraw``. An announced Push is always
-carried out on both sides. A message about an id that is unknown or closed is ignored.
+A reservation ends with exactly one of ``Push(handover)`` and ``Withdraw``. Once a Push is sent,
+both sides carry out its transfer, also after an abort. Messages about a request id that is unknown
+or finished are ignored.
 
 Within a replica the leader sends its followers one ordered stream of plan entries,
-``Step | PostReceive | Send | Unpack | Stop``; every rank issues exactly this sequence.
-Ranks and rank 0 also exchange start-up, heartbeat and shutdown messages.
+``Step | PostReceive | Send | Unpack | Stop``. Every rank issues exactly this sequence.
 """
 
 from __future__ import annotations
@@ -33,21 +36,21 @@ from serve.request import FinishReason, Request, Timeline
 
 
 class Message(Struct, frozen=True, tag=True, array_like=True, omit_defaults=True):
-    """Base of everything that crosses the control channel."""
+    """Base of all messages on the control channel."""
 
 
 # --- rank 0 -> replicas -----------------------------------------------------------------------
 
 
 class Prefill(Message, frozen=True):
-    """Prefill this request, then hand it to ``decode_replica`` (its own id: keep it)."""
+    """Prefill ``request``, then hand it over to ``decode_replica`` (its own id: decode it here)."""
 
     request: Request
     decode_replica: int
 
 
 class Abort(Message, frozen=True):
-    """Forget this request, wherever it is."""
+    """Stop work on a request, in any state, and free its blocks."""
 
     request_id: str
 
@@ -56,40 +59,39 @@ class Abort(Message, frozen=True):
 
 
 class DetokenizerState(Struct, frozen=True, array_like=True):
-    """State of ``serve.tokenizer.detokenizer`` from which another replica goes on."""
+    """State of ``serve.tokenizer.detokenizer``, with which another replica continues."""
 
-    partial: bytes = b""  # of a character whose other bytes are still to come
-    held_text: str = ""  # may be the beginning of a stop string
+    partial: bytes = b""  # the first bytes of a character that is not complete yet
+    held_text: str = ""  # not sent yet, because it may be the start of a stop string
     at_start: bool = False
     num_tokens: int = 0
 
 
 class Handover(Struct, frozen=True, array_like=True):
-    """All that decode needs beside the KV: the tokens so far and the detokeniser's tail."""
+    """The state that decode needs in addition to the KV: output tokens and detokeniser state."""
 
     output_ids: tuple[int, ...]
     text: DetokenizerState
 
 
 class Offer(Message, frozen=True):
-    """The prompt of ``request`` is admitted at ``prefill_replica``: reserve blocks for it."""
+    """Ask for blocks for the prompt of ``request``, which ``prefill_replica`` has admitted."""
 
     prefill_replica: int
     request: Request
 
 
 class Ready(Message, frozen=True):
-    """The blocks are reserved; until the loan ends they are the prefill replica's to fill."""
+    """Confirm that the blocks are reserved. Only pushes write to them until that ends."""
 
-    decode_replica: int
     request_id: str
 
 
 class Push(Message, frozen=True):
-    """The KV of blocks ``[first_block, first_block + num_blocks)`` of the prompt is being sent.
+    """Announce the KV of the prompt's blocks ``[first_block, first_block + num_blocks)``.
 
-    ``number`` counts the pushes from one replica to another; ``number % NUM_STAGING_SLOTS`` is the
-    staging slot on both sides. ``handover`` is set in the last push of a request.
+    ``number`` counts the pushes between two replicas in one direction. The push uses staging slot
+    ``number % NUM_STAGING_SLOTS`` on both sides. Only the last push has a ``handover``.
     """
 
     prefill_replica: int
@@ -101,22 +103,20 @@ class Push(Message, frozen=True):
 
 
 class PushReceived(Message, frozen=True):
-    """Push ``number`` is in the decode replica's staging slots, and its unpacking is planned: what
-    is received into them next will not overtake it.
-    """
+    """Acknowledge push ``number``: its slot may be reused, because its ``Unpack`` is planned."""
 
     decode_replica: int
     number: int
 
 
 class Withdraw(Message, frozen=True):
-    """The loan ends without a last push; ``num_pushes`` were announced for the request."""
+    """End the reservation without a last push. ``num_pushes`` pushes were announced for it."""
 
     request_id: str
     num_pushes: int
 
 
-NUM_STAGING_SLOTS = 4  # pushes from one replica to another that go out unacknowledged
+NUM_STAGING_SLOTS = 4  # most unacknowledged pushes between two replicas in one direction
 
 # --- replicas -> rank 0 -------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ NUM_STAGING_SLOTS = 4  # pushes from one replica to another that go out unacknow
 class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one request. ``first_index`` is the output index of the first of them.
 
-    ``text`` is what may be shown now: text that could still become a stop string is held back.
+    ``text`` is new text for the client, without a tail that may still become a stop string.
     """
 
     request_id: str
@@ -137,7 +137,7 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ReplicaLoad(Struct, frozen=True, kw_only=True):
-    """What a replica holds at this moment."""
+    """Blocks and requests of a replica at one moment."""
 
     num_blocks: int = 0
     num_free_blocks: int = 0
@@ -149,7 +149,7 @@ class ReplicaLoad(Struct, frozen=True, kw_only=True):
 
 
 class Report(Message, frozen=True):
-    """What one step of a replica brought; without deltas it is the replica's heartbeat."""
+    """Report one step of a replica; without deltas a change of load, or the leader's heartbeat."""
 
     replica_id: int
     load: ReplicaLoad
@@ -161,11 +161,12 @@ class Report(Message, frozen=True):
 
 
 class StepSequence(Struct, frozen=True, array_like=True):
-    """Tokens ``token_ids`` of one sequence, the first at position ``start``.
+    """One sequence's part of a step: its ``token_ids``, the first at position ``start``.
 
-    ``block_table`` covers positions ``[0, start + len(token_ids))``; 0 stands for blocks that every
-    window has passed. ``sample`` asks for the token that follows the last one. A token that the
-    step before samples is not known yet: it is given as ``sampled_by(row)`` of that step.
+    ``block_table`` covers positions ``[0, start + len(token_ids))``. It has 0 for blocks that lie
+    before every layer's attention window. With ``sample`` the token after the last one is sampled.
+    A token that the previous step samples is not known when this step is planned, so
+    ``sampled_by(row)`` stands for it.
     """
 
     start: int
@@ -175,16 +176,16 @@ class StepSequence(Struct, frozen=True, array_like=True):
 
 
 def sampled_by(row: int) -> int:
-    """What stands in ``token_ids`` for the token that row ``row`` of the step before samples."""
+    """Return the placeholder in ``token_ids`` for the token of the previous step's row ``row``."""
     return -1 - row
 
 
 class SampleRow(Struct, frozen=True, array_like=True):
-    """How to sample one row. Stays on the leader: followers compute logits, the leader samples.
+    """How to sample one row. Only the leader samples, so this is not sent to followers.
 
-    ``banned_ids`` may not be chosen (end tokens before ``min_tokens``). ``token_ids`` is at least
-    the prompt and the first ``output_index - 1`` output tokens; the one after these is the row's
-    input and may be unknown yet. It is the sequence's own list, which grows meanwhile.
+    ``banned_ids`` must not be chosen (end tokens before ``min_tokens``). ``token_ids`` has at least
+    the prompt and the first ``output_index - 1`` output tokens; the next one is the row's input,
+    which the host may not know yet. It is the sequence's own list, so it may grow during the step.
     """
 
     request: Request
@@ -194,15 +195,14 @@ class SampleRow(Struct, frozen=True, array_like=True):
 
 
 class Step(Message, frozen=True):
-    """One forward pass over ``sequences``; ``rows`` has one entry per sequence with ``sample``."""
+    """One forward pass over ``sequences``. ``rows`` has one entry per sequence with ``sample``."""
 
-    number: int
     sequences: tuple[StepSequence, ...]
     rows: tuple[SampleRow, ...] = ()
 
 
 class PostReceive(Message, frozen=True):
-    """Receive push ``number`` of ``prefill_replica`` into its staging slot."""
+    """Post the receive of push ``number`` of ``prefill_replica`` into its staging slot."""
 
     prefill_replica: int
     number: int
@@ -210,7 +210,7 @@ class PostReceive(Message, frozen=True):
 
 
 class Unpack(Message, frozen=True):
-    """Copy the received push out of staging into ``block_ids``; empty: drop it."""
+    """Copy a received push from staging into ``block_ids``; drop it if they are empty."""
 
     prefill_replica: int
     number: int
@@ -226,16 +226,15 @@ class Send(Message, frozen=True):
 
 
 class Stop(Message, frozen=True):
-    """The last entry of a plan."""
+    """End the plan: the GPU thread of each rank ends."""
 
 
 Entry = Step | PostReceive | Unpack | Send | Stop
 
 
 class Received(Message, frozen=True):
-    """A follower has push ``number`` of ``prefill_replica`` in its staging slot."""
+    """Tell the leader that push ``number`` is in a follower's staging slot."""
 
-    rank: int
     prefill_replica: int
     number: int
 
@@ -244,13 +243,13 @@ class Received(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Rank 0 asks for the receiver's clock."""
+    """Ask a leader for its clock, from rank 0."""
 
     number: int
 
 
 class Pong(Message, frozen=True):
-    """The answer: ``clock_s`` is ``time.monotonic()`` at the sender."""
+    """Answer a ping. ``clock_s`` is ``time.monotonic()`` at the sender, ``rank``."""
 
     rank: int
     number: int
@@ -258,26 +257,24 @@ class Pong(Message, frozen=True):
 
 
 class ReplicaReady(Message, frozen=True):
-    """A leader to rank 0: model loaded, memory sized, links warmed."""
+    """Tell rank 0 that a replica is loaded, its KV cache sized and its transfers warmed up."""
 
     replica_id: int
     num_blocks: int
 
 
 class Heartbeat(Message, frozen=True):
-    """A follower to rank 0, once a second."""
-
-    rank: int
+    """Show rank 0 once a second that a follower runs."""
 
 
 class Goodbye(Message, frozen=True):
-    """The sender stops in order; it will not send again. ``rank`` is the sender's."""
+    """Announce that ``rank`` stops in order and sends nothing more."""
 
     rank: int
 
 
 class Failed(Message, frozen=True):
-    """The sender cannot go on; the receiver is to stop with it. Names the reason."""
+    """Announce that ``rank`` has failed, for ``reason``. The receiver must stop as well."""
 
     rank: int
     reason: str
@@ -293,10 +290,10 @@ _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessa
 
 
 def encode(message: AnyMessage) -> bytes:
-    """One message as bytes (msgpack, tagged by type)."""
+    """Encode one message as msgpack, tagged by type."""
     return _encoder.encode(message)
 
 
 def decode(data: bytes | memoryview) -> AnyMessage:
-    """The message in ``data``; ``msgspec.ValidationError`` if it is none of ours."""
+    """Decode one message. Raises ``msgspec.DecodeError`` if ``data`` is not one."""
     return _decoder.decode(data)

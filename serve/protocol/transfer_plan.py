@@ -1,4 +1,7 @@
-"""Which rank sends which heads to which rank when two replicas with different tp exchange KV."""
+"""The plan of a KV transfer: which rank sends which heads to which rank.
+
+The two replicas may have different tensor-parallel sizes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from serve.model_config.kv_layout import KVLayout
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The heads that go from one rank to another, as positions in each one's own layout.
+    """The heads that one rank sends to another, as positions in the layout of each.
 
     ``src`` and ``dst`` are tp ranks within their replicas. Head ``src_heads[i]`` of the sender
     becomes head ``dst_heads[i]`` of the receiver.
@@ -23,10 +26,11 @@ class Slice:
 
 
 def plan_transfer(src: Sequence[KVLayout], dst: Sequence[KVLayout]) -> tuple[Slice, ...]:
-    """The slices of one push, ordered by ``(dst, src)``; both replicas compute the same.
+    """Return the slices of one push, ordered by ``(dst, src)``. Both replicas compute the same.
 
     ``src`` and ``dst`` are the layouts of the two replicas by tp rank. Every head of every receiver
-    comes from exactly one sender; where several hold a head, the receivers are spread over them.
+    comes from exactly one sender. If several senders hold a head, the receivers are spread over
+    them. Raises ``ValueError`` if the layouts differ in more than their heads.
     """
     _check(src, dst)
     return tuple(
@@ -39,7 +43,7 @@ def plan_transfer(src: Sequence[KVLayout], dst: Sequence[KVLayout]) -> tuple[Sli
 def _sources(
     src: Sequence[KVLayout], layout: KVLayout, dst_rank: int
 ) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """By sender: the positions of the heads there, and here."""
+    """Return, by sender, the positions of the heads at the sender and at ``dst_rank``."""
     found: dict[int, list[tuple[int, int]]] = {}
     for position, head in enumerate(layout.kv_heads):
         holders = [rank for rank, other in enumerate(src) if head in other.kv_heads]

@@ -99,7 +99,6 @@ class Replica:
         self._outputs = OutputProcessor(tokenizer, settings.eos_token_ids, clock)
         self._active: dict[str, ActiveRequest] = {}
         self._numbers = itertools.count()
-        self._num_steps = 0
         self._in_flight: deque[Batch] = deque()  # oldest first
         self._reported_load: ReplicaLoad | None = None
         self._actions = Actions()
@@ -115,7 +114,7 @@ class Replica:
                 self._abort(request_id)
             case Offer():
                 self._incoming.on_offer(message)
-            case Ready(_, request_id):
+            case Ready(request_id):
                 self._outgoing.on_ready(request_id)
             case Push():
                 self._actions.entries.append(self._incoming.on_push(message))
@@ -170,13 +169,12 @@ class Replica:
         if batch is None:
             return None
         self._in_flight.append(batch)
-        self._num_steps += 1
         for sequence in batch.admitted:
             self._offer(self._active[sequence.id])
         # Otherwise a step is in flight, and this one starts when that one ends: see on_step.
         if len(self._in_flight) == 1:
             record_start(batch, self._clock())
-        return build_step(self._num_steps, batch, self._settings.eos_token_ids)
+        return build_step(batch, self._settings.eos_token_ids)
 
     def idle_report(self) -> Actions:
         """Report the load to rank 0 if no step is in flight and it changed since the last report.
@@ -253,8 +251,7 @@ class Replica:
     def _advance_transfers(self) -> None:
         """Answer the offers that fit now and announce the pushes that can go now."""
         for offer in self._incoming.reserve(self._can_reserve, lambda: next(self._numbers)):
-            ready = Ready(self._settings.replica_id, offer.request.id)
-            self._send(offer.prefill_replica, ready)
+            self._send(offer.prefill_replica, Ready(offer.request.id))
         for plan in self._outgoing.next_pushes():
             self._actions.entries.append(plan.send)
             self._send(plan.decode_replica, plan.push)

@@ -6,10 +6,9 @@ from serve.protocol.messages import SampleRow, Step, StepSequence, sampled_by
 from serve.replica.scheduler import Batch, Chunk
 
 
-def build_step(number: int, batch: Batch, eos_token_ids: tuple[int, ...]) -> Step:
+def build_step(batch: Batch, eos_token_ids: tuple[int, ...]) -> Step:
     """Return the plan entry of ``batch``: token ids, positions, block tables, how to sample."""
     return Step(
-        number,
         tuple(_build_sequence(chunk) for chunk in batch.chunks),
         tuple(_build_row(chunk, eos_token_ids) for chunk in batch.chunks if chunk.sample),
     )

@@ -142,8 +142,8 @@ class RankProcess:
         self.failure.start_shutdown()
         if self.is_leader:
             self.worker.stop()
-        self.channel.goodbye()
-        await self.channel.closed()
+        self.channel.send_goodbye()
+        await self.channel.wait_closed()
 
     async def report_failure(self, reason: str) -> None:
         """Send rank 0 the reason why this rank fails, and wait for rank 0 to end the job.
@@ -162,9 +162,9 @@ class RankProcess:
         Waits at most ``FAREWELL_S`` for them.
         """
         self.failure.start_shutdown()
-        self.channel.goodbye()
+        self.channel.send_goodbye()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.channel.closed(), FAREWELL_S)
+            await asyncio.wait_for(self.channel.wait_closed(), FAREWELL_S)
 
     def _load(self, progress: Progress) -> Loaded:
         loaded = load_rank(self.setup, progress)

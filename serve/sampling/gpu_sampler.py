@@ -1,7 +1,7 @@
-"""Sampling on a GPU in a few kernels: the ids of the reference, without its sort and its noise.
+"""Sampling on a GPU in a few kernels: the reference's ids, without its sort and its noise tensor.
 
-Plain rows are sampled from the logits as they are. The others are copied first, and the copy takes
-penalties, bias, bans, temperature and filters before it is sampled in the same way.
+Plain rows are sampled from the logits as they are. The other rows are copied first. Penalties,
+bias, bans, temperature and filters change the copy, and the same kernel samples it.
 """
 
 from __future__ import annotations
@@ -19,57 +19,63 @@ from serve.sampling.triton_filters import filter_logits
 from serve.sampling.triton_sampling import sample_plain
 
 
-def sample_on_gpu(
-    logits: Tensor,
-    rows: Sequence[SampleRow],
-    input_ids: Tensor,
-    penalties: Penalties,
-    tokens: Tensor,
-) -> None:
-    """One id for each row of ``logits`` (``[num_rows, vocab_size]``), into ``tokens`` (int64).
+class GpuSampler:
+    """Samples the rows of every step, with the counts of ``penalties``."""
 
-    ``input_ids``: see ``Penalties.apply``.
-    """
+    def __init__(self, penalties: Penalties) -> None:
+        self._penalties = penalties
+
+    def sample(
+        self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
+    ) -> None:
+        """Write one id for each row of ``logits`` into ``tokens`` (``[num_rows]``, int64).
+
+        ``logits``: ``[num_rows, vocab_size]``, not changed. ``input_ids``: see ``Penalties.apply``.
+        """
+        temperatures, streams = plain_parameters(rows)
+        columns = [
+            torch.from_numpy(streams),
+            torch.tensor(temperatures, dtype=torch.float32),
+        ]
+        noise, temperature = columns_to_device(columns, logits.device)
+        sample_plain(logits, temperature, noise, tokens)
+        self.sample_special(logits, rows, input_ids, tokens)
+
+    def sample_special(
+        self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
+    ) -> None:
+        """Sample the rows that are not plain, and overwrite their ids in ``tokens``."""
+        special = [index for index, row in enumerate(rows) if not is_plain(row)]
+        if not special:
+            return
+        special_rows = [rows[index] for index in special]
+        index, streams, top_p, top_k, log_min_p, divisor, temperature = columns_to_device(
+            _special_columns(special, special_rows, logits.shape[1]), logits.device
+        )
+        part = logits[index].float()  # [num_special, vocab_size]
+        adjust(part, special_rows, input_ids[index], self._penalties)
+        part.div_(divisor[:, None])
+        filter_logits(part, log_min_p, top_k, top_p)
+        ids = torch.empty_like(index)
+        sample_plain(part, temperature, streams, ids)
+        tokens[index] = ids
+
+
+def _special_columns(
+    special: list[int], rows: Sequence[SampleRow], vocab_size: int
+) -> list[Tensor]:
+    """Index, noise stream, top_p, top_k, log of min_p, divisor and temperature of each row."""
     temperatures, streams = plain_parameters(rows)
-    columns = [
-        torch.from_numpy(streams),
-        torch.tensor(temperatures, dtype=torch.float32),
-    ]
-    noise, heat = columns_to_device(columns, logits.device)
-    sample_plain(logits, heat, noise, tokens)
-    sample_special(logits, rows, input_ids, penalties, tokens)
-
-
-def sample_special(
-    logits: Tensor,
-    rows: Sequence[SampleRow],
-    input_ids: Tensor,
-    penalties: Penalties,
-    tokens: Tensor,
-) -> None:
-    """Sample anew, into ``tokens``, the rows that are not plain. ``logits`` stays as it is."""
-    special = [index for index, row in enumerate(rows) if not is_plain(row)]
-    if not special:
-        return
-    chosen = [rows[index] for index in special]
-    temperatures, streams = plain_parameters(chosen)
-    min_p, top_k, top_p = filter_parameters(chosen, logits.shape[1])
-    heat = torch.tensor(temperatures, dtype=torch.float32)
-    columns = [
+    min_p, top_k, top_p = filter_parameters(rows, vocab_size)
+    temperature = torch.tensor(temperatures, dtype=torch.float32)
+    return [
         torch.tensor(special, dtype=torch.int64),
         torch.from_numpy(streams),
         torch.tensor(top_p, dtype=torch.float64),
         torch.tensor(top_k, dtype=torch.int32),
         torch.tensor(min_p, dtype=torch.float32).log(),
-        torch.where(heat > 0, heat, 1.0),
-        (heat > 0).float(),
+        # The logits are divided before the filters. The sampling kernel then gets temperature 1,
+        # because division by 1 changes nothing, and 0 for greedy rows.
+        torch.where(temperature > 0, temperature, 1.0),
+        (temperature > 0).float(),
     ]
-    index, noise, mass, rank, floor, divisor, heat = columns_to_device(columns, logits.device)
-    part = logits[index].float()  # [num_special, vocab_size]
-    adjust(part, chosen, input_ids[index], penalties)
-    part.div_(divisor[:, None])
-    filter_logits(part, floor, rank, mass)
-    ids = torch.empty_like(index)
-    # What is divided already is divided by 1 once more, which changes nothing; 0 is greedy.
-    sample_plain(part, heat, noise, ids)
-    tokens[index] = ids

@@ -1,15 +1,15 @@
-"""From logits to token ids: penalties, bans, temperature, filters, and noise that is a function.
+"""From logits to token ids: penalties, bias, bans, temperature, filters and noise.
 
-The noise of a token is a hash of (seed, output index, token id), so a request's choice depends on
-nothing but its own logits: not on the batch, the row, the device, or what was sampled before. With
-``u`` uniform in (0, 1) from that hash, ``-log(-log(u))`` is Gumbel noise, and the token that
-maximises ``logit / temperature + noise`` is a sample of the softmax.
+The noise of a token is a hash of (seed, output index, token id). So the choice for a request
+depends on its own logits alone, not on the batch, the row, the device or earlier samples. The hash
+gives ``u``, uniform in (0, 1), and ``-log(-log(u))`` is Gumbel noise. The token with the largest
+``logit / temperature + noise`` is a sample of the softmax (the Gumbel-max trick).
 
-The order is: repetition, frequency and presence penalties, logit bias, banned ids; then, for rows
-with a temperature, temperature, min_p, top_k, top_p, noise. Equal logits are ranked by token id.
+The order is: repetition, frequency and presence penalties, logit bias, banned ids. Rows with a
+temperature go on with temperature, min_p, top_k, top_p, noise. Equal logits are ranked by token id.
 
-NaN logits cannot fail a batch: argmax takes a NaN for the largest value, so such a row gets some id
-of the vocabulary, and the other rows are not touched. Nothing here waits for the device.
+NaN logits cannot fail a batch. argmax takes a NaN for the largest value, so such a row gets some id
+of the vocabulary, and the other rows are not affected. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from serve.request import SamplingParams
 from serve.sampling.noise import gumbel_noise, noise_streams
 from serve.sampling.penalties import Penalties
 
-_GREEDY_BELOW = 1e-5  # a lower temperature only overflows
-_CHUNK_ELEMENTS = 1 << 22  # noise takes 64 bits an element: bound what is in flight
+_GREEDY_BELOW = 1e-5  # dividing by a lower temperature overflows
+_CHUNK_ELEMENTS = 1 << 22  # bounds the memory for noise, which has 64 bits an element
 
 
 def is_plain(row: SampleRow) -> bool:
-    """Whether only temperature and noise matter: neither history nor a filter of the row's."""
+    """Return whether only temperature and noise matter to the row: no history, bias or filter."""
     sampling = row.request.sampling
     return not (
         sampling.has_penalties or sampling.logit_bias or row.banned_ids or _is_filtered(sampling)
@@ -44,7 +44,7 @@ def _is_filtered(sampling: SamplingParams) -> bool:
 
 
 def plain_parameters(rows: Sequence[SampleRow]) -> tuple[list[float], np.ndarray]:
-    """Temperature (0: greedy) and noise stream (int64) of each row, for ``sample_plain``."""
+    """Return temperature (0: greedy) and noise stream (int64) of each row, for ``sample_plain``."""
     params = [row.request.sampling for row in rows]
     return [0.0 if _is_greedy(p) else p.temperature for p in params], _streams(rows)
 
@@ -52,21 +52,24 @@ def plain_parameters(rows: Sequence[SampleRow]) -> tuple[list[float], np.ndarray
 def filter_parameters(
     rows: Sequence[SampleRow], vocab_size: int
 ) -> tuple[list[float], list[int], list[float]]:
-    """min_p (0: off), top_k (``vocab_size``: off) and top_p (1: off) of each row; off if greedy."""
+    """Return min_p, top_k and top_p of each row.
+
+    A filter that is off is 0, ``vocab_size`` and 1, respectively. All are off for greedy rows.
+    """
     min_p, top_k, top_p = [], [], []
     for row in rows:
         sampling = row.request.sampling
-        noisy = not _is_greedy(sampling)
-        min_p.append(sampling.min_p if noisy else 0.0)
-        top_k.append(min(sampling.top_k or vocab_size, vocab_size) if noisy else vocab_size)
-        top_p.append(min(sampling.top_p, 1.0) if noisy else 1.0)
+        is_random = not _is_greedy(sampling)
+        min_p.append(sampling.min_p if is_random else 0.0)
+        top_k.append(min(sampling.top_k or vocab_size, vocab_size) if is_random else vocab_size)
+        top_p.append(min(sampling.top_p, 1.0) if is_random else 1.0)
     return min_p, top_k, top_p
 
 
 def adjust(
     logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, penalties: Penalties
 ) -> None:
-    """Penalties, bias and bans of each row, on ``[num_rows, vocab]`` float32, in place.
+    """Apply penalties, bias and bans of each row to ``[num_rows, vocab]``, float32, in place.
 
     ``input_ids``: see ``Penalties.apply``.
     """
@@ -77,19 +80,19 @@ def adjust(
 def sample(
     logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, penalties: Penalties
 ) -> Tensor:
-    """One token id for each row: ``[num_rows]``, int64, on the device of ``logits``.
+    """Sample one token id for each row: ``[num_rows]``, int64, on the device of ``logits``.
 
     ``logits`` is ``[num_rows, vocab]``, float32, may hold -inf, and is overwritten. ``input_ids``:
     see ``Penalties.apply``.
     """
     adjust(logits, rows, input_ids, penalties)
     tokens = logits.argmax(dim=-1)
-    noisy = [i for i, row in enumerate(rows) if not _is_greedy(row.request.sampling)]
+    random_ids = [i for i, row in enumerate(rows) if not _is_greedy(row.request.sampling)]
     chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
-    for start in range(0, len(noisy), chunk):
-        part = noisy[start : start + chunk]
+    for start in range(0, len(random_ids), chunk):
+        part = random_ids[start : start + chunk]
         index = to_device(part, torch.int64, logits.device)
-        tokens[index] = _sample_noisy(logits[index], [rows[i] for i in part])
+        tokens[index] = _sample_random(logits[index], [rows[i] for i in part])
     return tokens
 
 
@@ -97,11 +100,11 @@ def _is_greedy(sampling: SamplingParams) -> bool:
     return sampling.temperature < _GREEDY_BELOW
 
 
-# --- what is wanted -----------------------------------------------------------------------------
+# --- bias and bans ------------------------------------------------------------------------------
 
 
 def _bias(logits: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Add each row's logit bias, then rule out its banned ids. In place."""
+    """Add each row's logit bias, then set its banned ids to -inf. In place."""
     biased = [
         (index, token, bias)
         for index, row in enumerate(rows)
@@ -116,24 +119,24 @@ def _bias(logits: Tensor, rows: Sequence[SampleRow]) -> None:
         for token in dict.fromkeys(row.banned_ids)
     ]
     if banned:
-        row_ids, token_ids, nothing = _cells(banned, logits)
-        logits[row_ids, token_ids] = nothing
+        row_ids, token_ids, minus_inf = _cells(banned, logits)
+        logits[row_ids, token_ids] = minus_inf
 
 
 def _cells(
     cells: Iterable[tuple[int, int, float]], logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row indices, token ids (int64) and values (float32) of single cells of ``logits``."""
+    """Return row indices, token ids (int64) and values (float32) of single cells of ``logits``."""
     row_ids, token_ids, values = zip(*cells, strict=True)
-    where = to_device([*row_ids, *token_ids], torch.int64, logits.device)
+    ids = to_device([*row_ids, *token_ids], torch.int64, logits.device)
     half = len(row_ids)
-    return where[:half], where[half:], to_device(values, logits.dtype, logits.device)
+    return ids[:half], ids[half:], to_device(values, logits.dtype, logits.device)
 
 
 # --- random rows --------------------------------------------------------------------------------
 
 
-def _sample_noisy(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def _sample_random(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Sample rows of positive temperature; ``logits`` is overwritten. ``[num_rows]``, int64."""
     params = [row.request.sampling for row in rows]
     temperature = to_device([p.temperature for p in params], torch.float32, logits.device)
@@ -146,30 +149,31 @@ def _sample_noisy(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 
 def _apply_min_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:
-    """Rule out what is less likely than ``min_p`` times the likeliest token. In place."""
+    """Rule out tokens less likely than ``min_p`` times the likeliest one. In place."""
     if not any(p.min_p > 0 for p in params):
         return
     ratio = to_device([p.min_p for p in params], torch.float32, logits.device)
-    # p / p_max is exp(logit - max), whatever else is ruled out; min_p 0 gives -inf: keeps all.
-    floor = logits.amax(dim=-1, keepdim=True) + ratio.log()[:, None]
-    logits.masked_fill_(logits < floor, float("-inf"))
+    # p / p_max is exp(logit - max) and does not depend on other filters. A min_p of 0 gives a
+    # threshold of -inf, which keeps all tokens.
+    threshold = logits.amax(dim=-1, keepdim=True) + ratio.log()[:, None]
+    logits.masked_fill_(logits < threshold, float("-inf"))
 
 
 def _apply_top_k_top_p(logits: Tensor, params: Sequence[SamplingParams]) -> None:
-    """Keep the ``top_k`` likeliest, then of those the fewest that make up ``top_p``. In place."""
+    """Keep the ``top_k`` likeliest tokens, then the fewest that add up to ``top_p``. In place."""
     vocab = logits.shape[1]
-    some = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
-    if not some:
+    filtered = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
+    if not filtered:
         return
-    index = to_device(some, torch.int64, logits.device)
-    top_k = to_device([params[i].top_k or vocab for i in some], torch.int64, logits.device)
-    top_p = to_device([params[i].top_p for i in some], torch.float64, logits.device)
-    part = logits[index]  # [num_some, vocab]
+    index = to_device(filtered, torch.int64, logits.device)
+    top_k = to_device([params[i].top_k or vocab for i in filtered], torch.int64, logits.device)
+    top_p = to_device([params[i].top_p for i in filtered], torch.float64, logits.device)
+    part = logits[index]  # [num_filtered, vocab]
     ranked, ids = part.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab, device=logits.device)
     ranked.masked_fill_(rank >= top_k[:, None], float("-inf"))
     probs = ranked.softmax(dim=-1, dtype=torch.float64)
-    # A token stays while the ones before it make up less than top_p.
+    # A token is kept while the tokens before it add up to less than top_p.
     before = probs.cumsum(dim=-1) - probs
     dropped = (before >= top_p[:, None]) & (top_p < 1)[:, None]
     dropped[:, 0] = False

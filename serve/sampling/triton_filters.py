@@ -1,13 +1,14 @@
-"""Which tokens of a row min_p, top_k and top_p leave, found on a GPU without sorting the row.
+"""The tokens that min_p, top_k and top_p leave in a row, found on a GPU without sorting the row.
 
-Each filter keeps the logits above some value of the row and, of those equal to it, the first few
-ids. That value is the largest from which on the row weighs at least a goal: the count ``top_k``, or
-``top_p`` of the probability. It is found by bisection: passes over the whole row, which lies in the
-L2 cache, until what is between the bounds fits into registers, and the rest there.
+Each filter keeps the logits above a threshold of the row and, of the logits equal to it, the first
+few by id. The threshold is the largest value for which the logits at or above it reach a target
+weight: the count ``top_k``, or the share ``top_p`` of the probability. Bisection finds it. Each
+pass reads the whole row, which lies in the L2 cache, until the logits between the bounds fit into
+registers. The rest of the bisection runs there.
 
-One program per row; nothing depends on the host, and no sum on the order in which threads run. A
-loop ends when its bounds meet, and every second step halves the number of floats between them, so
-that no input, NaN included, takes more than some 64 passes; a usual one takes a few.
+One program handles one row. Nothing depends on the host, and no sum depends on the order in which
+threads run. A loop ends when its bounds meet. Every second step halves the number of floats between
+the bounds, so no input, NaN included, takes more than about 64 passes. A usual row takes a few.
 """
 
 from __future__ import annotations
@@ -17,158 +18,177 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 8192  # elements one program holds in registers
+_BLOCK = 8192  # elements that one program holds in registers
 _NUM_WARPS = 16
 
 
 @triton.jit
 def _load(row_ptr, start, vocab_size, BLOCK: tl.constexpr):
-    """A block of the row. What is no number, or not there, counts as ruled out."""
-    at = start + tl.arange(0, BLOCK)
-    x = tl.load(row_ptr + at, at < vocab_size, float("-inf"))
+    """Load a block of the row. NaN, and ids beyond the vocabulary, count as ruled out (-inf)."""
+    ids = start + tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + ids, ids < vocab_size, float("-inf"))
     return tl.where(x == x, x, float("-inf"))
 
 
 @triton.jit
-def _mass(x, best):
-    """Probability over that of the row's largest logit, float64."""
-    return tl.exp(x.to(tl.float64) - best.to(tl.float64))
+def _relative_prob(x, max_logit):
+    """Return the probability divided by that of the row's largest logit, float64."""
+    return tl.exp(x.to(tl.float64) - max_logit.to(tl.float64))
 
 
 @triton.jit
-def _largest(row_ptr, vocab_size, BLOCK: tl.constexpr):
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+def _max_of_row(row_ptr, vocab_size, BLOCK: tl.constexpr):
+    max_logits = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, vocab_size, BLOCK):
-        best = tl.maximum(best, _load(row_ptr, start, vocab_size, BLOCK))
-    return tl.max(best, 0)
+        max_logits = tl.maximum(max_logits, _load(row_ptr, start, vocab_size, BLOCK))
+    return tl.max(max_logits, 0)
 
 
 @triton.jit
-def _survey(row_ptr, vocab_size, floor, best, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the logits above ``floor``: count, mass if wanted, smallest; and how many equal it."""
-    above = tl.zeros((BLOCK,), tl.int32)
-    equal = tl.zeros((BLOCK,), tl.int32)
-    mass = tl.zeros((BLOCK,), tl.float64)
-    low = tl.full((BLOCK,), float("inf"), tl.float32)
+def _measure_above(
+    row_ptr, vocab_size, threshold, max_logit, SUM_PROBS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Measure the logits above ``threshold``.
+
+    Returns their count, the sum of their relative probabilities (0 unless ``SUM_PROBS``), the
+    smallest of them, and the count of the logits equal to ``threshold``.
+    """
+    num_above = tl.zeros((BLOCK,), tl.int32)
+    num_equal = tl.zeros((BLOCK,), tl.int32)
+    prob_sum = tl.zeros((BLOCK,), tl.float64)
+    smallest = tl.full((BLOCK,), float("inf"), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         x = _load(row_ptr, start, vocab_size, BLOCK)
-        is_above = x > floor
-        above += is_above.to(tl.int32)
-        equal += (x == floor).to(tl.int32)
-        low = tl.minimum(low, tl.where(is_above, x, float("inf")))
-        if MASS:
-            mass += tl.where(is_above, _mass(x, best), 0.0)
-    return tl.sum(above, 0), tl.sum(mass, 0), tl.min(low, 0), tl.sum(equal, 0)
+        is_above = x > threshold
+        num_above += is_above.to(tl.int32)
+        num_equal += (x == threshold).to(tl.int32)
+        smallest = tl.minimum(smallest, tl.where(is_above, x, float("inf")))
+        if SUM_PROBS:
+            prob_sum += tl.where(is_above, _relative_prob(x, max_logit), 0.0)
+    return tl.sum(num_above, 0), tl.sum(prob_sum, 0), tl.min(smallest, 0), tl.sum(num_equal, 0)
 
 
 @triton.jit
-def _weigh(row_ptr, vocab_size, low, high, best, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Count and weight (mass or count, float64) of the logits in ``[low, high]``."""
+def _measure_between(
+    row_ptr, vocab_size, low, high, max_logit, SUM_PROBS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return count and weight of the logits in ``[low, high]``.
+
+    The weight (float64) is the sum of relative probabilities, or the count.
+    """
     count = tl.zeros((BLOCK,), tl.int32)
-    mass = tl.zeros((BLOCK,), tl.float64)
+    prob_sum = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, vocab_size, BLOCK):
         x = _load(row_ptr, start, vocab_size, BLOCK)
-        inside = (x >= low) & (x <= high)
-        count += inside.to(tl.int32)
-        if MASS:
-            mass += tl.where(inside, _mass(x, best), 0.0)
-    num_inside = tl.sum(count, 0)
-    weight = num_inside.to(tl.float64)
-    if MASS:
-        weight = tl.sum(mass, 0)
-    return num_inside, weight
+        is_between = (x >= low) & (x <= high)
+        count += is_between.to(tl.int32)
+        if SUM_PROBS:
+            prob_sum += tl.where(is_between, _relative_prob(x, max_logit), 0.0)
+    num_between = tl.sum(count, 0)
+    weight = num_between.to(tl.float64)
+    if SUM_PROBS:
+        weight = tl.sum(prob_sum, 0)
+    return num_between, weight
 
 
 @triton.jit
 def _to_order(x):
-    """The int32 that orders floats as their values do; both zeros are 0."""
+    """Return the int32 that orders floats by value; both zeros become 0."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 @triton.jit
 def _from_order(order):
-    size = tl.abs(order).to(tl.float32, bitcast=True)
-    return tl.where(order < 0, -size, size)
+    magnitude = tl.abs(order).to(tl.float32, bitcast=True)
+    return tl.where(order < 0, -magnitude, magnitude)
 
 
 @triton.jit
-def _between(low, high, by_value):
-    """A float in ``(low, high]``: halfway by value, or with as many floats on either side."""
-    first, last = _to_order(low), _to_order(high)
-    # The sum of both could overflow.
-    middle = _from_order((first & last) + ((first ^ last) >> 1) + 1)
+def _midpoint(low, high, by_value):
+    """Return a float in ``(low, high]``: the mean, or the median of the floats between them."""
+    low_order, high_order = _to_order(low), _to_order(high)
+    # This form of the mean cannot overflow; the sum of both numbers could.
+    median = _from_order((low_order & high_order) + ((low_order ^ high_order) >> 1) + 1)
     mean = low * 0.5 + high * 0.5
-    return tl.where((by_value > 0) & (mean > low) & (mean <= high), mean, middle)
+    return tl.where((by_value > 0) & (mean > low) & (mean <= high), mean, median)
 
 
 @triton.jit
-def _gather(row_ptr, scratch_ptr, vocab_size, low, high, BLOCK: tl.constexpr):
-    """The logits in ``[low, high]``, at most ``BLOCK``, in the order of their ids; then -inf."""
-    tl.debug_barrier()  # no thread reads what an earlier call left there
-    filled = tl.full((), 0, tl.int32)
+def _collect(row_ptr, scratch_ptr, vocab_size, low, high, BLOCK: tl.constexpr):
+    """Return the logits in ``[low, high]`` in the order of their ids, padded with -inf.
+
+    There must be at most ``BLOCK`` of them.
+    """
+    tl.debug_barrier()  # no thread may still read what an earlier call stored there
+    num_stored = tl.full((), 0, tl.int32)
     for start in range(0, vocab_size, BLOCK):
         x = _load(row_ptr, start, vocab_size, BLOCK)
-        wanted = (x >= low) & (x <= high)
-        upto = tl.cumsum(wanted.to(tl.int32), 0)
-        tl.store(scratch_ptr + filled + upto - 1, x, wanted)
-        filled += tl.sum(wanted.to(tl.int32), 0)
-    tl.debug_barrier()  # each thread reads what others wrote
-    at = tl.arange(0, BLOCK)
-    return tl.load(scratch_ptr + at, at < filled, float("-inf"))
+        is_between = (x >= low) & (x <= high)
+        position = tl.cumsum(is_between.to(tl.int32), 0)
+        tl.store(scratch_ptr + num_stored + position - 1, x, is_between)
+        num_stored += tl.sum(is_between.to(tl.int32), 0)
+    tl.debug_barrier()  # each thread reads what others stored
+    index = tl.arange(0, BLOCK)
+    return tl.load(scratch_ptr + index, index < num_stored, float("-inf"))
 
 
 @triton.jit
-def _search(
-    row_ptr, scratch_ptr, vocab_size, best, low, inside, goal,
-    MASS: tl.constexpr, BLOCK: tl.constexpr,
+def _find_threshold(
+    row_ptr, scratch_ptr, vocab_size, max_logit, low, num_between, target_weight,
+    SUM_PROBS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest value such that the logits from it on weigh at least ``goal``.
+    """Find the largest value for which the logits at or above it weigh ``target_weight`` or more.
 
-    ``inside`` logits lie in ``[low, best]`` and weigh that much. Returns the value, and the weight
-    of the logits above it.
+    ``num_between`` logits lie in ``[low, max_logit]``, and together they weigh at least that.
+    Returns the value, and the weight of the logits above it.
     """
-    high = best
-    base = tl.full((), 0.0, tl.float64)  # weight of the logits above high
+    high = max_logit
+    weight_above = tl.full((), 0.0, tl.float64)  # of the logits above high
     by_value = tl.full((), 1, tl.int32)
-    while (inside > BLOCK) & (low < high):
-        pivot = _between(low, high, by_value)
-        count, weight = _weigh(row_ptr, vocab_size, pivot, high, best, MASS, BLOCK)
-        enough = base + weight >= goal
-        low = tl.where(enough, pivot, low)
-        high = tl.where(enough, high, _from_order(_to_order(pivot) - 1))
-        base = tl.where(enough, base, base + weight)
-        inside = tl.where(enough, count, inside - count)
+    while (num_between > BLOCK) & (low < high):
+        pivot = _midpoint(low, high, by_value)
+        count, weight = _measure_between(
+            row_ptr, vocab_size, pivot, high, max_logit, SUM_PROBS, BLOCK
+        )
+        is_enough = weight_above + weight >= target_weight
+        low = tl.where(is_enough, pivot, low)
+        high = tl.where(is_enough, high, _from_order(_to_order(pivot) - 1))
+        weight_above = tl.where(is_enough, weight_above, weight_above + weight)
+        num_between = tl.where(is_enough, count, num_between - count)
         by_value = 1 - by_value
     if low < high:
-        x = _gather(row_ptr, scratch_ptr, vocab_size, low, high, BLOCK)
+        x = _collect(row_ptr, scratch_ptr, vocab_size, low, high, BLOCK)
         weights = tl.full((BLOCK,), 1.0, tl.float64)
-        if MASS:
-            weights = _mass(x, best)
+        if SUM_PROBS:
+            weights = _relative_prob(x, max_logit)
         while low < high:
-            pivot = _between(low, high, 0)
-            enough = base + tl.sum(tl.where(x >= pivot, weights, 0.0), 0) >= goal
-            low = tl.where(enough, pivot, low)
-            high = tl.where(enough, high, _from_order(_to_order(pivot) - 1))
-        base += tl.sum(tl.where(x > low, weights, 0.0), 0)
-    return low, base
+            pivot = _midpoint(low, high, 0)
+            is_enough = (
+                weight_above + tl.sum(tl.where(x >= pivot, weights, 0.0), 0) >= target_weight
+            )
+            low = tl.where(is_enough, pivot, low)
+            high = tl.where(is_enough, high, _from_order(_to_order(pivot) - 1))
+        weight_above += tl.sum(tl.where(x > low, weights, 0.0), 0)
+    return low, weight_above
 
 
 @triton.jit
-def _rule_out(row_ptr, vocab_size, floor, num_equal, BLOCK: tl.constexpr):
-    """Keep the logits above ``floor`` and the first ``num_equal`` of those equal to it."""
-    seen = tl.full((), 0, tl.int32)
+def _rule_out(row_ptr, vocab_size, threshold, num_equal_kept, BLOCK: tl.constexpr):
+    """Keep the logits above ``threshold`` and the first ``num_equal_kept`` equal to it."""
+    num_equal = tl.full((), 0, tl.int32)
     for start in range(0, vocab_size, BLOCK):
         x = _load(row_ptr, start, vocab_size, BLOCK)
-        equal = (x == floor).to(tl.int32)
-        upto = seen + tl.cumsum(equal, 0)
-        kept = (x > floor) | ((x == floor) & (upto <= num_equal))
-        at = start + tl.arange(0, BLOCK)
-        tl.store(row_ptr + at, tl.where(kept, x, float("-inf")), at < vocab_size)
-        seen += tl.sum(equal, 0)
+        is_equal = (x == threshold).to(tl.int32)
+        position = num_equal + tl.cumsum(is_equal, 0)
+        kept = (x > threshold) | ((x == threshold) & (position <= num_equal_kept))
+        ids = start + tl.arange(0, BLOCK)
+        tl.store(row_ptr + ids, tl.where(kept, x, float("-inf")), ids < vocab_size)
+        num_equal += tl.sum(is_equal, 0)
 
 
-# Compiled once, whatever the batch: its parameters lie anywhere in the buffer that brought them.
+# Compiled once for all batches, because the columns of parameters start at any alignment within the
+# buffer that carried them to the GPU.
 @triton.jit(do_not_specialize_on_alignment=["log_min_p_ptr", "top_k_ptr", "top_p_ptr"])
 def _filter_kernel(
     logits_ptr, scratch_ptr, log_min_p_ptr, top_k_ptr, top_p_ptr, vocab_size, BLOCK: tl.constexpr
@@ -180,47 +200,60 @@ def _filter_kernel(
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
     if (log_min_p > float("-inf")) | (top_k < vocab_size) | (top_p < 1):
-        best = _largest(row_ptr, vocab_size, BLOCK)
-        # What is left: the logits above floor, and the first num_equal of those equal to it.
-        floor = tl.where(log_min_p > float("-inf"), best + log_min_p, float("-inf"))
-        num_equal = tl.full((), 0, tl.int32) + vocab_size
+        max_logit = _max_of_row(row_ptr, vocab_size, BLOCK)
+        # Kept so far: the logits above threshold, and the first num_equal_kept equal to it.
+        threshold = tl.where(log_min_p > float("-inf"), max_logit + log_min_p, float("-inf"))
+        num_equal_kept = tl.full((), 0, tl.int32) + vocab_size
         if top_k < vocab_size:
-            above, mass, low, equal = _survey(row_ptr, vocab_size, floor, best, False, BLOCK)
-            base = above.to(tl.float64)
-            if above >= top_k:
-                floor, base = _search(
-                    row_ptr, scratch_ptr, vocab_size, best, low, above, top_k.to(tl.float64),
-                    False, BLOCK,
+            num_above, prob_above, smallest, num_equal = _measure_above(
+                row_ptr, vocab_size, threshold, max_logit, False, BLOCK
+            )
+            weight_above = num_above.to(tl.float64)
+            if num_above >= top_k:
+                threshold, weight_above = _find_threshold(
+                    row_ptr, scratch_ptr, vocab_size, max_logit, smallest, num_above,
+                    top_k.to(tl.float64), False, BLOCK,
                 )  # fmt: skip
-            num_equal = top_k - base.to(tl.int32)
-        # A largest logit without bounds leaves no probabilities to add up.
-        if (top_p < 1) & (best > float("-inf")) & (best < float("inf")):
-            above, mass, low, equal = _survey(row_ptr, vocab_size, floor, best, True, BLOCK)
-            num_equal = tl.minimum(num_equal, equal)
-            goal = top_p * (mass + num_equal.to(tl.float64) * _mass(floor, best))
-            base = mass
-            if (mass >= goal) & (above > 0):
-                floor, base = _search(
-                    row_ptr, scratch_ptr, vocab_size, best, low, above, goal, True, BLOCK
-                )
-                num_equal = tl.full((), 0, tl.int32) + vocab_size
-            # Equal logits stay while the mass before them is less than the goal; one always does.
-            share = tl.ceil((goal - base) / _mass(floor, best))
-            share = tl.minimum(tl.maximum(share, 1.0), num_equal.to(tl.float64))
-            num_equal = share.to(tl.int32)
-        if floor > float("-inf"):
-            _rule_out(row_ptr, vocab_size, floor, num_equal, BLOCK)
+            num_equal_kept = top_k - weight_above.to(tl.int32)
+        # With an infinite largest logit there are no probabilities to add up.
+        if (top_p < 1) & (max_logit > float("-inf")) & (max_logit < float("inf")):
+            num_above, prob_above, smallest, num_equal = _measure_above(
+                row_ptr, vocab_size, threshold, max_logit, True, BLOCK
+            )
+            num_equal_kept = tl.minimum(num_equal_kept, num_equal)
+            target_weight = top_p * (
+                prob_above + num_equal_kept.to(tl.float64) * _relative_prob(threshold, max_logit)
+            )
+            weight_above = prob_above
+            if (prob_above >= target_weight) & (num_above > 0):
+                threshold, weight_above = _find_threshold(
+                    row_ptr, scratch_ptr, vocab_size, max_logit, smallest, num_above,
+                    target_weight, True, BLOCK,
+                )  # fmt: skip
+                num_equal_kept = tl.full((), 0, tl.int32) + vocab_size
+            # An equal logit is kept while the weight before it is below the target; one always is.
+            num_needed = tl.ceil(
+                (target_weight - weight_above) / _relative_prob(threshold, max_logit)
+            )
+            num_needed = tl.minimum(tl.maximum(num_needed, 1.0), num_equal_kept.to(tl.float64))
+            num_equal_kept = num_needed.to(tl.int32)
+        if threshold > float("-inf"):
+            _rule_out(row_ptr, vocab_size, threshold, num_equal_kept, BLOCK)
 
 
 def filter_logits(logits: Tensor, log_min_p: Tensor, top_k: Tensor, top_p: Tensor) -> None:
-    """Write -inf over the logits that the filters rule out, in place; the others stay as they are.
+    """Write -inf over the logits that the filters rule out, in place; leave the others unchanged.
 
-    ``logits``: ``[num_rows, vocab_size]``, contiguous, float32, divided by the temperature; -inf
-    where an id is banned. Per row (``[num_rows]``): ``log_min_p``, float32, the logarithm of min_p
-    (-inf: no filter); ``top_k``, int32, at least 1 (``vocab_size``: no filter); ``top_p``, float64
-    (1: no filter). First min_p; then the ``top_k`` largest of what is left, equal ones by id; then
-    top_p of the probability that is left, in the same order, one token at the least. In a row
-    with a filter a NaN counts as -inf.
+    ``logits`` is ``[num_rows, vocab_size]``, contiguous, float32, divided by the temperature, and
+    -inf where an id is banned. The other arguments are ``[num_rows]``:
+
+    - ``log_min_p``, float32: the logarithm of min_p (-inf: no filter)
+    - ``top_k``, int32: at least 1 (``vocab_size``: no filter)
+    - ``top_p``, float64 (1: no filter)
+
+    min_p comes first. Then the ``top_k`` largest of the rest are kept, equal ones by id. Then top_p
+    of the remaining probability is kept in the same order, at least one token. In a row with a
+    filter a NaN counts as -inf.
     """
     num_rows, vocab_size = logits.shape
     scratch = torch.empty((num_rows, _BLOCK), dtype=torch.float32, device=logits.device)

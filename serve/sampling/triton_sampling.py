@@ -1,8 +1,8 @@
-"""The common ways to sample, greedy or with a temperature, as two kernels over the logits.
+"""Greedy and temperature sampling as two Triton kernels over the logits.
 
-The same function of (logits, temperature, seed, output index) as ``serve.sampling.sampler``, whose
-noise and whose order of equal scores it repeats bit for bit; nothing waits for the host, so a CUDA
-graph can hold it.
+The kernels compute the same function of (logits, temperature, seed, output index) as
+``serve.sampling.sampler``. They repeat its noise and its order of equal scores bit for bit. Nothing
+waits for the host, so a CUDA graph can hold them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FACTOR_2 = tl.constexpr(0x94D049BB133111EB)
 
 @triton.jit
 def _random_bits(stream, token):
-    """52 of them: where in (0, 1) the noise of ``token`` in ``stream`` (uint64) lies; int64."""
+    """Return 52 random bits (int64) for ``token`` in ``stream`` (uint64)."""
     bits = stream + (token + 1).to(tl.uint64) * _GOLDEN
     bits = (bits ^ (bits >> 30)) * _FACTOR_1
     bits = (bits ^ (bits >> 27)) * _FACTOR_2
@@ -31,15 +31,17 @@ def _random_bits(stream, token):
 
 @triton.jit
 def _gumbel(bits):
-    """Standard Gumbel noise, float64."""
+    """Turn 52 random bits into standard Gumbel noise, float64."""
     uniform = (bits.to(tl.float64) + 0.5) * 2.220446049250313e-16
     return -tl.log(-tl.log(uniform))
 
 
 @triton.jit
 def _rough_gumbel(bits):
-    """The same to about 1e-5, float32, at a tenth of the time: with the series of the logarithm
-    where one minus the uniform number is small, and would be lost in rounding.
+    """Compute the same noise to about 1e-5, float32, in a tenth of the time.
+
+    Where one minus the uniform number is small, rounding would lose it. The series of the logarithm
+    is used there.
     """
     uniform = (bits.to(tl.float32) + 0.5) * 2.220446049250313e-16
     rest = ((0xFFFFFFFFFFFFF - bits).to(tl.float32) + 0.5) * 2.220446049250313e-16
@@ -50,7 +52,7 @@ def _rough_gumbel(bits):
 
 @triton.jit
 def _first_highest(score, token, valid, vocab_size):
-    """Of equal scores the smallest id; of NaNs some id."""
+    """Return the highest score and its id: the smallest of equal ones, any id among NaNs."""
     best = tl.max(score, 0)
     return best, tl.min(tl.where(valid & (score == best), token, vocab_size), 0)
 
@@ -72,7 +74,8 @@ def _best_of_part(
         rough = tl.where(valid, scaled + _rough_gumbel(bits), float("-inf"))
         highest = tl.max(rough, 0)
         near = valid & (rough >= highest - (1e-3 + 1e-5 * tl.abs(highest)))
-        if tl.sum(near.to(tl.int32), 0) == 1:  # nearly always: one needs the exact noise
+        # Nearly always one token is near the highest, and only it needs the exact noise.
+        if tl.sum(near.to(tl.int32), 0) == 1:
             found = tl.min(tl.where(near, token, vocab_size), 0)
             logit_found = tl.load(logits_ptr + row * vocab_size + found).to(tl.float32)
             exact = tl.math.div_rn(logit_found, temperature).to(tl.float64)
@@ -100,10 +103,10 @@ def _best_of_parts(
 
 
 def sample_plain(logits: Tensor, temperature: Tensor, streams: Tensor, out: Tensor) -> None:
-    """One token id for each row, into ``out`` (``[num_rows]``, int64).
+    """Write one token id for each row into ``out`` (``[num_rows]``, int64).
 
-    ``logits``: ``[num_rows, vocab_size]``, contiguous, of any float type; ``temperature``:
-    ``[num_rows]``, float32, 0 for greedy rows; ``streams``: ``[num_rows]``, int64, of
+    ``logits``: ``[num_rows, vocab_size]``, contiguous, of any float type. ``temperature``:
+    ``[num_rows]``, float32, 0 for greedy rows. ``streams``: ``[num_rows]``, int64, from
     ``serve.sampling.noise.noise_streams``.
     """
     num_rows, vocab_size = logits.shape

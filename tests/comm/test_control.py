@@ -101,9 +101,9 @@ async def coalesce(num_messages: int) -> int:
     for number in range(num_messages):
         for peer in node.peers:
             node.channel.send(peer, Ping(number))
-    node.channel.goodbye()
+    node.channel.send_goodbye()
     node.channel.start()
-    await node.channel.closed()
+    await node.channel.wait_closed()
     for peer in node.peers:
         assert node.messages[peer] == [*map(Ping, range(num_messages)), Goodbye(peer)]
     return node.num_clock_reads - len(node.peers)  # one at the start and one for each frame
@@ -202,11 +202,11 @@ def test_without_peers_messages_to_oneself_arrive(world: World) -> None:
 async def speak_after_goodbye() -> None:
     node = Node()
     node.channel.start()
-    node.channel.goodbye()
-    node.channel.goodbye()
+    node.channel.send_goodbye()
+    node.channel.send_goodbye()
     for peer in node.peers:
         node.channel.send(peer, Ping(0))
-    await node.channel.closed()
+    await node.channel.wait_closed()
     assert node.messages == {node.rank: []} | {peer: [Goodbye(peer)] for peer in node.peers}
     assert node.channel.silent_peers(-1.0) == []
 

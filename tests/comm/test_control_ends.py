@@ -92,7 +92,7 @@ async def lose_rank_1_in_a_body() -> list[tuple[int, str]]:
         await asyncio.to_thread(dist.barrier)
         if node.rank == 0:
             await node.until(lambda: bool(node.lost))
-            await node.channel.closed()
+            await node.channel.wait_closed()
     return node.lost
 
 
@@ -127,7 +127,7 @@ async def stop_rank_3() -> None:
         await node.until(lambda: node.count(1) == node.count(2) == 2)
         assert node.channel.silent_peers(60.0) == [3]
         assert node.channel.silent_peers(100.0) == []
-        assert node.channel.last_heard_s == {1: 100.0, 2: 100.0, 3: 0.0}
+        assert node.channel.last_received_s == {1: 100.0, 2: 100.0, 3: 0.0}
         assert node.lost == []
     finally:
         os.kill(pids[3], signal.SIGCONT)
@@ -218,8 +218,8 @@ async def live_and_leave(folder: str) -> None:
     node.channel.start()
     for peer in node.peers:
         node.channel.send(peer, Abort("x" * MEGABYTE))
-    node.channel.goodbye()
-    await node.channel.closed()
+    node.channel.send_goodbye()
+    await node.channel.wait_closed()
     await asyncio.to_thread(Path(folder, f"{node.rank}").write_text, f"{node.lost}")
     os._exit(0)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.comm.control import describe
+from serve.comm.control import describe_error
 from serve.comm.framing import COALESCED_BYTES, FRAME_BYTES, make_frame, split_body, take_queued
 
 HEAD_BYTES = 12
@@ -66,4 +66,4 @@ def test_a_frame_does_not_grow_without_end() -> None:
     ],
 )
 def test_errors_are_told_in_one_line(error: Exception, text: str) -> None:
-    assert describe(error) == text
+    assert describe_error(error) == text

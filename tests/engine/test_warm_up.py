@@ -50,7 +50,7 @@ def test_every_product_of_a_model_is_found(variant: str, tmp_path: Path) -> None
     request = Request(id="r", prompt_ids=(0,), sampling=SamplingParams(max_tokens=1))
     sequences = tuple(StepSequence(0, (1, 2, 3), (block,), True) for block in range(2))
     with Issued() as issued, Products() as products:
-        runner.run(Step(0, sequences, (SampleRow(request, 0),) * 2))
+        runner.run(Step(sequences, (SampleRow(request, 0),) * 2))
     assert len(issued.shapes) >= 4
     found = {(*p.rows.shape, p.run(p.rows).shape[1]) for p in products}
     assert found == issued.shapes

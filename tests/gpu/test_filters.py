@@ -166,10 +166,10 @@ def test_logits_that_are_no_numbers_harm_only_their_row(bad: float, rng: random.
 
 def sampled_here(logits: Tensor, rows: list[SampleRow], input_ids: Tensor) -> list[int]:
     """The tokens of the rows that are not plain; 0 for the others."""
-    special = pytest.importorskip("serve.sampling.gpu_sampler")
+    gpu_sampler = pytest.importorskip("serve.sampling.gpu_sampler")
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=GPU)
-    kept = Penalties(len(rows))
-    special.sample_special(logits.to(GPU), rows, input_ids.to(GPU), kept, tokens)
+    sampler_on_gpu = gpu_sampler.GpuSampler(Penalties(len(rows)))
+    sampler_on_gpu.sample_special(logits.to(GPU), rows, input_ids.to(GPU), tokens)
     ids: list[int] = tokens.tolist()
     return ids
 

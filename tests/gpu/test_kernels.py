@@ -87,7 +87,7 @@ def make_case(
     for (new, total), count in zip(lengths, counts, strict=True):
         table, order = tuple(order[:count]), order[count:]
         sequences.append(StepSequence(total - new, (0,) * new, table, True))
-    batch = build_forward_batch(Step(0, tuple(sequences)), BLOCK_SIZE, GPU)
+    batch = build_forward_batch(Step(tuple(sequences)), BLOCK_SIZE, GPU)
     shape = (sum(counts), 3, 2, BLOCK_SIZE, num_kv_heads, dim)
     cache = torch.randn(shape, device=GPU, dtype=dtype)
     q = torch.randn(len(batch.token_ids), num_heads, dim, device=GPU, dtype=dtype)
@@ -290,7 +290,7 @@ def test_rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, cop
 @pytest.mark.parametrize(("dim", "heads"), [(128, (0, 1, 2, 3)), (64, (2, 3)), (96, (3, 0, 1))])
 def test_packing(dim: int, heads: tuple[int, ...], dtype: torch.dtype) -> None:
     """Exactly the chosen blocks and heads are packed and unpacked."""
-    kernels = pytest.importorskip("serve.comm.triton_kv")
+    kernels = pytest.importorskip("serve.comm.pack_kernels")
     source = torch.randn(9, 3, 2, 16, 4, dim, device=GPU, dtype=dtype)
     target = torch.randn_like(source)
     before = target.clone()

@@ -86,10 +86,9 @@ def run_greedy(
     for (prompt, count), size in zip(jobs, tables, strict=True):
         table, free = tuple(free[:size]), free[size:]
         running.append(Generation(prompt, count, table, split(len(prompt), rng)))
-    number = 0
     while active := [generation for generation in running if not generation.done]:
         chosen = rng.sample(active, rng.randint(1, len(active)))
-        step = Step(number, tuple(generation.next(block_size) for generation in chosen))
+        step = Step(tuple(generation.next(block_size) for generation in chosen))
         logits = model(build_forward_batch(step, block_size, "cpu"), cache)
         assert logits is not None
         assert logits.dtype == torch.float32
@@ -97,7 +96,6 @@ def run_greedy(
         assert logits.shape == (len(sampling), config.vocab_size)
         for generation, row in zip(sampling, logits, strict=True):
             generation.output.append(int(row.argmax()))
-        number += 1
     return [tuple(generation.output) for generation in running]
 
 
@@ -170,7 +168,7 @@ def test_logits_are_close_to_transformers(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = load_reference(path)(torch.tensor([prompt])).logits[0, -1]
     cache = KVCache(config.kv_layout(BLOCK_SIZE, 4, 1, 0), 7, torch.float32, "cpu")
-    step = Step(0, (StepSequence(0, prompt, tuple(range(7)), True),))
+    step = Step((StepSequence(0, prompt, tuple(range(7)), True),))
     logits = model(build_forward_batch(step, BLOCK_SIZE, "cpu"), cache)
     torch.testing.assert_close(logits[0], expected, rtol=1e-5, atol=1e-5)
 
@@ -179,7 +177,7 @@ def test_a_step_that_samples_nothing(tmp_path: Path) -> None:
     path = write_llama_checkpoint(tmp_path, seed=9)
     config, model = load(path)
     cache = KVCache(config.kv_layout(BLOCK_SIZE, 4, 1, 0), 2, torch.float32, "cpu")
-    step = Step(0, (StepSequence(0, (1, 2, 3), (1,), False),))
+    step = Step((StepSequence(0, (1, 2, 3), (1,), False),))
     logits = model(build_forward_batch(step, BLOCK_SIZE, "cpu"), cache)
     assert logits.shape == (0, config.vocab_size)
 

@@ -43,10 +43,9 @@ def logits_of(path: str, tp: TensorParallel) -> list[torch.Tensor | None]:
     vocab = config.vocab_size
     prompt = tuple(7 * i % vocab for i in range(9))
     steps = [
-        Step(0, (StepSequence(0, prompt[:5], (3, 1), False),)),
-        Step(1, (StepSequence(5, prompt[5:], (3, 1, 6), True),)),
+        Step((StepSequence(0, prompt[:5], (3, 1), False),)),
+        Step((StepSequence(5, prompt[5:], (3, 1, 6), True),)),
         Step(
-            2,
             (
                 StepSequence(9, (2,), (3, 1, 6), True),
                 StepSequence(0, (1, 3, 2), (4,), True),

@@ -50,7 +50,7 @@ def belongs(message: AnyMessage) -> bool:
     match message:
         case Prefill(request, _) | Offer(_, request):
             return request.id == VICTIM
-        case Ready(_, request_id):
+        case Ready(request_id):
             return request_id == VICTIM
         case Push():
             return message.request_id == VICTIM

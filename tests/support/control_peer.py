@@ -56,8 +56,8 @@ class Node:
             await self._changed.wait()
 
     async def leave(self) -> None:
-        self.channel.goodbye()
-        await self.channel.closed()
+        self.channel.send_goodbye()
+        await self.channel.wait_closed()
         dist.destroy_process_group(self.group)
 
     def _on_message(self, source: int, message: AnyMessage) -> None:
