@@ -145,7 +145,7 @@ def test_every_shape_and_format(shape: str, tmp_path: Path) -> None:
 
 
 def test_dynamic_rope_reads_long_prompts_as_if_token_by_token(tmp_path: Path) -> None:
-    """Transformers' result depends on the chunks; here it always equals that of one-token chunks."""
+    """Transformers' result depends on chunks; here it always equals that of one-token chunks."""
     path = write_llama_checkpoint(tmp_path, seed=5, rope="dynamic", max_position_embeddings=16)
     rng = random.Random(6)
     config, model = load(path)
