@@ -263,7 +263,6 @@ class _Clock:
             self._ends[-1].synchronize()
 
     def step_ms(self) -> list[float]:
-        """Return the times from each step's start to its end."""
         return [self._ms(*marks) for marks in zip(self._starts, self._ends, strict=True)]
 
     def itl_ms(self) -> list[float]:
