@@ -130,7 +130,7 @@ def test_threads_may_share_a_group(world: World) -> None:
 
 
 def refuse_pairs(pairs: list[tuple[int, int]]) -> None:
-    with pytest.raises(ValueError, match="pairs of two ranks, each once"):
+    with pytest.raises(ValueError, match="expected pairs of two ranks, each once"):
         new_pair_groups(pairs, "gloo")
 
 
