@@ -220,7 +220,7 @@ async def send_and_exit(folder: str) -> None:
         node.channel.send(peer, Abort("x" * MEGABYTE))
     node.channel.send_goodbye()
     await node.channel.wait_closed()
-    Path(folder, f"{node.rank}").write_text(f"{node.lost}")
+    await asyncio.to_thread(Path(folder, f"{node.rank}").write_text, f"{node.lost}")
     os._exit(0)
 
 

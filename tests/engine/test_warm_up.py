@@ -23,11 +23,11 @@ from serve.request import Request, SamplingParams
 from tests.support.families import VARIANTS, write_variant
 
 
-class Issued(TorchDispatchMode):
+class Issued(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the matrix products that reach torch's dispatcher: rows, features in and out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: set[tuple[int, int, int]] = set()
 
     def __torch_dispatch__(

@@ -45,7 +45,7 @@ def gpus() -> Iterator[World]:
 
 def test_pinned_memory_is_allocated_before_serving() -> None:
     """The cache has buffers of every size, enough for several steps and pushes at once."""
-    torch.cuda.init()  # the statistics need it
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # the statistics need it
     warm_up_pinned_memory()
     before = torch.cuda.host_memory_stats()["num_host_alloc"]
     held = [
