@@ -1,18 +1,28 @@
-"""KV blocks through staging buffers between ranks: pack, send, receive, unpack.
+"""KV transfer between ranks through staging slots: pack, send, receive, unpack.
 
-Packing has a stream of its own: a push goes when its blocks are computed, not when the steps
-before it on the compute stream have ended, which on a busy prefill rank are whole prompts. What it
-reads is complete, for the leader has seen the result of the step that wrote it, and on its
-followers the last all-reduce of that step comes after their writing; and it stays, for blocks are
-freed only when the push is acknowledged. Unpacking is on the compute stream in plan order, so every
-writer of KV blocks is on one stream. Sends and receives run on a stream of their own per directed
-pair of ranks (GPU), or in gloo's threads (CPU). A staging slot passes between them by events::
+A push is sent in four operations. On a GPU each has its stream:
+
+- Pack copies KV blocks into a staging slot of the sender, on the sender's packing stream.
+- Send and receive move the slot to the receiver, on one stream per directed pair of ranks.
+- Unpack copies the slot into KV blocks of the receiver, on the receiver's compute stream.
+
+On CPUs, sends and receives run in gloo's threads, and the rest runs in the calling thread.
+
+Packing has a stream of its own so that a push starts when its blocks are computed. On the compute
+stream it would wait for the steps before it, which on a busy prefill rank are whole prompts.
+Packing needs no event to read complete blocks. The leader plans it after it has the result of the
+step that wrote them, and on its followers the last all-reduce of that step comes after their
+writes. The blocks cannot change, because they are freed only when the push is acknowledged.
+
+Unpacking is on the compute stream, in plan order, so every writer of KV blocks is on one stream.
+
+Events order the uses of a staging slot (operation (stream) between events)::
 
     sender    sent[slot] -> pack (packing) -> packed -> send (pair) -> sent[slot]
     receiver  unpacked[slot] -> receive (pair) -> filled[slot] -> unpack (compute) -> unpacked[slot]
 
-A push is sent only once the one before it in its slot is acknowledged, which the receiver does when
-it is in the slot: so none of these waits is longer than the steps that are under way.
+A push is sent only after the previous push in its slot is acknowledged. The receiver acknowledges
+a push when it is in the slot, so none of these waits is longer than the steps that are running.
 """
 
 from __future__ import annotations
@@ -27,14 +37,14 @@ from serve.comm.transports import Transport, Wait
 from serve.device import to_device
 from serve.protocol.messages import NUM_STAGING_SLOTS
 
-_MAX_WARM_BLOCKS = 1 << 14  # block ids of a push
+_MAX_WARM_BLOCKS = 1 << 14  # block ids in a push, for which memory is allocated at start
 
 
 class Pair:
-    """One directed pair of ranks, seen from one of them: its wire, its stream, its slots' state.
+    """One end of a directed pair of ranks: its transport, its stream and the state of its slots.
 
-    ``heads`` are the positions, in this rank's layout, of the heads that travel on it, in the order
-    of the packed form: ``[num_blocks, num_layers, 2, block_size, len(heads), head_dim]``.
+    ``heads`` are the positions of the transferred heads in this rank's layout, in the order of the
+    packed form: ``[num_blocks, num_layers, 2, block_size, len(heads), head_dim]``.
     """
 
     def __init__(
@@ -53,11 +63,12 @@ class Pair:
         self._stream = (
             torch.cuda.Stream() if self._on_gpu else None  # type: ignore[no-untyped-call]
         )
-        self._free: list[Wait | torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
+        # The slot's last use: ``sent`` at the sender, ``unpacked`` at the receiver.
+        self._last_use: list[Wait | torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
         self._filled: list[torch.cuda.Event | None] = [None] * NUM_STAGING_SLOTS
 
     def warm_up(self) -> None:
-        """Use pack and unpack once: block 0 goes into this rank's own slot and back."""
+        """Pack block 0 into this rank's own slot and unpack it again, to load both kernels."""
         ids, packed = self._heads.new_zeros(1), self._packed(0, 1)
         self._pack(ids, packed)
         self._unpack(packed, ids)
@@ -65,17 +76,17 @@ class Pair:
     def send(self, slot: int, block_ids: Tensor) -> None:
         """Pack ``block_ids`` (int64, on the cache's device) into ``slot`` and send it.
 
-        Packs on the current stream.
+        The packing is issued on the current stream.
         """
-        self._await_free(slot)
+        self._wait_for_last_use(slot)
         self._pack(block_ids, self._packed(slot, len(block_ids)))
-        with self._transfer_stream(self._mark()):
+        with self._transfer_stream(self._record_event()):
             wait = self._transport.send(slot, len(block_ids) * self._block_bytes)
-            self._free[slot] = wait or self._mark()
+            self._last_use[slot] = wait or self._record_event()
 
     def receive(self, slot: int, num_blocks: int) -> Wait:
-        """Post the receive of ``num_blocks`` blocks into ``slot``; the result waits for it."""
-        with self._transfer_stream(self._free[slot]):
+        """Post the receive of ``num_blocks`` into ``slot``; returns a function that waits."""
+        with self._transfer_stream(self._last_use[slot]):
             wait = self._transport.receive(slot, num_blocks * self._block_bytes)
             if wait is not None:
                 return wait
@@ -85,16 +96,16 @@ class Pair:
         return done.synchronize
 
     def unpack(self, slot: int, block_ids: Tensor) -> None:
-        """Copy what is in ``slot`` into ``block_ids``. Only after the receive is done."""
+        """Copy ``slot`` into ``block_ids``. The receive must be complete, as the host sees it."""
         if (filled := self._filled[slot]) is not None:
             torch.cuda.current_stream().wait_event(filled)
         if len(block_ids):
             self._unpack(self._packed(slot, len(block_ids)), block_ids)
         self._transport.release(slot)
-        self._free[slot] = self._mark()
+        self._last_use[slot] = self._record_event()
 
     def _packed(self, slot: int, num_blocks: int) -> Tensor:
-        """The packed form in ``slot``."""
+        # [num_blocks, num_layers, 2, block_size, len(heads), head_dim]
         flat = self._transport.staging[slot, : num_blocks * self._block_bytes]
         return flat.view(self._cache.dtype).view(num_blocks, *self._shape)
 
@@ -118,8 +129,8 @@ class Pair:
         else:
             self._cache[block_ids[:, None], :, :, :, self._heads] = packed.movedim(4, 1)
 
-    def _await_free(self, slot: int) -> None:
-        match self._free[slot]:
+    def _wait_for_last_use(self, slot: int) -> None:
+        match self._last_use[slot]:
             case torch.cuda.Event() as event:
                 torch.cuda.current_stream().wait_event(event)
             case None:
@@ -127,7 +138,7 @@ class Pair:
             case wait:
                 wait()
 
-    def _mark(self) -> torch.cuda.Event | None:
+    def _record_event(self) -> torch.cuda.Event | None:
         if not self._on_gpu:
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -135,7 +146,7 @@ class Pair:
         return event
 
     def _transfer_stream(self, after: object) -> torch.cuda.StreamContext | nullcontext[None]:
-        """Issue on the pair's stream, once ``after`` (an event of another stream) is past."""
+        """Make the pair's stream current. It first waits for ``after``, if that is an event."""
         if self._stream is None:
             return nullcontext()
         if isinstance(after, torch.cuda.Event):
@@ -144,29 +155,30 @@ class Pair:
 
 
 def packed_bytes(cache: Tensor, num_heads: int) -> int:
-    """Bytes that ``num_heads`` heads of one block of ``cache`` (see ``Pair``) take."""
+    """Return the bytes of ``num_heads`` heads of one block of ``cache`` (see ``Pair``)."""
     return cache[0].numel() // cache.shape[4] * num_heads * cache.itemsize
 
 
 class KVSender:
-    """Sends pushes to decode replicas: this rank's part of each, over its pairs."""
+    """Sends this rank's part of each push to decode replicas, over its pairs."""
 
     def __init__(self, pairs: dict[int, list[Pair]], device: torch.device) -> None:
-        self._pairs = pairs  # by decode replica; none where other ranks have all the heads
+        self._pairs = pairs  # by decode replica; absent if other ranks send all heads
         self._device = device
-        # Before the compute stream's: a push is short, and its memory is wanted.
+        # Packing has priority over the compute stream: a push is short, and its blocks are needed.
         self._stream = (
             torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
             if device.type == "cuda"
             else None
         )
         if self._stream is not None:
-            # Taken from the device by the first push it would wait for all that runs there.
+            # Allocate the memory for block ids now. If the first push allocated it, the allocation
+            # would wait for all work on the device.
             with torch.cuda.stream(self._stream):
                 to_device(range(_MAX_WARM_BLOCKS), torch.int64, device)
 
     def send(self, decode_replica: int, number: int, block_ids: Sequence[int]) -> None:
-        """Pack and send ``block_ids`` as push ``number``; returns once it is issued."""
+        """Pack and send ``block_ids`` as push ``number``. Returns as soon as both are issued."""
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             ids = to_device(block_ids, torch.int64, self._device)
             for pair in self._pairs.get(decode_replica, ()):
@@ -174,24 +186,24 @@ class KVSender:
 
 
 class KVReceiver:
-    """Receives pushes of prefill replicas: this rank's part of each, over its pairs."""
+    """Receives this rank's part of each push from prefill replicas, over its pairs."""
 
     def __init__(self, pairs: dict[int, list[Pair]], device: torch.device) -> None:
         self._pairs = pairs  # by prefill replica
         self._device = device
 
     def post(self, prefill_replica: int, number: int, num_blocks: int) -> list[Wait]:
-        """Post the receives of push ``number``; what is returned waits for each."""
+        """Post the receives of push ``number``. Returns functions that wait for them."""
         slot = number % NUM_STAGING_SLOTS
         return [pair.receive(slot, num_blocks) for pair in self._pairs.get(prefill_replica, ())]
 
     def unpack(self, prefill_replica: int, number: int, block_ids: Sequence[int]) -> None:
-        """Copy push ``number`` into ``block_ids`` (empty: drop it) and free its slot."""
+        """Copy push ``number`` into ``block_ids`` and free its slot. Empty ids drop the push."""
         ids = to_device(block_ids, torch.int64, self._device)
         for pair in self._pairs.get(prefill_replica, ()):
             pair.unpack(number % NUM_STAGING_SLOTS, ids)
 
 
 def _widen(cache: Tensor) -> Tensor:
-    """The same memory in elements of 8 bytes: indexed copies cost by the element."""
+    """Return a view in elements of 8 bytes, because indexed copies cost time per element."""
     return cache.view(torch.int64) if cache.shape[-1] * cache.itemsize % 8 == 0 else cache

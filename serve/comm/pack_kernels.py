@@ -1,4 +1,4 @@
-"""Packing KV blocks into a staging buffer and back, as one kernel each, in Triton."""
+"""Triton kernels that pack KV blocks into a staging buffer and unpack them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 _ELEMENTS = 2048  # copied at a time by one program
-# At the memory's full speed packing would stop the send that runs beside it, and the next push is
-# packed while one is sent. Unpacking stands between two decode steps, and has the whole GPU.
+# The next push is packed while one is sent. At full memory bandwidth packing would stop that send,
+# so it gets few programs. Unpacking runs between two decode steps and uses the whole GPU.
 _PACK_PROGRAMS = 64
 
 
@@ -23,7 +23,7 @@ def _copy_kernel(
     tile = tl.program_id(0)
     while tile < num_tiles * num_blocks:
         index = (tile // num_tiles).to(tl.int64)
-        line = tile % num_tiles * LINES + tl.arange(0, LINES)  # a head of a token, K or V, layer
+        line = tile % num_tiles * LINES + tl.arange(0, LINES)  # (layer, K or V, token, head)
         valid = (line < num_lines)[:, None] & (at < DIM)
         head = tl.load(head_ptr + line % HEADS).to(tl.int32)
         place = (line // HEADS * cache_heads + head)[:, None] * DIM + at
@@ -46,7 +46,7 @@ def pack(cache: Tensor, block_ids: Tensor, heads: Tensor, packed: Tensor) -> Non
 
 
 def unpack(packed: Tensor, block_ids: Tensor, heads: Tensor, cache: Tensor) -> None:
-    """The way back of ``pack``."""
+    """Copy ``packed`` back into ``heads`` of ``block_ids``, with the shapes of ``pack``."""
     _launch(cache, block_ids, heads, packed, pack=False)
 
 

@@ -1,14 +1,13 @@
-"""The job's process groups: who is in each, on which backend, and in which order they are made.
+"""The job's process groups: their ranks, their backends and the order of their creation.
 
-Making a group is a collective of all ranks: every rank makes every group, its own and others', in
-one order. No group has a time-out: a gloo connection whose wait has timed out stays closed for
-good, and a wait may be long without anything being wrong (an idle peer, a slow disk). What does not
-answer is found by heartbeats instead.
+Creating a group is a collective of all ranks. Every rank creates every group in one order, also the
+groups that it is not in. No group has a time-out, because a gloo connection stays closed for good
+after a wait timed out, and a long wait can be normal (an idle peer, a slow disk). Heartbeats detect
+a rank that does not respond.
 
-What gloo promises to threads: a send or receive takes the connection's lock, and is matched with
-its counterpart by (peer, direction, tag) in the order of issue. So any number of threads may use
-one group at once as long as each (peer, direction, tag) belongs to one thread, and a receive names
-its source.
+Several threads may use one gloo group at once. A send or receive takes the connection's lock and is
+matched with its counterpart by (peer, direction, tag) in the order of issue. So each (peer,
+direction, tag) must belong to one thread, and a receive must name its source.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ NO_TIMEOUT = timedelta(days=365)
 
 
 def init_world(rank_info: RankInfo, device: Literal["cpu", "cuda"]) -> None:
-    """Join the other ranks of the job, which torchrun's environment says how to reach.
+    """Join the other ranks of the job, at the address in torchrun's environment.
 
-    The world's own group is gloo; groups for GPU tensors are made later, on NCCL. Raises
-    ``RuntimeError`` if ``device`` needs what this torch was built without.
+    The world group uses gloo. Groups for GPU tensors are created later, on NCCL. Raises
+    ``RuntimeError`` if ``device`` is "cuda" and torch was built without NCCL.
     """
     if device == "cuda" and not dist.is_nccl_available():
         raise RuntimeError("this build of torch has CUDA but no NCCL")
-    # Alone there is nobody to meet, and perhaps no torchrun that has said where.
+    # A single rank needs no rendezvous, and may run without torchrun's environment.
     store = dist.HashStore() if rank_info.world_size == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo",
@@ -46,12 +45,12 @@ def init_world(rank_info: RankInfo, device: Literal["cpu", "cuda"]) -> None:
 
 
 def new_control_group() -> dist.ProcessGroup:
-    """A gloo group of all ranks for the control channel alone."""
+    """Create a gloo group of all ranks that only the control channel uses."""
     return _new_group(range(dist.get_world_size()), "gloo")
 
 
 def new_tp_groups(topology: Topology, backend: Backend) -> dist.ProcessGroup | None:
-    """The group of the ranks that share this rank's layers; None where tp is 1."""
+    """Create all tensor-parallel groups; returns this rank's, or None if its tp is 1."""
     own: dist.ProcessGroup | None = None
     for replica in topology.replicas:
         if replica.tp == 1:
@@ -67,12 +66,12 @@ def new_tp_groups(topology: Topology, backend: Backend) -> dist.ProcessGroup | N
 def new_pair_groups(
     pairs: Sequence[tuple[int, int]], backend: Backend
 ) -> dict[tuple[int, int], dist.ProcessGroup]:
-    """A group for each directed pair ``(source, target)``; returns those this rank is in.
+    """Create a group for each directed pair ``(source, target)``; returns those with this rank.
 
-    ``ValueError`` for a pair that is given twice or that is one rank.
+    Raises ``ValueError`` for a pair that is given twice or that has one rank only.
     """
     if len(set(pairs)) < len(pairs) or any(source == target for source, target in pairs):
-        raise ValueError(f"pairs of two ranks, each once, are wanted; got {list(pairs)}")
+        raise ValueError(f"expected pairs of two ranks, each once; got {list(pairs)}")
     groups = {pair: _new_group(pair, backend) for pair in pairs}
     return {pair: group for pair, group in groups.items() if dist.get_rank() in pair}
 

@@ -1,4 +1,4 @@
-"""TensorParallel: the ranks that share one copy of the model's layers, and what they exchange."""
+"""TensorParallel: the ranks that share the model's layers, and their collective operations."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from serve.comm.symmetric import SymmetricReduction
 class TensorParallel:
     """This rank's place among the ``size`` ranks of ``group``; rank 0 is the leader.
 
-    The group holds exactly these ranks, in this order; without one (``size`` 1) nothing is sent.
-    ``reduction`` is the faster way for small sums, where there is one.
+    The group holds exactly these ranks, in this order. With ``size`` 1 there is no group and
+    nothing is sent. ``reduction`` is a faster all-reduce for small tensors, if available.
     """
 
     rank: int
@@ -36,15 +36,15 @@ class TensorParallel:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank decides and samples for the others."""
+        """Whether this rank plans and samples for the others."""
         return self.rank == 0
 
     def summand(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Memory for the next ``all_reduce``, which is faster from there; None: any will do."""
+        """Return memory from which the next ``all_reduce`` is faster, or None if there is none."""
         return None if self.reduction is None else self.reduction.buffer(shape, dtype)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of ``x`` over the ranks; ``x`` is contiguous, of one shape, and overwritten."""
+        """Return the sum of ``x`` over the ranks. ``x`` is contiguous and may be overwritten."""
         if self.size == 1:
             return x
         if self.reduction is not None and self.reduction.holds(x):
@@ -53,18 +53,18 @@ class TensorParallel:
         return x
 
     def broadcast(self, x: Tensor) -> None:
-        """Give every rank the leader's ``x``, contiguous and of one shape, in place."""
+        """Copy the leader's ``x`` to every rank, in place. All are contiguous, of one shape."""
         if self.size > 1 and x.numel():
             leader = dist.get_global_rank(self.group, 0) if self.group is not None else 0
             dist.broadcast(x, leader, group=self.group)
 
     def gather_to_leader(self, x: Tensor) -> Tensor | None:
-        """The ranks' ``x`` side by side in the last dimension, in rank order; None elsewhere."""
+        """Concatenate the ranks' ``x`` in the last dimension on the leader; None on the others."""
         if self.size == 1:
             return x
         x = x.contiguous()
         if x.is_cuda:
-            # NCCL has no gather of its own: its all-gather is one kernel, its gather many sends.
+            # torch builds a gather on NCCL from many sends, while an all-gather is one kernel.
             parts = x.new_empty((self.size, *x.shape))
             dist.all_gather_into_tensor(parts, x, group=self.group)
             return torch.cat(parts.unbind(), dim=-1) if self.is_leader else None

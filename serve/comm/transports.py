@@ -1,7 +1,7 @@
-"""How packed bytes cross between two ranks, from staging slots of one to those of the other.
+"""Transports: move packed bytes from the staging slots of one rank to those of another.
 
-A wire is one end of a directed pair. Both ends agree beforehand on what travels: the receiver posts
-each message by slot and size, in the order in which the sender sends.
+A transport is one end of a directed pair of ranks. The receiver knows slot and size of each message
+beforehand. It posts its receives in the order in which the sender sends.
 """
 
 from __future__ import annotations
@@ -16,64 +16,68 @@ from torch import Tensor
 from serve.comm.symmetric import SymmetricArena
 from serve.protocol.messages import NUM_STAGING_SLOTS
 
-Wait = Callable[[], object]  # blocks the calling thread until a transfer is done
+Wait = Callable[[], object]  # blocks the calling thread until a transfer is complete
 
 
 class Transport(Protocol):
-    """One end. Everything is issued on the current stream, and blocks the host for nothing."""
+    """One end of a pair. Operations are issued on the current stream and do not block the host."""
 
     staging: Tensor  # [NUM_STAGING_SLOTS, slot_bytes], uint8
 
     def send(self, slot: int, num_bytes: int) -> Wait | None:
-        """Send the first bytes of ``slot``; None if the stream's order says when they are gone."""
+        """Send the first ``num_bytes`` of ``slot``.
+
+        Returns None when stream order alone guarantees completion, otherwise a function that blocks
+        until the bytes are sent.
+        """
         ...
 
     def receive(self, slot: int, num_bytes: int) -> Wait | None:
-        """Receive into ``slot``; None if the stream's order says when they are there."""
+        """Receive ``num_bytes`` into ``slot``. Returns as ``send`` does."""
         ...
 
     def release(self, slot: int) -> None:
-        """What was received into ``slot`` has been taken out of it; only by the receiver."""
+        """Free ``slot`` after its bytes were copied out of it. Only the receiver calls this."""
         ...
 
     def warm_up(self, *, sending: bool) -> None:
-        """Do once all that would be slow the first time. Both ends must call it; blocks."""
+        """Use the transport once, because the first use is slow. Both ends must call it; blocks."""
         ...
 
 
 class P2PTransport:
-    """Matched sends and receives of a process group of the two ranks (NCCL, or gloo on CPUs)."""
+    """Matched sends and receives in a process group of the two ranks (NCCL, or gloo on CPUs)."""
 
     def __init__(
         self, peer: int, group: dist.ProcessGroup, slot_bytes: int, device: torch.device
     ) -> None:
-        self.peer = peer
+        self._peer = peer
         self._group = group
         shape = (NUM_STAGING_SLOTS, slot_bytes)
         self.staging = torch.empty(shape, dtype=torch.uint8, device=device)
 
     def send(self, slot: int, num_bytes: int) -> Wait | None:
         """See ``Transport``."""
-        return self._settle(dist.isend(self.staging[slot, :num_bytes], self.peer, self._group))
+        return self._complete(dist.isend(self.staging[slot, :num_bytes], self._peer, self._group))
 
     def receive(self, slot: int, num_bytes: int) -> Wait | None:
         """See ``Transport``."""
-        return self._settle(dist.irecv(self.staging[slot, :num_bytes], self.peer, self._group))
+        return self._complete(dist.irecv(self.staging[slot, :num_bytes], self._peer, self._group))
 
     def release(self, slot: int) -> None:
-        """Nothing: the sender's bytes wait for the next receive into the slot."""
+        """Do nothing, because a send waits for its receive, which is posted after the release."""
 
     def warm_up(self, *, sending: bool) -> None:
-        """Make the communicator, by one small message."""
+        """Send one small message, because the first one creates the communicator."""
         wait = (self.send if sending else self.receive)(0, 1)
         if wait is not None:
             wait()
         if self.staging.is_cuda:
             torch.cuda.synchronize(self.staging.device)
 
-    def _settle(self, work: dist.Work | None) -> Wait | None:
+    def _complete(self, work: dist.Work | None) -> Wait | None:
         if work is None:
-            raise RuntimeError(f"rank {self.peer} is not in the pair's group")
+            raise RuntimeError(f"rank {self._peer} is not in the pair's group")
         if not self.staging.is_cuda:
             return work.wait
         work.wait()  # on NCCL: the current stream waits, the thread does not
@@ -81,20 +85,19 @@ class P2PTransport:
 
 
 class SymmetricTransport:
-    """Symmetric memory: the sender's copy engine writes into the receiver's slot, then sets a flag.
+    """Copies through symmetric memory: the sender writes into the receiver's slot and sets a flag.
 
-    No multiprocessor is busy with the bytes, and they do not wait for their receive to be posted.
-    A second flag of each slot says to the sender that it is free again.
+    The copy engine moves the bytes, so no multiprocessor is busy with them. A send does not wait
+    until its receive is posted. The receiver sets a second flag of the slot when it is free again.
     """
 
     def __init__(
-        self, arena: SymmetricArena, peer: int, ours: int, theirs: int, slot_bytes: int
+        self, arena: SymmetricArena, peer: int, own_offset: int, peer_offset: int, slot_bytes: int
     ) -> None:
-        """``ours`` and ``theirs``: where the slots begin in each rank's part of ``arena``."""
+        """Take the offsets of the pair's slots in the memory of this rank and of ``peer``."""
         self._arena, self._peer = arena, peer
-        size = NUM_STAGING_SLOTS * slot_bytes
-        self.staging = arena.own[ours : ours + size].view(NUM_STAGING_SLOTS, slot_bytes)
-        self._theirs = arena.of(peer)[theirs : theirs + size].view(NUM_STAGING_SLOTS, slot_bytes)
+        self.staging = _slots(arena.own, own_offset, slot_bytes)
+        self._peer_staging = _slots(arena.of(peer), peer_offset, slot_bytes)
         self._used = [False] * NUM_STAGING_SLOTS
 
     def send(self, slot: int, num_bytes: int) -> None:
@@ -103,7 +106,7 @@ class SymmetricTransport:
             self._arena.await_flag(self._peer, _free_flag(slot))
         self._used[slot] = True
         source = self.staging[slot, :num_bytes]
-        self._theirs[slot, :num_bytes].copy_(source, non_blocking=True)
+        self._peer_staging[slot, :num_bytes].copy_(source, non_blocking=True)
         self._arena.set_flag(self._peer, _full_flag(slot))
 
     def receive(self, slot: int, num_bytes: int) -> None:
@@ -122,6 +125,11 @@ class SymmetricTransport:
             self.receive(0, self.staging.shape[1])
             self.release(0)
         torch.cuda.synchronize(self.staging.device)
+
+
+def _slots(memory: Tensor, offset: int, slot_bytes: int) -> Tensor:
+    size = NUM_STAGING_SLOTS * slot_bytes
+    return memory[offset : offset + size].view(NUM_STAGING_SLOTS, slot_bytes)
 
 
 def _full_flag(slot: int) -> int:

@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: one for each batch size of a ladder, from embedding to token id.
+"""Decode steps as CUDA graphs: one per batch-size bucket, from embedding to token id.
 
-A graph reads its inputs from fixed memory, which every step fills with one copy, and is launched
-with one call, where the same kernels launched one by one would keep the GPU waiting for Python. A
-batch runs on the smallest graph that holds it; the rows beyond it write nowhere.
+A graph reads its inputs from fixed memory, which every step fills with one copy. One call launches
+it. Launched one by one, the same kernels would keep the GPU waiting for Python. A batch runs on the
+smallest graph that holds it, and its padding rows write no keys and values.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from serve.protocol.messages import Step
 from serve.sampling.sampler import plain_parameters
 from serve.sampling.triton_sampling import sample_plain
 
-NOWHERE = -1  # the slot of a row whose keys and values are not kept
+NO_SLOT = -1  # the slot of a row whose keys and values are not stored
 _WARM_UPS = 2
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """The ladder: dense where a decode step's time depends on its rows."""
-    ladder = [1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(544, 8193, 32)]
-    return [*(size for size in ladder if size < max_num_seqs), max_num_seqs]
+    """Return the buckets. They are dense where the number of rows determines a step's time."""
+    buckets = [1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(544, 8193, 32)]
+    return [*(size for size in buckets if size < max_num_seqs), max_num_seqs]
 
 
 def choose_num_splits(batch_size: int, num_kv_heads: int, num_sms: int) -> int:
-    """Into how many slices each decode row is cut, so that every multiprocessor has one.
+    """Return into how many slices to cut each decode row, so that every multiprocessor has one.
 
-    A slice of a row and KV head is one unit of the attention kernel's work.
+    The attention kernel's unit of work is one slice of one row and KV head.
     """
     return max(1, num_sms // (batch_size * num_kv_heads))
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What ``size`` rows need, as views of one buffer: on the host and on the device alike.
+    """Inputs of ``size`` rows as views of one buffer, with the same layout on host and device.
 
-    ``blocks`` is the rest of the buffer: the block tables one after another, that of row ``i`` from
-    ``offsets[i]`` on.
+    ``blocks`` is the rest of the buffer. It holds the block tables one after another; the table of
+    row ``i`` starts at ``offsets[i]``.
     """
 
     token_ids: Tensor  # [size], int64
@@ -60,21 +60,21 @@ class Inputs:
 
     @classmethod
     def over(cls, buffer: Tensor, size: int) -> Inputs:
-        """Views of ``buffer`` (int32)."""
-        wide = buffer[: 8 * size].view(torch.int64).view(4, size)
-        narrow = buffer[8 * size : 11 * size].view(3, size)
-        temperatures = narrow[0].view(torch.float32)
-        ids = wide[0], wide[1], wide[2], wide[3]
-        return cls(*ids, temperatures, narrow[1], narrow[2], buffer[11 * size :])
+        """Divide ``buffer`` (int32) into views. The int64 columns come first, so that all align."""
+        int64s = buffer[: 8 * size].view(torch.int64).view(4, size)
+        int32s = buffer[8 * size : 11 * size].view(3, size)
+        temperatures = int32s[0].view(torch.float32)
+        ids = int64s[0], int64s[1], int64s[2], int64s[3]
+        return cls(*ids, temperatures, int32s[1], int32s[2], buffer[11 * size :])
 
     @staticmethod
     def num_words(size: int, num_blocks: int) -> int:
-        """Length of the buffer."""
+        """Return the length of the buffer."""
         return 11 * size + num_blocks
 
 
 class DecodeGraphs:
-    """The graphs of one rank. Captured and launched in the GPU thread."""
+    """The graphs of one rank. They are captured and launched in the GPU thread."""
 
     def __init__(
         self,
@@ -85,9 +85,10 @@ class DecodeGraphs:
         *,
         has_windows: bool = False,
     ) -> None:
-        """``sampled``: int64, as many as rows in the largest batch; where a step leaves its ids.
+        """Allocate the input buffer; ``capture`` makes the graphs.
 
-        ``has_windows``: some layers see a window alone, and read each row in one piece.
+        Steps write their token ids to ``sampled``: int64, one for each row of the largest batch.
+        ``has_windows``: some layers attend to a window only, and do not split rows.
         """
         self._has_windows = has_windows
         self._model, self._kv_cache, self._sampled = model, kv_cache, sampled
@@ -98,43 +99,46 @@ class DecodeGraphs:
         num_words = Inputs.num_words(max_num_seqs, max_num_seqs * self._width)
         self._buffer = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        # Version 2 of flash-attn, on older GPUs, splits by itself.
+        # flash-attn 2, which older GPUs use, splits rows by itself.
         self._splits = torch.cuda.get_device_capability(device)[0] >= 9
         self._sizes = batch_sizes(max_num_seqs)
-        # A split never makes more rows than there are multiprocessors.
-        most = max(max_num_seqs, self._num_sms) + 1
-        self._numbers = torch.arange(most, device=device, dtype=torch.int32)
-        self.token_ids = torch.zeros_like(sampled)  # the last step's input: one for each row
+        # Splitting never makes more rows than there are multiprocessors.
+        max_rows = max(max_num_seqs, self._num_sms)
+        self._numbers = torch.arange(max_rows + 1, device=device, dtype=torch.int32)
+        self.token_ids = torch.zeros_like(sampled)  # input of the last step, one for each row
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: Tensor | None = None  # [max_num_seqs, vocab_size], on the leader
         self._pool: Any = None
-        # One for all: torch keeps work space of cuBLAS for every stream that products ran on.
+        # One stream for all captures, because torch keeps a cuBLAS workspace for every stream.
         self._side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def capture(
         self, progress: Callable[[int, int], None], sizes: Collection[int] | None = None
     ) -> None:
-        """Make every graph, or those of ``sizes``: the largest first, its memory holds the rest."""
-        wanted = [size for size in self._sizes if sizes is None or size in sizes]
-        for done, size in enumerate(reversed(wanted), 1):
+        """Capture all graphs, or those of ``sizes``.
+
+        The largest comes first, because the others fit into its memory.
+        """
+        selected = [size for size in self._sizes if sizes is None or size in sizes]
+        for done, size in enumerate(reversed(selected), 1):
             self._capture(size)
-            progress(done, len(wanted))
+            progress(done, len(selected))
 
     def measure_bytes(self) -> int:
-        """Device memory that ``capture`` will take, by the largest graph and one more."""
-        taken = []
+        """Estimate the device memory of ``capture`` from the largest and the smallest graph."""
+        graph_bytes = []
         for size in (self._sizes[-1], self._sizes[0]):
             free_bytes = torch.cuda.mem_get_info()[0]
             self._capture(size)
             torch.cuda.synchronize()
-            taken.append(free_bytes - torch.cuda.mem_get_info()[0])
-        return max(0, taken[0]) + max(0, taken[1]) * (len(self._sizes) - 1)
+            graph_bytes.append(free_bytes - torch.cuda.mem_get_info()[0])
+        return max(0, graph_bytes[0]) + max(0, graph_bytes[1]) * (len(self._sizes) - 1)
 
     @torch.inference_mode()
     def _capture(self, size: int) -> None:
         inputs = Inputs.over(self._buffer, size)
         self._buffer.zero_()
-        inputs.slots.fill_(NOWHERE)
+        inputs.slots.fill_(NO_SLOT)
         stream = self._side_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -142,7 +146,7 @@ class DecodeGraphs:
                 self._forward(inputs, size)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may wait for events meanwhile, so the capture is this thread's alone.
+        # thread_local, because waiter threads may wait for events during the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._forward(inputs, size)
         self._pool = graph.pool()
@@ -155,11 +159,11 @@ class DecodeGraphs:
         if logits is not None:
             sampled = self._sampled[:size]
             sample_plain(logits, inputs.temperatures, inputs.streams, sampled)
-            self._keep(logits)
+            self._store_logits(logits)
 
-    def _keep(self, logits: Tensor) -> None:
-        """Copy ``logits`` where one memory holds those of every graph, one step's at a time."""
-        if self._logits is None:  # warming up, not capturing
+    def _store_logits(self, logits: Tensor) -> None:
+        """Copy ``logits`` to memory that all graphs share. It holds one step's at a time."""
+        if self._logits is None:  # in the warm-up, not in a capture
             self._logits = logits.new_empty(len(self._sampled), logits.shape[1])
         self._logits[: len(logits)].copy_(logits)
 
@@ -179,7 +183,7 @@ class DecodeGraphs:
             block_tables=tables,
             slot_mapping=inputs.slots,
             query_lengths=(1,) * size,
-            key_lengths=(),  # nothing that runs here asks for lengths on the host
+            key_lengths=(),  # the kernels in a graph do not read lengths on the host
             num_decodes=size,
             splits=splits,
         )
@@ -190,16 +194,17 @@ class DecodeGraphs:
         )
 
     def holds(self, step: Step) -> bool:
-        """Whether ``step`` can run here: decode rows alone, each of which is sampled."""
+        """Return whether ``step`` has decode rows only, all of them sampled, and not too many."""
         return len(step.sequences) <= self._sizes[-1] and all(
             len(sequence.token_ids) == 1 and sequence.sample for sequence in step.sequences
         )
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor | None:
-        """Compute ``step``: the leader's logits, valid until the next step; None elsewhere.
+        """Compute ``step`` and sample its plain rows on the leader.
 
-        The leader's plain rows are sampled then.
+        Returns the leader's logits ``[size, vocab_size]``, valid until the next step, or None on
+        followers.
         """
         count = len(step.sequences)
         size = next(size for size in self._sizes if size >= count)
@@ -208,7 +213,7 @@ class DecodeGraphs:
         return None if self._logits is None else self._logits[:size]
 
     def replay(self, size: int) -> None:
-        """Launch the graph of ``size`` rows on what its inputs hold."""
+        """Launch the graph of ``size`` rows on the current contents of its inputs."""
         self._graphs[size].replay()
 
     def _fill(self, step: Step, size: int) -> None:
@@ -219,17 +224,17 @@ class DecodeGraphs:
             chain.from_iterable(s.block_table[:n] for s, n in zip(sequences, counts, strict=True)),
             np.int32,
         )
-        # The pinned memory goes back to torch's cache, which reuses it only after the copy has run.
+        # torch's cache gets the pinned memory back and reuses it only after the copy has run.
         host = torch.empty(Inputs.num_words(size, len(blocks)), dtype=torch.int32, pin_memory=True)
         host.zero_()
         inputs, rows = Inputs.over(host, size), len(sequences)
         positions = _array((sequence.start for sequence in sequences), np.int64)
         ends = np.cumsum(counts)
-        last = blocks[ends - 1].astype(np.int64)  # each row's new token is in its last block
+        last_blocks = blocks[ends - 1].astype(np.int64)  # hold each row's new token
         inputs.token_ids.numpy()[:rows] = _array((s.token_ids[0] for s in sequences), np.int64)
         inputs.positions.numpy()[:rows] = positions
-        inputs.slots.numpy()[:rows] = last * block_size + positions % block_size
-        inputs.slots.numpy()[rows:] = NOWHERE
+        inputs.slots.numpy()[:rows] = last_blocks * block_size + positions % block_size
+        inputs.slots.numpy()[rows:] = NO_SLOT
         inputs.lengths.numpy()[:rows] = positions + 1
         inputs.offsets.numpy()[:rows] = ends - counts
         inputs.blocks.numpy()[:] = blocks

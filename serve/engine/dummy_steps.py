@@ -1,6 +1,6 @@
-"""Steps that no request asked for: the largest that will be served, to measure, and small ones.
+"""Dummy steps for memory profiling and warm-up: the largest that can be served, and small ones.
 
-Their block tables repeat block 0, so that a cache of one block is enough; the lengths are real.
+Their block tables repeat block 0, so a cache of one block is enough. The lengths are real.
 """
 
 from __future__ import annotations
@@ -9,38 +9,41 @@ from serve.engine.rank_setup import RankSetup
 from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 
-_NUM_OUTPUTS = 32  # of a row so far: torch counts up to 16 with another kernel
+_NUM_OUTPUTS = 32  # output tokens of a row; torch uses another kernel to count up to 16
 
 
 def longest_context(setup: RankSetup) -> int:
-    """Tokens of the longest request."""
+    """Return the number of tokens of the longest request."""
     return setup.config.max_model_len or setup.config.model_config.max_position_embeddings
 
 
 def largest_steps(setup: RankSetup, longest: int) -> tuple[Step, Step]:
-    """As many prompt tokens as a step may have, and as many decodes; at the end of ``longest``."""
+    """Build a step with the most prompt tokens and one with the most decodes.
+
+    All their sequences end at ``longest`` tokens.
+    """
     limits = setup.limits
     chunks: list[tuple[int, int]] = []
-    left = limits.max_num_batched_tokens
-    while left > 0 and len(chunks) < limits.max_num_seqs:
-        count = min(longest, left)
+    num_left = limits.max_num_batched_tokens
+    while num_left > 0 and len(chunks) < limits.max_num_seqs:
+        count = min(longest, num_left)
         chunks.append((longest - count, count))
-        left -= count
+        num_left -= count
     return _step(setup, chunks), _step(setup, [(longest - 1, 1)] * limits.max_num_seqs)
 
 
 def short_prompts(setup: RankSetup, count: int) -> Step:
-    """As many prompts, of two tokens each."""
+    """Build a step of ``count`` prompts of two tokens each."""
     return _step(setup, [(0, 2)] * count)
 
 
 def one_decode(setup: RankSetup) -> Step:
-    """One sequence at its second token."""
+    """Build a step of one sequence at its second token."""
     return _step(setup, [(1, 1)])
 
 
 def _step(setup: RankSetup, sequences: list[tuple[int, int]]) -> Step:
-    """Of sequences that bring ``count`` tokens after ``start`` others."""
+    """Build a step from ``(start, count)``: ``count`` new tokens after ``start`` earlier ones."""
     layout = setup.layout
     return Step(
         tuple(
@@ -52,7 +55,7 @@ def _step(setup: RankSetup, sequences: list[tuple[int, int]]) -> Step:
 
 
 def _row(number: int) -> SampleRow:
-    """One that goes through every filter, with output that is counted first."""
+    """Build a row that uses every filter and has output tokens to count for penalties."""
     sampling = SamplingParams(max_tokens=1, top_p=0.9, top_k=50, repetition_penalty=1.1)
-    request = Request(id=f"rehearsal {number}", prompt_ids=(0,), sampling=sampling)
+    request = Request(id=f"warm-up {number}", prompt_ids=(0,), sampling=sampling)
     return SampleRow(request, _NUM_OUTPUTS, token_ids=(0,) * (1 + _NUM_OUTPUTS))

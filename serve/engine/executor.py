@@ -1,7 +1,7 @@
-"""The GPU thread: issues every entry of the plan, in order, and reports what became of it.
+"""The GPU thread: issues every entry of the plan in order and reports the results.
 
-It only issues. Waiting for the GPU and for transfers is done by waiter threads, which own nothing
-and call back into the event loop.
+It only issues. Waiter threads wait for the GPU and for transfers. They own no state and call back
+into the event loop.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RankResources:
-    """What entries are carried out with; made in the GPU thread, where CUDA calls belong."""
+    """The objects that carry out entries. The GPU thread makes them, as it makes all CUDA calls."""
 
     runner: Runner
     sender: KVSender
@@ -44,15 +44,15 @@ class RankResources:
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    """Called on the event loop."""
+    """Functions that the executor calls on the event loop."""
 
-    on_step: Callable[[list[int]], None]  # the sampled ids; on followers never
-    on_received: Callable[[int, int], None]  # prefill replica, number
+    on_step: Callable[[list[int]], None]  # gets the sampled ids; not called on followers
+    on_received: Callable[[int, int], None]  # gets the prefill replica and the push's number
     on_failure: Callable[[BaseException], None]
 
 
 class Executor:
-    """One thread, one queue, one order."""
+    """Owns the GPU thread, its queue of entries and the waiter threads."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Executor:
         self._device = device
         self._queue: queue.SimpleQueue[Entry | Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="gpu", daemon=True)
-        # One for the steps, so that their results come in order, and one for each push that can be
-        # under way, so that none waits for a waiter.
+        # One waiter for steps keeps their results in order. One for each push that can be in flight
+        # means that no push waits for a free waiter.
         self._step_waiter = ThreadPoolExecutor(1, thread_name_prefix="step waiter")
         self._waiters = ThreadPoolExecutor(
             max_workers=max(1, NUM_STAGING_SLOTS * num_peers), thread_name_prefix="waiter"
@@ -76,21 +76,20 @@ class Executor:
         self._resources: RankResources | None = None
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def enqueue(self, entry: Entry) -> None:
-        """Append to the plan. From any thread; never blocks."""
+        """Append ``entry`` to the plan. Any thread may call this; it never blocks."""
         self._queue.put(entry)
 
     def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        """Run ``function`` in the GPU thread, after what is queued."""
+        """Run ``function`` in the GPU thread, after the entries that are queued."""
         future: asyncio.Future[T] = self._loop.create_future()
 
         def run() -> None:
             try:
                 result = function()
-            except BaseException as error:  # handed to whoever awaits the future
+            except BaseException as error:  # raised where the future is awaited
                 self._loop.call_soon_threadsafe(_fail, future, error)
             else:
                 self._loop.call_soon_threadsafe(_succeed, future, result)
@@ -99,19 +98,19 @@ class Executor:
         return future
 
     def attach(self, resources: RankResources) -> None:
-        """From now on entries can be carried out. In the GPU thread."""
+        """Set the objects that carry out entries. Call it in the GPU thread, before any entry."""
         self._resources = resources
 
     def _run(self) -> None:
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # every thread begins on device 0
+                torch.cuda.set_device(self._device)  # a new thread uses device 0
             while not isinstance(item := self._queue.get(), Stop):
                 if callable(item):
                     item()
                 else:
                     self._issue(item)
-        except BaseException as error:  # the process must not live on without this thread
+        except BaseException as error:  # without this thread the process must end
             self._loop.call_soon_threadsafe(self._callbacks.on_failure, error)
 
     def _issue(self, entry: Entry) -> None:
@@ -124,8 +123,8 @@ class Executor:
                 self._resources.sender.send(decode_replica, number, block_ids)
             case PostReceive(prefill_replica, number, num_blocks):
                 waits = self._resources.receiver.post(prefill_replica, number, num_blocks)
-                received = self._callbacks.on_received
-                self._wait_then(self._waiters, waits, received, prefill_replica, number)
+                callback = self._callbacks.on_received
+                self._wait_then(self._waiters, waits, callback, prefill_replica, number)
             case Unpack(prefill_replica, number, block_ids):
                 self._resources.receiver.unpack(prefill_replica, number, block_ids)
 
@@ -152,16 +151,16 @@ class Executor:
         callback: Callable[..., None],
         *args: object,
     ) -> None:
-        def wait() -> None:
+        def wait_for_all() -> None:
             try:
-                for one in waits:
-                    one()
-            except BaseException as error:  # a transfer that broke takes the process down
+                for wait_for_one in waits:
+                    wait_for_one()
+            except BaseException as error:  # a broken transfer ends the process
                 self._loop.call_soon_threadsafe(self._callbacks.on_failure, error)
             else:
                 self._loop.call_soon_threadsafe(callback, *args)
 
-        waiters.submit(wait)
+        waiters.submit(wait_for_all)
 
 
 def _succeed(future: asyncio.Future[T], result: T) -> None:

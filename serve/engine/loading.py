@@ -1,6 +1,6 @@
-"""From a configuration to a rank that can carry out entries: groups, weights, memory, links.
+"""Loads a rank: process groups, weights, KV memory and transports, from its configuration.
 
-Runs once, in the GPU thread. All ranks go through the same collective steps in the same order.
+Runs once, in the GPU thread. All ranks run the same collective operations in the same order.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A rank that is ready: what it works with, and how many KV blocks its replica has."""
+    """A rank that is ready: its resources, and the number of its replica's KV blocks."""
 
     resources: RankResources
     num_blocks: int
@@ -57,7 +57,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One directed pair of ranks and the heads that travel on it."""
+    """One directed pair of ranks and the heads that one sends to the other."""
 
     prefill: ReplicaInfo
     decode: ReplicaInfo
@@ -70,9 +70,10 @@ class Route:
 
 
 def load_rank(setup: RankSetup, progress: Progress) -> Loaded:
-    """Load this rank's share of the model and connect it. ``progress(done, total)``: weights.
+    """Load this rank's share of the model and connect it to its peers.
 
-    Raises ``ValueError`` with one line for a checkpoint or a memory setting that cannot be served.
+    ``progress(done, total)`` is called as weights are loaded. Raises ``ValueError`` with one line
+    if the checkpoint or the memory settings cannot be served.
     """
     try:
         return _load_rank(setup, progress)
@@ -97,24 +98,24 @@ def _load_rank(setup: RankSetup, progress: Progress) -> Loaded:
     if setup.device.type == "cuda":
         load_kernels(setup, model, tp)
     measured = measure_num_blocks(setup, model, tp)
-    num_blocks = _agree(measured, group, setup.device)
+    num_blocks = _agree_on_num_blocks(measured, group, setup.device)
     cache = KVCache(setup.layout, num_blocks, setup.dtype, setup.device)
     sender, receiver = _make_transfers(setup, cache, routes, transports)
     runner = Runner(model, cache, tp, setup.limits.max_num_seqs)
     if uses_graphs(setup):
         graphs = make_graphs(setup, model, cache, runner.sampled)
-        _capture(setup, graphs)
+        _capture_graphs(setup, graphs)
         runner.use_graphs(graphs)
     if setup.device.type == "cuda":
         reserve_memory(setup, runner, cache)
-        # What is left to the CPU is each step's index arithmetic: shared out among all cores, it
-        # would wait for the busiest of them. This holds for threads that start later, too.
+        # The CPU only does each step's index arithmetic. Divided among all cores, it would wait for
+        # the busiest core. The setting also applies to threads that start later.
         torch.set_num_threads(1)
     return Loaded(RankResources(runner, sender, receiver), num_blocks)
 
 
 def find_routes(setup: RankSetup) -> list[Route]:
-    """Every directed pair of ranks that exchanges KV, in one order on all ranks."""
+    """Return every directed pair of ranks that exchanges KV, in the same order on all ranks."""
     return [
         Route(prefill, decode, part)
         for prefill, decode in setup.topology.links()
@@ -123,7 +124,7 @@ def find_routes(setup: RankSetup) -> list[Route]:
 
 
 def _check_transport(setup: RankSetup, routes: list[Route]) -> None:
-    """Refuse symmetric memory where there is none, on all ranks alike."""
+    """Raise ``ValueError``, on all ranks, if the option needs memory that GPUs cannot share."""
     if setup.config.kv_transport == "symm":
         ranks = {rank for route in routes for rank in route.ranks}
         if not can_share_memory(setup.rank_info, sorted(ranks)):
@@ -132,7 +133,7 @@ def _check_transport(setup: RankSetup, routes: list[Route]) -> None:
             )
 
 
-def _own(setup: RankSetup, routes: list[Route]) -> list[Route]:
+def _own_routes(setup: RankSetup, routes: list[Route]) -> list[Route]:
     return [route for route in routes if setup.rank_info.rank in route.ranks]
 
 
@@ -151,7 +152,7 @@ def _make_tensor_parallel(setup: RankSetup, group: dist.ProcessGroup | None) -> 
 def _connect(
     setup: RankSetup, routes: list[Route], groups: Mapping[tuple[int, int], dist.ProcessGroup]
 ) -> dict[tuple[int, int], Transport]:
-    """Make the wire of every pair of this rank's, and use each once, in one order everywhere."""
+    """Make and warm up the transports of this rank's pairs, in the same order on all ranks."""
     make = _symmetric_transports if setup.config.kv_transport == "symm" else _p2p_transports
     transports = make(setup, routes, groups)
     for (source, _), transport in transports.items():
@@ -166,27 +167,28 @@ def _p2p_transports(
         route.ranks: P2PTransport(
             _peer(setup, route), groups[route.ranks], _slot_bytes(setup, route), setup.device
         )
-        for route in _own(setup, routes)
+        for route in _own_routes(setup, routes)
     }
 
 
 def _symmetric_transports(
     setup: RankSetup, routes: list[Route], groups: Mapping[tuple[int, int], dist.ProcessGroup]
 ) -> dict[tuple[int, int], Transport]:
-    """One arena holds the slots of all pairs; every rank knows where they lie at every other."""
-    ends: dict[int, int] = dict.fromkeys(range(setup.rank_info.world_size), 0)
-    begins: dict[tuple[int, tuple[int, int]], int] = {}
+    """Place the slots of all pairs in one arena. Every rank computes the offsets at all ranks."""
+    sizes: dict[int, int] = dict.fromkeys(range(setup.rank_info.world_size), 0)
+    offsets: dict[tuple[int, tuple[int, int]], int] = {}
     for route in routes:
         for rank in route.ranks:
-            begins[rank, route.ranks] = ends[rank]
-            ends[rank] += NUM_STAGING_SLOTS * _slot_bytes(setup, route)
-    arena = SymmetricArena(max(ends.values()), setup.device)
+            offsets[rank, route.ranks] = sizes[rank]
+            sizes[rank] += NUM_STAGING_SLOTS * _slot_bytes(setup, route)
+    arena = SymmetricArena(max(sizes.values()), setup.device)
     transports: dict[tuple[int, int], Transport] = {}
-    for route in _own(setup, routes):
+    for route in _own_routes(setup, routes):
         peer = _peer(setup, route)
-        ours, theirs = begins[setup.rank_info.rank, route.ranks], begins[peer, route.ranks]
+        own_offset = offsets[setup.rank_info.rank, route.ranks]
+        peer_offset = offsets[peer, route.ranks]
         transports[route.ranks] = SymmetricTransport(
-            arena, peer, ours, theirs, _slot_bytes(setup, route)
+            arena, peer, own_offset, peer_offset, _slot_bytes(setup, route)
         )
     return transports
 
@@ -197,7 +199,7 @@ def _peer(setup: RankSetup, route: Route) -> int:
 
 
 def _slot_bytes(setup: RankSetup, route: Route) -> int:
-    """Of the largest push between the two ranks."""
+    """Return the bytes of the largest push between the two ranks."""
     layout = setup.layouts(route.prefill)[route.slice.src]
     num_heads = len(route.slice.src_heads)
     return setup.max_push_blocks * layout.block_bytes * num_heads // len(layout.kv_heads)
@@ -213,7 +215,7 @@ def _load_model(setup: RankSetup, tp: TensorParallel, progress: Progress) -> nn.
     return model.eval()
 
 
-def _capture(setup: RankSetup, graphs: DecodeGraphs) -> None:
+def _capture_graphs(setup: RankSetup, graphs: DecodeGraphs) -> None:
     begun_s = time.monotonic()
     hidden = setup.rank_info.rank != FRONT_END_RANK or not sys.stderr.isatty()
     with tqdm(desc="CUDA graphs", disable=hidden) as bar:
@@ -226,8 +228,10 @@ def _capture(setup: RankSetup, graphs: DecodeGraphs) -> None:
     log.info("rank %d: CUDA graphs in %.1f s", setup.rank_info.rank, time.monotonic() - begun_s)
 
 
-def _agree(num_blocks: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
-    """The smallest count of the replica's ranks: they share one block table."""
+def _agree_on_num_blocks(
+    num_blocks: int, group: dist.ProcessGroup | None, device: torch.device
+) -> int:
+    """Return the smallest count of the replica's ranks, because they share one block table."""
     if group is None:
         return num_blocks
     smallest = torch.tensor([num_blocks], device=device)
@@ -243,7 +247,7 @@ def _make_transfers(
 ) -> tuple[KVSender, KVReceiver]:
     outgoing: dict[int, list[Pair]] = {}
     incoming: dict[int, list[Pair]] = {}
-    for route in _own(setup, routes):
+    for route in _own_routes(setup, routes):
         transport = transports[route.ranks]
         if setup.rank_info.rank == route.ranks[0]:
             pair = Pair(cache.blocks, route.slice.src_heads, transport)

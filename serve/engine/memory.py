@@ -1,4 +1,4 @@
-"""How many KV blocks fit beside the model: what a profiling run leaves free."""
+"""The number of KV blocks: a profiling run measures the memory that is left for them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ CPU_KV_BYTES = 2 << 30
 
 
 def measure_num_blocks(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> int:
-    """KV blocks of this rank: the option, or what memory allows. ``ValueError`` if it is none.
+    """Return the number of this rank's KV blocks: the option, or as many as memory allows.
 
-    All that takes memory beside them is there already, or measured here.
+    All other users of memory are allocated before, or measured here. Raises ``ValueError`` if no
+    block fits.
     """
     layout = setup.layout
     if setup.config.num_blocks is not None:
@@ -46,7 +47,7 @@ def measure_num_blocks(setup: RankSetup, model: nn.Module, tp: TensorParallel) -
 
 
 def _profile(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> int:
-    """Bytes in use on the device at the peak of the largest steps, all processes' included."""
+    """Return the bytes in use on the device, by all processes, at the peak of the largest steps."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     cache = KVCache(setup.layout, 1, setup.dtype, setup.device)
@@ -63,7 +64,11 @@ def _profile(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> int:
 
 
 def uses_graphs(setup: RankSetup) -> bool:
-    """Whether decode steps are CUDA graphs: where there are any, in a type that flash-attn has."""
+    """Return whether decode steps run as CUDA graphs.
+
+    They need a GPU. Prefill replicas have none, ``enforce_eager`` turns them off, and float32 has
+    none because flash-attn does not support it.
+    """
     return (
         setup.device.type == "cuda"
         and setup.replica.role is not Role.PREFILL
@@ -75,7 +80,7 @@ def uses_graphs(setup: RankSetup) -> bool:
 def make_graphs(
     setup: RankSetup, model: nn.Module, cache: KVCache, sampled: Tensor
 ) -> DecodeGraphs:
-    """The decode graphs of this rank, not captured yet. ``sampled``: see ``Runner``."""
+    """Make the decode graphs of this rank, without capturing them. ``sampled``: see ``Runner``."""
     from serve.engine.decode_graphs import DecodeGraphs
 
     has_windows = any(setup.config.model_config.windows)

@@ -1,4 +1,4 @@
-"""What is settled for a rank before anything is loaded: device, dtype, block size, layouts."""
+"""RankSetup: a rank's device, dtype, block size and KV layout, known before loading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serve.topology import RankInfo, ReplicaInfo, Role, Topology
 
 @dataclass(frozen=True, slots=True)
 class RankSetup:
-    """What can be said of every rank before anything is loaded."""
+    """The configuration of one rank, and the values that follow from it."""
 
     config: ServerConfig
     topology: Topology
@@ -24,20 +24,19 @@ class RankSetup:
 
     @property
     def replica(self) -> ReplicaInfo:
-        """This rank's replica."""
         return self.topology.replica_of(self.rank_info.rank)
 
     @property
     def limits(self) -> PhaseLimits:
-        """What this rank's replica may take on."""
+        """The limits on the steps and the memory of this rank's replica."""
         return limits_of(self.config, self.replica.role)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, activations and KV.
+        """The type of weights, activations and KV.
 
-        Unless told: float32 on a CPU; on a GPU the checkpoint's own, and bfloat16 for float32,
-        which the fast kernels do not take.
+        The default on a CPU is float32. On a GPU it is the checkpoint's type, or bfloat16 if that
+        is float32, because the fast kernels do not support float32.
         """
         name: str = self.config.dtype
         if name == "auto":
@@ -49,7 +48,7 @@ class RankSetup:
 
     @property
     def block_size(self) -> int:
-        """Tokens in a block."""
+        """Tokens per KV block: the option, or the attention kernel's preference."""
         return self.config.block_size or preferred_block_size(self.device)
 
     @property
@@ -58,7 +57,7 @@ class RankSetup:
         return self.layouts(self.replica)[self.topology.tp_rank(self.rank_info.rank)]
 
     def layouts(self, replica: ReplicaInfo) -> tuple[KVLayout, ...]:
-        """The KV layout of each tp rank of a replica."""
+        """Return the KV layout of each tp rank of ``replica``."""
         model = self.config.model_config
         size = self.dtype.itemsize
         return tuple(
@@ -68,14 +67,14 @@ class RankSetup:
 
     @property
     def max_push_blocks(self) -> int:
-        """Blocks in the largest push: ``kv_push_bytes``, at least one, at most a whole context."""
+        """Blocks in the largest push: ``kv_push_bytes``, at least 1, at most a whole context."""
         config = self.config
         layout = config.model_config.kv_layout(self.block_size, self.dtype.itemsize, 1, 0)
         context = config.max_model_len or config.model_config.max_position_embeddings
-        wanted = config.kv_push_bytes // layout.block_bytes
-        return max(1, min(wanted, layout.num_blocks_for(context)))
+        num_blocks = config.kv_push_bytes // layout.block_bytes
+        return max(1, min(num_blocks, layout.num_blocks_for(context)))
 
 
 def limits_of(config: ServerConfig, role: Role) -> PhaseLimits:
-    """A replica that only prefills has limits of its own; all others have decode's."""
+    """Return the prefill limits for a replica that only prefills, else the decode limits."""
     return config.prefill if role is Role.PREFILL else config.decode

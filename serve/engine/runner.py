@@ -1,4 +1,4 @@
-"""Runs the model: from a plan's step to sampled token ids, on one rank."""
+"""Runner: runs the model on one rank, from a step to sampled token ids."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """The model of one rank with its KV cache. All calls are made in the GPU thread.
+    """The model of one rank with its KV cache. All methods are called in the GPU thread.
 
-    ``sampled`` holds the ids that the last step sampled, row by row, on every rank of the replica:
-    the next step may take them up before the host has seen them.
+    ``sampled`` holds the ids that the last step sampled, one for each row, on every rank of the
+    replica. The next step can use them as inputs before the host knows them.
     """
 
     def __init__(
@@ -46,14 +46,15 @@ class Runner:
         self.sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
-        """Run decode steps on ``graphs``, which leave their ids in ``sampled``."""
+        """Run decode steps on ``graphs``, which write their ids to ``sampled``."""
         self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor | None:
-        """Compute ``step``. The sampled ids ``[num_rows]`` int64 on the leader, else None.
+        """Compute ``step``.
 
-        They are valid until the next step.
+        Returns the sampled ids on the leader (``[num_rows]``, int64, valid until the next step) and
+        None on followers.
         """
         num_rows = sum(sequence.sample for sequence in step.sequences)
         tokens = self.sampled[:num_rows]

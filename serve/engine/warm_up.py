@@ -1,7 +1,7 @@
-"""Whatever would hold up, at its first use, all that is queued behind: used before serving begins.
+"""Warm-up: use every kernel and allocation once before serving, because the first use is slow.
 
-Before it hands out a kernel or pinned memory for the first time the driver waits for all that runs
-on the device, on a busy prefill replica for a whole prompt. Meanwhile the GPU thread issues
+When the driver loads a kernel or allocates pinned memory for the first time, it waits for all work
+on the device. On a busy prefill replica that is a whole prompt. Meanwhile the GPU thread issues
 nothing, and the pushes in its queue are late.
 """
 
@@ -26,20 +26,22 @@ from serve.kv.cache import KVCache
 
 log = logging.getLogger(__name__)
 
-_MAX_PINNED_POWER = 23  # of two: bytes; the largest step's integers take less
+_MAX_PINNED_POWER = 23  # 2**23 bytes; the integers of the largest step take less
 _SMALL_PINNED_POWER = 14
-# Products of a weight, and which of their arguments has a row for each token.
-_ROWS_AT: dict[Callable[..., Any], int] = {functional.linear: 0, torch.mm: 0, torch.addmm: 1}
-_FEW_PROMPTS = 256  # flash-attn 4 has another kernel for more
+# The functions that multiply by a weight, and the argument of each that has a row for each token.
+_ROWS_ARG: dict[Callable[..., Any], int] = {functional.linear: 0, torch.mm: 0, torch.addmm: 1}
+_FEW_PROMPTS = 256  # flash-attn 4 uses another kernel for more
+# Numbers of rows to try: all up to the first limit, then in steps of count / _DENSE up to the
+# second, then in steps of count / _SPARSE.
 _EVERY_COUNT_UP_TO = 512
 _DENSE_UP_TO = 8192
-_DENSE, _SPARSE = 256, 16  # the next count is further by this part of it
+_DENSE, _SPARSE = 256, 16
 
 
 def load_kernels(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> None:
-    """Load, or compile, the kernels of the model's steps. All ranks of a replica together.
+    """Load, or compile, the kernels of the model's steps. A collective of the replica's ranks.
 
-    They take device memory, so this comes before it is measured.
+    Kernels take device memory, so this must come before the memory is measured.
     """
     cache = KVCache(setup.layout, 1, setup.dtype, setup.device)
     limits = setup.limits
@@ -57,31 +59,31 @@ def load_kernels(setup: RankSetup, model: nn.Module, tp: TensorParallel) -> None
 
 
 def reserve_memory(setup: RankSetup, runner: Runner, kv_cache: KVCache) -> None:
-    """Have torch take from the driver the memory that the largest steps need, and keep it.
+    """Make torch allocate the memory of the largest steps, which it keeps in its cache.
 
-    All ranks of a replica together.
+    A collective of the replica's ranks.
     """
     warm_up_pinned_memory()
-    held = kv_cache.num_blocks * kv_cache.layout.block_size
-    for step in largest_steps(setup, min(longest_context(setup), held)):
+    capacity = kv_cache.num_blocks * kv_cache.layout.block_size
+    for step in largest_steps(setup, min(longest_context(setup), capacity)):
         runner.run(step)
-    kv_cache.blocks[0].zero_()  # as it was: what is masked there must at least be a number
+    kv_cache.blocks[0].zero_()  # as before: masked positions must not hold NaN
     torch.cuda.synchronize(setup.device)
 
 
 def warm_up_pinned_memory() -> None:
-    """Fill torch's cache of pinned memory, which has lists by power of two."""
-    held = [
+    """Fill torch's cache of pinned memory, which has one list per power of two."""
+    buffers = [
         torch.empty(1 << power, dtype=torch.uint8, pin_memory=True)
         for power in range(_MAX_PINNED_POWER + 1)
         for _ in range(64 if power <= _SMALL_PINNED_POWER else 8)
     ]
-    del held
+    del buffers
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One matrix product of a weight, as the model asked for it."""
+    """One product of a weight and a matrix with a row for each token, as the model calls it."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -91,31 +93,32 @@ class Product:
     @property
     def rows(self) -> Tensor:
         """The argument that has a row for each token: ``[num_rows, in_features]``."""
-        rows: Tensor = self.args[_ROWS_AT[self.function]]
+        rows: Tensor = self.args[_ROWS_ARG[self.function]]
         return rows
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What the same product has in common: shapes, the rows' too, and the way it is called."""
+        """The function and the shapes of all arguments. Equal products have the same."""
         shapes = (
             (arg.shape, arg.stride()) if isinstance(arg, Tensor) else arg for arg in self.args
         )
         return self.function, self.has_out, *shapes
 
     def run(self, rows: Tensor) -> Tensor:
-        """The product with other rows."""
-        at = _ROWS_AT[self.function]
-        args = (*self.args[:at], rows, *self.args[at + 1 :])
+        """Compute the product with other rows."""
+        index = _ROWS_ARG[self.function]
+        args = (*self.args[:index], rows, *self.args[index + 1 :])
         out = {"out": rows.new_empty((len(rows), self.out_features))} if self.has_out else {}
         result: Tensor = self.function(*args, **out)
         return result
 
 
 class Products(TorchFunctionMode):
-    """Notes which matrix products are computed while it is entered, each kind once.
+    """Records the matrix products that are computed while it is active, each kind once.
 
-    cuBLAS has many kernels for one product, chooses by the number of rows, and loads a kernel when
-    it is first chosen, also where all others are loaded at once (``CUDA_MODULE_LOADING=EAGER``).
+    cuBLAS has many kernels for one product and chooses by the number of rows. It loads a kernel
+    when it first chooses it, even with ``CUDA_MODULE_LOADING=EAGER``, which loads all others at
+    once.
     """
 
     def __init__(self) -> None:
@@ -125,23 +128,23 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """See ``TorchFunctionMode``."""
+        """Record a product; see ``TorchFunctionMode``."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in _ROWS_AT:
+        if func in _ROWS_ARG:
             product = Product(func, args, "out" in kwargs, result.shape[1])
             self._found.setdefault(product.signature, product)
         return result
 
     def __iter__(self) -> Iterator[Product]:
-        """In the order in which they were first computed."""
+        """Iterate in the order in which the products were first computed."""
         return iter(self._found.values())
 
     @torch.inference_mode()
     def run(self, max_num_tokens: int, max_num_sampled: int) -> int:
-        """Compute each with one number of rows after another (``row_counts``); how many that were.
+        """Compute each product with every number of rows of ``row_counts``; returns the count.
 
-        A product that had fewer rows than the others was of the sampled tokens alone.
+        A product with fewer rows than the others has a row for each sampled token only.
         """
         num_tokens = max((len(product.rows) for product in self), default=0)
         num_runs = 0
@@ -155,8 +158,9 @@ class Products(TorchFunctionMode):
 
 
 def row_counts(most: int) -> Iterator[int]:
-    """A sample of the numbers of rows up to ``most``, odd and even: all small ones, then fewer and
-    fewer, since kernels are chosen by how their tiles fill the GPU.
+    """Yield numbers of rows up to ``most``, odd and even: all small ones, then ever fewer.
+
+    Large ones need fewer, because cuBLAS chooses kernels by how their tiles fill the GPU.
     """
     count = 1
     while count < most:

@@ -1,8 +1,8 @@
-"""One rank's share of a replica: feeds the GPU thread from the plan, and the plan from events.
+"""Worker: connects one rank's GPU thread to its replica's scheduler and to other ranks.
 
-On the leader every event (a message, a step's result, a received push) goes to ``Replica``, whose
-answer is sent out and issued. A follower only issues what its leader sends, and says what it has
-received.
+On the leader every event (a message, a step's result, a received push) goes to ``Replica``, which
+returns messages to send and plan entries to issue. A follower only issues the entries of its leader
+and reports received pushes to it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from serve.protocol.messages import AnyMessage, Entry, Heartbeat, Received, Step
 from serve.replica.replica import Actions, Replica
 from serve.topology import FRONT_END_RANK, ReplicaInfo
 
-HEARTBEAT_S = 1.0  # the period of a heartbeat, not a wait for something
+HEARTBEAT_S = 1.0  # the period of a heartbeat, not a poll
 
 
 class Worker:
-    """Runs on the event loop of its rank; owns the replica's state if the rank leads it."""
+    """Runs on the event loop of its rank. On a leader it owns the state of the replica."""
 
     def __init__(
         self,
@@ -47,18 +47,18 @@ class Worker:
         )
 
     def lead(self, replica: Replica) -> None:
-        """This rank's replica is ready to take requests."""
+        """Set the replica that this rank leads, now that it can serve requests."""
         self._replica = replica
 
     def on_message(self, message: AnyMessage) -> None:
-        """A message for the replica, or from one of its followers."""
+        """Handle a message to the replica, or from one of its followers."""
         if isinstance(message, Received):
             self._count_received(message.prefill_replica, message.number)
         else:
             self._apply(self._leading.on_message(message))
 
     async def beat(self) -> None:
-        """Tell rank 0 once a second that this rank lives, for as long as it does."""
+        """Send a heartbeat to rank 0 once a second, until cancelled."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             if self._replica is not None:
@@ -67,7 +67,7 @@ class Worker:
                 self._send(FRONT_END_RANK, Heartbeat())
 
     def stop(self) -> None:
-        """The last entry of the plan, here and on the followers."""
+        """Issue the last entry of the plan, here and on the followers."""
         self._enqueue(Stop())
 
     @property
@@ -86,7 +86,7 @@ class Worker:
             self._send(self._leader, Received(prefill_replica, number))
 
     def _count_received(self, prefill_replica: int, number: int) -> None:
-        """A push counts once every rank of the replica has it."""
+        """Count a push; it is received when every rank of the replica has its part."""
         push = (prefill_replica, number)
         count = self._num_received.pop(push, 0) + 1
         if count < self._num_ranks:
@@ -95,22 +95,23 @@ class Worker:
             self._apply(self._leading.on_received(prefill_replica, number))
 
     def _apply(self, actions: Actions) -> None:
-        """Carry out what follows from an event, and submit the steps that can be planned now."""
+        """Carry out ``actions`` of an event, then issue the steps that can be planned now."""
         self._issue(actions)
         while (step := self._leading.next_step()) is not None:
             self._enqueue(step)
         self._issue(self._leading.idle_report())
 
     def _issue(self, actions: Actions) -> None:
-        # Messages first: others act on them meanwhile, and the GPU has a step in hand.
+        # Messages come first, because their receivers can act on them while the GPU runs a step.
         for rank, message in actions.messages:
             self._send(rank, message)
         for entry in actions.entries:
             self._enqueue(entry)
 
     def _enqueue(self, entry: Entry) -> None:
-        # The followers first, so that no rank waits for them in the step's collectives.
-        told = Step(entry.sequences) if isinstance(entry, Step) else entry
+        # Followers come first, so that no rank waits for them in the step's collectives. They get
+        # no rows, because they do not sample.
+        for_followers = Step(entry.sequences) if isinstance(entry, Step) else entry
         for follower in self._followers:
-            self._send(follower, told)
+            self._send(follower, for_followers)
         self.executor.enqueue(entry)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from serve.device import columns_to_device, to_device
 from serve.protocol.messages import SampleRow
+from serve.sampling.penalised_rows import PenalisedRows
 
 # A count holds the number of times that the output has a token in its upper bits. Its lowest bit
 # says whether the prompt has the token.
@@ -30,18 +31,6 @@ class _Slot:
 
     index: int
     output_index: int | None = None  # the only output position that the counts are valid for
-
-
-@dataclass(frozen=True, slots=True)
-class PenalisedRows:
-    """The rows of a step that carry penalties, as columns of ``[num_penalised]`` on the device."""
-
-    row_ids: Tensor  # int64: index in the step's logits
-    slots: Tensor  # int64: index in the counts
-    increments: Tensor  # int32: added to the count of the row's input token
-    repetition: Tensor  # float32
-    frequency: Tensor  # float32
-    presence: Tensor  # float32
 
 
 class Penalties:

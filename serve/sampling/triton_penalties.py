@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serve.sampling.penalties import PenalisedRows
+from serve.sampling.penalised_rows import PenalisedRows
 
 _BLOCK = 2048
 

@@ -34,7 +34,7 @@ MEGABYTE = 1 << 20
 
 
 def storm_messages(seed: int, source: int, target: int, size: int) -> Iterator[AnyMessage]:
-    """What ``source`` sends ``target``: mostly small, some beyond a frame, a few megabytes."""
+    """Yield messages of ``source`` to ``target``: most small, some beyond a frame, a few of MB."""
     rng = random.Random(f"{seed} {source} {target}")
     for number in range(size):
         kind = rng.random()
@@ -50,8 +50,8 @@ def storm_messages(seed: int, source: int, target: int, size: int) -> Iterator[A
 
 async def storm(seed: int, size: int) -> None:
     node = Node()
-    everybody = range(dist.get_world_size())
-    outgoing = {rank: storm_messages(seed, node.rank, rank, size) for rank in everybody}
+    all_ranks = range(dist.get_world_size())
+    outgoing = {rank: storm_messages(seed, node.rank, rank, size) for rank in all_ranks}
     rng = random.Random(seed + node.rank)
     node.channel.start()
     while outgoing:
@@ -66,11 +66,11 @@ async def storm(seed: int, size: int) -> None:
     await node.until(lambda: node.count(node.rank) == size)
     await node.leave()
     assert node.lost == []
-    for source in everybody:
-        wanted = list(storm_messages(seed, source, node.rank, size))
+    for source in all_ranks:
+        expected = list(storm_messages(seed, source, node.rank, size))
         if source != node.rank:
-            wanted.append(Goodbye(source))
-        assert node.messages[source] == wanted, f"seed {seed}: {source} to {node.rank}"
+            expected.append(Goodbye(source))
+        assert node.messages[source] == expected, f"seed {seed}: {source} to {node.rank}"
 
 
 def run_storm(loop: str, seed: int, size: int) -> None:
@@ -84,13 +84,13 @@ def test_storm_between_all_pairs_keeps_each_order(world: World, loop: str) -> No
     world.run(f"{MODULE}:run_storm", loop, seed, 1500)
 
 
-def many_short_lives(rounds: int) -> None:
+def many_short_storms(rounds: int) -> None:
     for number in range(rounds):
         asyncio.run(storm(number, 3))
 
 
 def test_goodbye_ends_quietly_every_time(world: World) -> None:
-    world.run(f"{MODULE}:many_short_lives", 40)
+    world.run(f"{MODULE}:many_short_storms", 40)
 
 
 # --- sizes and coalescing -----------------------------------------------------------------------
@@ -113,7 +113,7 @@ def run_coalesce(num_messages: int) -> int:
     return asyncio.run(coalesce(num_messages))
 
 
-def test_what_waits_for_a_peer_travels_together(world: World) -> None:
+def test_queued_messages_of_a_peer_share_frames(world: World) -> None:
     assert world.run(f"{MODULE}:run_coalesce", 300) == [3, 3, 3, 3]
 
 
@@ -126,7 +126,7 @@ async def sizes() -> None:
     for index, length in enumerate(lengths):
         for peer in node.peers:
             node.channel.send(peer, Abort("z" * length))
-        # Until then no other is sent, so that each is a frame of its own.
+        # The next message waits until this one has arrived, so each has a frame of its own.
         await node.until(lambda: all(node.count(peer) > index for peer in node.peers))  # noqa: B023
     await node.leave()
     for peer in node.peers:
@@ -145,11 +145,11 @@ def test_bodies_of_any_size(world: World) -> None:
 
 
 async def entries() -> tuple[list[Entry], list[AnyMessage], set[str], int]:
-    got: list[Entry] = []
+    received: list[Entry] = []
     threads: set[str] = set()
 
     def on_entry(entry: Entry) -> None:
-        got.append(entry)
+        received.append(entry)
         threads.add(threading.current_thread().name)
 
     node = Node(on_entry=on_entry if dist.get_rank() == 1 else None)
@@ -161,19 +161,19 @@ async def entries() -> tuple[list[Entry], list[AnyMessage], set[str], int]:
             node.channel.send(1, Unpack(7, number, (number,)))
         node.channel.send(1, Stop())
     await node.leave()
-    return got, node.messages.get(0, []), threads, len(node.lost)
+    return received, node.messages.get(0, []), threads, len(node.lost)
 
 
 def run_entries() -> tuple[list[Entry], list[AnyMessage], set[str], int]:
     return asyncio.run(entries())
 
 
-def test_entries_go_straight_to_the_queue(world: World) -> None:
-    got, messages, threads, num_lost = world.run(f"{MODULE}:run_entries")[1]
-    wanted: list[Entry] = []
+def test_entries_are_passed_on_in_the_reader_thread(world: World) -> None:
+    received, messages, threads, num_lost = world.run(f"{MODULE}:run_entries")[1]
+    expected: list[Entry] = []
     for number in range(100):
-        wanted += [PostReceive(7, number, 3), Unpack(7, number, (number,))]
-    assert got == [*wanted, Stop()]
+        expected += [PostReceive(7, number, 3), Unpack(7, number, (number,))]
+    assert received == [*expected, Stop()]
     assert messages == [*map(Ping, range(100)), Goodbye(0)]
     assert threads == {"read-0"}
     assert num_lost == 0
@@ -199,7 +199,7 @@ def test_without_peers_messages_to_oneself_arrive(world: World) -> None:
     assert world.run(f"{MODULE}:run_alone") == [[*map(Ping, range(10))]] * 4
 
 
-async def speak_after_goodbye() -> None:
+async def send_after_goodbye() -> None:
     node = Node()
     node.channel.start()
     node.channel.send_goodbye()
@@ -211,9 +211,9 @@ async def speak_after_goodbye() -> None:
     assert node.channel.silent_peers(-1.0) == []
 
 
-def run_speak_after_goodbye() -> None:
-    asyncio.run(speak_after_goodbye())
+def run_send_after_goodbye() -> None:
+    asyncio.run(send_after_goodbye())
 
 
 def test_nothing_is_sent_after_goodbye(world: World) -> None:
-    world.run(f"{MODULE}:run_speak_after_goodbye")
+    world.run(f"{MODULE}:run_send_after_goodbye")

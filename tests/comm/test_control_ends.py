@@ -1,4 +1,4 @@
-"""ControlChannel when a peer dies, stops or speaks garbage, and when processes exit."""
+"""ControlChannel when a peer dies, is stopped or sends garbage, and when processes exit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def lose_rank_3() -> tuple[list[tuple[int, str]], dict[int, int]]:
     if node.rank == 3:
         await node.until(lambda: all(node.count(peer) for peer in node.peers))
         os.kill(os.getpid(), signal.SIGKILL)
-    for number in range(40):  # so that the writers are at it when the connection breaks
+    for number in range(40):  # the writers are busy when the connection breaks
         node.channel.send(3, Abort("x" * MEGABYTE) if number else Ping(0))
     await node.until(lambda: bool(node.lost))
     node.channel.send(3, Ping(0))
@@ -141,7 +141,7 @@ def run_stop_rank_3() -> None:
     asyncio.run(stop_rank_3())
 
 
-def test_a_stopped_peer_is_silent_not_lost_and_holds_up_nobody(world: World) -> None:
+def test_a_stopped_peer_is_silent_not_lost_and_blocks_no_other(world: World) -> None:
     world.run(f"{MODULE}:run_stop_rank_3")
 
 
@@ -176,7 +176,7 @@ def run_read_garbage(garbage: bytes) -> tuple[list[tuple[int, str]], list[AnyMes
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_what_cannot_be_understood_is_loud(world: World, name: str) -> None:
+def test_invalid_data_ends_the_connection(world: World, name: str) -> None:
     lost, messages = world.run(f"{MODULE}:run_read_garbage", GARBAGE[name])[0]
     assert [peer for peer, _ in lost] == [1]
     assert lost[0][1]
@@ -201,7 +201,7 @@ def run_fail_in_on_entry() -> list[tuple[int, str]]:
     return asyncio.run(fail_in_on_entry())
 
 
-def test_an_entry_that_is_refused_is_loud() -> None:
+def test_an_error_in_on_entry_ends_the_connection() -> None:
     world = World(2)
     try:
         lost = world.run(f"{MODULE}:run_fail_in_on_entry")
@@ -213,7 +213,7 @@ def test_an_entry_that_is_refused_is_loud() -> None:
 # --- ends of processes --------------------------------------------------------------------------
 
 
-async def live_and_leave(folder: str) -> None:
+async def send_and_exit(folder: str) -> None:
     node = Node()
     node.channel.start()
     for peer in node.peers:
@@ -224,11 +224,11 @@ async def live_and_leave(folder: str) -> None:
     os._exit(0)
 
 
-def run_live_and_leave(folder: str) -> None:
-    asyncio.run(live_and_leave(folder))
+def run_send_and_exit(folder: str) -> None:
+    asyncio.run(send_and_exit(folder))
 
 
-def test_ranks_that_exit_after_closed_lose_nobody(tmp_path: Path) -> None:
+def test_ranks_that_exit_after_wait_closed_lose_no_peer(tmp_path: Path) -> None:
     world = World(4)
-    world.run(f"{MODULE}:run_live_and_leave", str(tmp_path), dying=range(4))
+    world.run(f"{MODULE}:run_send_and_exit", str(tmp_path), dying=range(4))
     assert [(tmp_path / f"{rank}").read_text() for rank in range(4)] == ["[]"] * 4

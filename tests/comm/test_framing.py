@@ -1,4 +1,4 @@
-"""Frames: what is put into one comes out of it, and nothing else is taken for one."""
+"""Frames: messages come out as they were put in, and invalid data is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_body_is_made_of_whole_messages(body: bytes) -> None:
     assert b"".join(len(m).to_bytes(4, "little") + m for m in messages) == body
 
 
-def test_what_is_queued_is_taken_together() -> None:
+def test_queued_messages_are_taken_together() -> None:
     outbox: SimpleQueue[bytes | None] = SimpleQueue()
     for data in (b"a", b"b", b"c"):
         outbox.put(data)
@@ -65,5 +65,5 @@ def test_a_frame_does_not_grow_without_end() -> None:
         (ValueError("not a frame"), "ValueError: not a frame"),
     ],
 )
-def test_errors_are_told_in_one_line(error: Exception, text: str) -> None:
+def test_errors_are_described_in_one_line(error: Exception, text: str) -> None:
     assert describe_error(error) == text

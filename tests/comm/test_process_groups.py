@@ -1,4 +1,4 @@
-"""Process groups: the right ranks in each, made without a deadlock, usable from several threads."""
+"""Process groups: their ranks, their creation without a deadlock, their use by several threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODULE = "tests.comm.test_process_groups"
 
 
 def sum_within_replica(tps: list[int]) -> tuple[float, tuple[int, int] | None]:
-    """The sum of the ranks of this rank's tp group, and its place there."""
+    """Return the sum of the ranks in this rank's tp group, and its rank and size there."""
     topology = build_topology([ReplicaSpec(tp) for tp in tps], 0, True)
     group = new_tp_groups(topology, "gloo")
     rank = dist.get_rank()
@@ -52,7 +52,7 @@ def test_a_tp_group_has_the_ranks_of_its_replica(
 
 
 def exchange_on_pairs(pairs: list[tuple[int, int]], seed: int, size: int) -> None:
-    """Send ``size`` tensors over every pair at once, a thread for each end of each."""
+    """Send ``size`` tensors over all pairs at once, with one thread for each end of a pair."""
     groups = new_pair_groups(pairs, "gloo")
     rank = dist.get_rank()
     assert set(groups) == {pair for pair in pairs if rank in pair}
@@ -89,7 +89,7 @@ def test_every_pair_has_a_group_of_its_own(world: World) -> None:
 
 
 def exchange_in_one_group(seed: int, size: int) -> None:
-    """Threads of one rank share a group: one for each peer, direction and tag."""
+    """Share a group among the threads of a rank: one for each peer, direction and tag."""
     rank, group = dist.get_rank(), dist.new_group(list(range(dist.get_world_size())))
     errors: list[BaseException] = []
 
@@ -130,7 +130,7 @@ def test_threads_may_share_a_group(world: World) -> None:
 
 
 def refuse_pairs(pairs: list[tuple[int, int]]) -> None:
-    with pytest.raises(ValueError, match="pairs of two ranks, each once"):
+    with pytest.raises(ValueError, match="expected pairs of two ranks, each once"):
         new_pair_groups(pairs, "gloo")
 
 

@@ -1,4 +1,4 @@
-"""What a rank says that cannot be loaded."""
+"""The error of a rank that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from serve.topology import RankInfo, build_topology
 
 
 def test_a_device_that_is_too_small_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of torch's own text, what was wanted; not the paragraph about fragmentation."""
-    said = (
+    """The error keeps the size from torch's message, but not its paragraph on fragmentation."""
+    torch_message = (
         "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB "
         "of which 3.00 GiB is free. If reserved but unallocated memory is large try setting\n..."
     )
 
     def build_model(*_: object) -> None:
-        raise torch.OutOfMemoryError(said)
+        raise torch.OutOfMemoryError(torch_message)
 
     monkeypatch.setattr(loading, "build_model", build_model)
     config = parse_args(["--mode", "colocated"], 1)

@@ -1,4 +1,4 @@
-"""What is used once before serving begins: every matrix product, with every number of rows."""
+"""Warm-up: it finds every matrix product of a model, and runs it with enough numbers of rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.families import VARIANTS, write_variant
 
 
 class Issued(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The matrix products that torch issues in the end: rows, features in, features out."""
+    """Records the matrix products that reach torch's dispatcher: rows, features in and out."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,7 +61,7 @@ def test_every_product_of_a_model_is_found(variant: str, tmp_path: Path) -> None
         assert (7 if num_rows == 6 else 5, *features) in again.shapes
 
 
-def test_a_product_gives_what_the_model_asked_for() -> None:
+def test_a_product_computes_what_the_model_computes() -> None:
     x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
     with Products() as products:
         for _ in range(3):  # layer after layer

@@ -1,4 +1,4 @@
-"""On GPUs: the same tokens, KV over NCCL, and no hang or leak in tens of thousands of transfers."""
+"""The engine on GPUs: the reference's tokens, KV over NCCL, and transfers without hang or leak."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def gpus() -> Iterator[World]:
     world.close()
 
 
-def test_pinned_memory_is_there_when_serving_begins() -> None:
-    """Whatever its size, and though several steps and pushes hold some."""
-    torch.cuda.init()  # type: ignore[no-untyped-call]  # without it there are no statistics
+def test_pinned_memory_is_allocated_before_serving() -> None:
+    """The cache has buffers of every size, enough for several steps and pushes at once."""
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # the statistics need it
     warm_up_pinned_memory()
     before = torch.cuda.host_memory_stats()["num_host_alloc"]
     held = [
@@ -57,8 +57,8 @@ def test_pinned_memory_is_there_when_serving_begins() -> None:
     assert all(tensor.is_pinned() for tensor in held)
 
 
-def test_kernels_are_loaded_before_any_is_wanted() -> None:
-    """The driver reads CUDA_MODULE_LOADING at its first call, and says nothing of later changes."""
+def test_kernels_are_loaded_at_start() -> None:
+    """The driver reads CUDA_MODULE_LOADING at its first call and ignores later changes."""
     code = """
 import ctypes
 import os
@@ -76,8 +76,8 @@ assert mode.value == 1  # CU_MODULE_EAGER_LOADING
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 
-def test_memory_is_taken_before_serving_begins() -> None:
-    """The driver would wait for the steps that run before it gave more, and other work with it."""
+def test_memory_is_allocated_before_serving() -> None:
+    """A later allocation would wait for the running steps and delay all other work."""
     command = [sys.executable, "-m", "tests.support.memory_growth", str(LLAMA_3_8B)]
     subprocess.run(command, cwd=LLAMA_3_8B.parents[2], check=True, timeout=200)
 
@@ -87,7 +87,7 @@ FreshWorld = Callable[[int], World]
 
 @pytest.fixture
 def fresh() -> Iterator[FreshWorld]:
-    """Makes the world of one job: symmetric memory is for processes that serve once."""
+    """Make worlds for one job each, because a process can set up symmetric memory only once."""
     worlds: list[World] = []
 
     def make(size: int) -> World:
@@ -121,31 +121,30 @@ def test_each_rope_type(gpus: World, tmp_path: Path, rope: str) -> None:
 
 
 def check_near(model: Path, jobs: list[Job], result: CaseResult) -> None:
-    """Teacher-forced: tokens fall short of the float32 reference's best about as little as those
-    that the reference would choose if it computed in bfloat16 itself.
+    """Check teacher-forced that tokens are about as good as those of a bfloat16 reference.
 
-    How far that is depends on the model: random ones carry rounding errors further than trained
-    ones do.
+    Both are judged by how far their logits in float32 fall short of the best token's. That depends
+    on the model: random models carry rounding errors further than trained ones.
     """
     exact, rounded = load_reference(model), load_reference(model).to(torch.bfloat16)
-    ours, its = [], []
+    served, reference = [], []
     for job, answer in zip(jobs, result.answers, strict=True):
         ids = torch.tensor([[*job.prompt_ids, *answer.token_ids]])
         places = slice(len(job.prompt_ids) - 1, -1)
         with torch.no_grad():
             logits = penalised(exact(ids).logits[0, places], job, answer)
             choices = penalised(rounded(ids).logits[0, places], job, answer).argmax(dim=1)
-        ours.append(_shortfalls(logits, torch.tensor(answer.token_ids)))
-        its.append(_shortfalls(logits, choices))
-    found, allowed = torch.cat(ours), torch.cat(its)
-    print(f"{_told(found)}; the reference in bfloat16: {_told(allowed)}")
+        served.append(_shortfalls(logits, torch.tensor(answer.token_ids)))
+        reference.append(_shortfalls(logits, choices))
+    found, allowed = torch.cat(served), torch.cat(reference)
+    print(f"{_describe(found)}; the reference in bfloat16: {_describe(allowed)}")
     assert found.max() <= 2 * allowed.max() + 0.1
     assert found.mean() <= 2 * allowed.mean() + 0.002
     assert (found > 0).float().mean() <= 1.5 * (allowed > 0).float().mean() + 0.02
 
 
 def penalised(logits: torch.Tensor, job: Job, answer: Answer) -> torch.Tensor:
-    """``logits`` of each output token under the job's repetition penalty."""
+    """Apply the job's repetition penalty to the logits of each output token."""
     factor, result = job.sampling.repetition_penalty, logits.clone()
     for index, row in enumerate(result):
         seen = torch.tensor(sorted({*job.prompt_ids, *answer.token_ids[:index]}))
@@ -154,12 +153,12 @@ def penalised(logits: torch.Tensor, job: Job, answer: Answer) -> torch.Tensor:
 
 
 def _shortfalls(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """How far each chosen token's logit is below the best, over the largest logit of all."""
+    """Return how far each chosen token is below the best, relative to the largest logit."""
     best = logits.amax(dim=1)
     return (best - logits.gather(1, chosen[:, None])[:, 0]) / logits.abs().amax(dim=1)
 
 
-def _told(shortfalls: torch.Tensor) -> str:
+def _describe(shortfalls: torch.Tensor) -> str:
     count = int((shortfalls > 0).sum())
     return f"{count} of {len(shortfalls)} tokens fall short, by {shortfalls.mean():.4f} in the mean"
 
@@ -168,7 +167,7 @@ def _told(shortfalls: torch.Tensor) -> str:
 def test_bfloat16_tokens_are_as_good_as_the_references(
     fresh: FreshWorld, small: Path, split: str
 ) -> None:
-    """With the kernels, graphs and sums over ranks that serve. Some tokens depend on all before."""
+    """Use the kernels, graphs and all-reduces of serving; some jobs have a repetition penalty."""
     need(split)
     jobs = random_jobs(17, 48)
     for job in jobs[::3]:
@@ -188,7 +187,7 @@ def test_a_vocabulary_that_does_not_divide_over_ranks(fresh: FreshWorld, tmp_pat
 
 @pytest.mark.parametrize("split", ["1P+1D", "2P+2D", "tp 2 to 1", "tp 1 to 2", "tp 2 to 2"])
 def test_symmetric_transport(fresh: FreshWorld, small: Path, split: str) -> None:
-    """Many pushes a prompt, each slot used again and again."""
+    """Send many pushes per prompt, so that every slot is reused many times."""
     need(split)
     jobs = random_jobs(29, 48, longest=120)
     options = ["--dtype", "float32", "--max-num-batched-tokens", "48", "--max-num-seqs", "8"]
@@ -199,7 +198,7 @@ def test_symmetric_transport(fresh: FreshWorld, small: Path, split: str) -> None
 
 @pytest.mark.parametrize("split", ["2P+2D", "tp 2 to 2", "1P+1D"])
 def test_tens_of_thousands_of_transfers(gpus: World, small: Path, split: str) -> None:
-    """Many small pushes over all links at once, aborts among them: no hang, no leak."""
+    """Send many small pushes over all pairs at once, with aborts: no hang, no leak."""
     need(split)
     rng = random.Random(19)
     jobs = [
@@ -212,7 +211,7 @@ def test_tens_of_thousands_of_transfers(gpus: World, small: Path, split: str) ->
         "--block-size", "8", "--num-blocks", "160", "--max-num-batched-tokens", "512",
         "--max-num-seqs", "32", "--kv-push-bytes", "1", "--dtype", "float32",
     ]  # fmt: skip
-    # One block a push: 8 to 16 pushes a prompt, over 20,000 in all.
+    # With one block per push a prompt takes 8 to 16 pushes; together they are over 20,000.
     num_pushes = sum(-(-len(job.prompt_ids) // 8) for job in jobs if job.abort_after is None)
     print(f"at least {num_pushes} pushes")
     assert num_pushes > 20_000

@@ -1,4 +1,4 @@
-"""On a GPU: what the filter kernel leaves of a row, against the reference that sorts it."""
+"""The sampling kernels on a GPU: filters and penalties against the references."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 GPU = torch.device("cuda", 0)
 VOCABS = [1, 17, 1000, 8192, 8193, 50257, 128256]
-SMALL_BLOCK = 512  # a row of a few thousand ids is bisected as a row of 128256 is in large ones
+SMALL_BLOCK = 512  # a row of a few thousand ids then takes as many blocks as one of 128256 ids
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def make_row(index: int = 0, banned_ids: tuple[int, ...] = (), **sampling: Any) 
 
 
 def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
-    """A mix of filters; top_p is no round number, so that no sum can equal it by design."""
+    """Make a row with random filters. top_p is not round, so no sum equals it by design."""
     return make_row(
         top_k=rng.choice([0, 0, 1, 2, 50, vocab_size // 2, vocab_size, vocab_size + 5]),
         top_p=rng.choice([1.0, 1e-9, rng.random() + 1e-9, 0.9 + rng.random() / 10]),
@@ -50,7 +50,7 @@ def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
 
 
 def filtered(logits: Tensor, rows: list[SampleRow]) -> Tensor:
-    """What the kernel makes of ``logits`` (on the CPU), whose temperature is 1."""
+    """Filter ``logits`` (on the CPU, with temperature 1) by the kernel."""
     kernels = pytest.importorskip("serve.sampling.triton_filters")
     min_p, top_k, top_p = filter_parameters(rows, logits.shape[1])
     out = logits.to(GPU, copy=True)
@@ -63,15 +63,15 @@ def filtered(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     return out.cpu()
 
 
-def assert_same_left(logits: Tensor, rows: list[SampleRow]) -> None:
-    """The kernel rules out what the reference does, and leaves the rest as it was."""
+def assert_same_kept(logits: Tensor, rows: list[SampleRow]) -> None:
+    """Check that the kernel rules out the reference's tokens and leaves the others unchanged."""
     expected = logits.clone()
     params = [row.request.sampling for row in rows]
     sampler._apply_min_p(expected, params)
     sampler._apply_top_k_top_p(expected, params)
-    ours = filtered(logits, rows)
-    for row, mine, right in zip(rows, ours, expected, strict=True):
-        wrong = (mine != right).nonzero().flatten().tolist()
+    actual = filtered(logits, rows)
+    for row, actual_row, expected_row in zip(rows, actual, expected, strict=True):
+        wrong = (actual_row != expected_row).nonzero().flatten().tolist()
         assert not wrong, (row.request.sampling, len(wrong), wrong[:5])
 
 
@@ -82,7 +82,7 @@ def make_logits(kind: str, num_rows: int, vocab_size: int) -> Tensor:
     elif kind == "flat":
         logits *= 0.05
     elif kind == "ties":
-        logits = logits.round()  # a few dozen values, both zeros among them
+        logits = logits.round()  # a few dozen values, with both zeros
     elif kind == "bfloat16":
         logits = logits.bfloat16().float()
     elif kind == "banned":
@@ -99,24 +99,24 @@ KINDS = ["usual", "peaked", "flat", "ties", "bfloat16", "banned", "extremes"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", VOCABS)
-def test_what_is_left(kind: str, vocab_size: int, rng: random.Random) -> None:
+def test_kept_tokens(kind: str, vocab_size: int, rng: random.Random) -> None:
     rows = [random_row(rng, vocab_size) for _ in range(32)]
-    assert_same_left(make_logits(kind, len(rows), vocab_size), rows)
+    assert_same_kept(make_logits(kind, len(rows), vocab_size), rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_left_of_rows_of_many_blocks(
+def test_kept_tokens_of_rows_of_many_blocks(
     kind: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = pytest.importorskip("serve.sampling.triton_filters")
     monkeypatch.setattr(kernels, "_BLOCK", SMALL_BLOCK)
     vocab_size = 8 * SMALL_BLOCK + rng.randrange(SMALL_BLOCK)
     rows = [random_row(rng, vocab_size) for _ in range(32)]
-    assert_same_left(make_logits(kind, len(rows), vocab_size), rows)
+    assert_same_kept(make_logits(kind, len(rows), vocab_size), rows)
 
 
 def test_equal_logits_are_ranked_by_id() -> None:
-    """Sums of powers of two are exact in any order, so a top_p may lie on one."""
+    """Sums of powers of two are exact in any order, so top_p may equal one of them here."""
     logits = torch.zeros(6, 1 << 15)
     rows = [
         make_row(top_k=3),
@@ -126,18 +126,18 @@ def test_equal_logits_are_ranked_by_id() -> None:
         make_row(min_p=1.0, top_k=1 << 14),
         make_row(min_p=1.0),
     ]
-    assert_same_left(logits, rows)
+    assert_same_kept(logits, rows)
     counts = [3, 1 << 13, math.ceil(0.3 * (1 << 15)), 1 << 13, 1 << 14, 1 << 15]
-    left = filtered(logits, rows).isfinite()
-    assert left.sum(1).tolist() == counts
-    assert [bool(row[:count].all()) for row, count in zip(left, counts, strict=True)] == [True] * 6
+    kept = filtered(logits, rows).isfinite()
+    assert kept.sum(1).tolist() == counts
+    assert [bool(row[:count].all()) for row, count in zip(kept, counts, strict=True)] == [True] * 6
 
 
 def test_filters_follow_each_other() -> None:
-    """top_p counts what min_p and top_k have left: of 4 equal logits two, not of 6."""
+    """top_p is a share of what min_p and top_k keep: half of 4 equal logits, not of 6."""
     logits = torch.tensor([[1.0, 1.0, -9.0, 1.0, 1.0, 1.0, 1.0, -9.0]])
-    left = filtered(logits, [make_row(min_p=0.5, top_k=4, top_p=0.5)]).isfinite()
-    assert left.nonzero()[:, 1].tolist() == [0, 1]
+    kept = filtered(logits, [make_row(min_p=0.5, top_k=4, top_p=0.5)]).isfinite()
+    assert kept.nonzero()[:, 1].tolist() == [0, 1]
 
 
 def test_rows_without_a_filter_stay_as_they_are() -> None:
@@ -148,24 +148,24 @@ def test_rows_without_a_filter_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
-def test_logits_that_are_no_numbers_harm_only_their_row(bad: float, rng: random.Random) -> None:
+def test_infinite_and_nan_logits_affect_only_their_row(bad: float, rng: random.Random) -> None:
     vocab_size = 9001
     logits = make_logits("usual", 40, vocab_size)
     rows = [random_row(rng, vocab_size) for _ in logits]
     clean = filtered(logits, rows)
     logits[::4] = bad
     logits[1::4, 7] = bad
-    ours = filtered(logits, rows)
-    assert torch.equal(ours[2::4], clean[2::4])
-    assert torch.equal(ours[3::4], clean[3::4])
+    actual = filtered(logits, rows)
+    assert torch.equal(actual[2::4], clean[2::4])
+    assert torch.equal(actual[3::4], clean[3::4])
     if bad == math.inf:
-        assert bool((ours[1::4].argmax(1) == 7).all())
-    tokens = sampled_here(logits, rows, torch.zeros(len(rows), dtype=torch.int64))
+        assert bool((actual[1::4].argmax(1) == 7).all())
+    tokens = sample_special_rows(logits, rows, torch.zeros(len(rows), dtype=torch.int64))
     assert 0 <= min(tokens) <= max(tokens) < vocab_size
 
 
-def sampled_here(logits: Tensor, rows: list[SampleRow], input_ids: Tensor) -> list[int]:
-    """The tokens of the rows that are not plain; 0 for the others."""
+def sample_special_rows(logits: Tensor, rows: list[SampleRow], input_ids: Tensor) -> list[int]:
+    """Sample the rows that are not plain; the tokens of the others are 0."""
     gpu_sampler = pytest.importorskip("serve.sampling.gpu_sampler")
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=GPU)
     sampler_on_gpu = gpu_sampler.GpuSampler(Penalties(len(rows)))
@@ -179,7 +179,7 @@ def sampled_here(logits: Tensor, rows: list[SampleRow], input_ids: Tensor) -> li
 def test_tokens_are_those_of_the_reference(
     vocab_size: int, dtype: torch.dtype, rng: random.Random
 ) -> None:
-    """Penalties, bias, bans and temperature before the filters; plain rows are not touched."""
+    """The rows mix penalties, bias, bans, temperature and filters. Plain rows stay unchanged."""
     rows = []
     for index in range(24):
         filters = random_row(rng, vocab_size).request.sampling
@@ -200,14 +200,14 @@ def test_tokens_are_those_of_the_reference(
     logits = (torch.randn(len(rows), vocab_size) * 3).to(dtype)
     input_ids = torch.randint(vocab_size, (len(rows),))
     expected = sample(logits.float().clone(), rows, input_ids, Penalties(len(rows))).tolist()
-    wanted = [0 if is_plain(row) else token for row, token in zip(rows, expected, strict=True)]
-    assert sampled_here(logits, rows, input_ids) == wanted
+    special = [0 if is_plain(row) else token for row, token in zip(rows, expected, strict=True)]
+    assert sample_special_rows(logits, rows, input_ids) == special
 
 
 @pytest.mark.parametrize("max_num_rows", [1, 7, 30])
 def test_penalties_of_requests_that_come_and_go(max_num_rows: int, rng: random.Random) -> None:
-    """See ``tests.sampling.test_penalties``; blocks of a row that are not full included."""
+    """Like ``tests.sampling.test_penalties``, also with rows whose last block is not full."""
     for vocab_size in (50, 5000):
-        kept = Penalties(max_num_rows)
-        for changed, expected in steps(rng, kept, max_num_rows, vocab_size, GPU):
+        penalties = Penalties(max_num_rows)
+        for changed, expected in steps(rng, penalties, max_num_rows, vocab_size, GPU):
             assert torch.allclose(changed.double(), expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""plan_transfer: every head of every receiver comes from one rank that has it."""
+"""plan_transfer: each head of each receiver comes from exactly one rank that has it."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ def test_noise_is_the_hash_in_plain_integers(seed: int) -> None:
         assert noise[token_id].item() == ((bits >> 12) + 0.5) / 2**52
 
 
-def test_noise_is_fixed_for_ever() -> None:
-    """The same seed is to give the same text in the next version too."""
+def test_noise_is_the_same_in_every_version() -> None:
+    """The same seed must give the same text after an upgrade."""
     noise = uniform_noise(_streams([0, -5], [0, 3]), 2)
     assert noise.tolist() == [
         [0.33805245419550556, 0.2691302712264],
@@ -42,7 +42,7 @@ def test_noise_is_fixed_for_ever() -> None:
     ]
 
 
-def test_the_ends_of_the_interval_cannot_come_out() -> None:
+def test_noise_never_reaches_the_ends_of_the_interval() -> None:
     lowest, highest = 0.5 / 2**52, (2**52 - 0.5) / 2**52
     assert lowest > 0.0
     assert highest < 1.0

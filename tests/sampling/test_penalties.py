@@ -1,4 +1,4 @@
-"""Penalties by counts that are kept, against counting everything anew."""
+"""Penalties from incremental counts, compared with counting all tokens anew."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def rng() -> random.Random:
 
 
 @pytest.mark.parametrize("max_num_rows", [1, 2, 7, 30])
-def test_requests_that_come_and_go_and_wait(max_num_rows: int, rng: random.Random) -> None:
-    """The newest token known to the host or not, and more requests than are counted at once."""
+def test_requests_that_come_and_go_and_pause(max_num_rows: int, rng: random.Random) -> None:
+    """There are more requests than slots, and the host may not know the newest token."""
     for changed, expected in steps(rng, Penalties(max_num_rows), max_num_rows, VOCAB, CPU):
         assert torch.allclose(changed.double(), expected, atol=1e-4)
 
@@ -35,16 +35,16 @@ def test_requests_that_come_and_go_and_wait(max_num_rows: int, rng: random.Rando
 def test_long_histories_are_counted_in_parts(
     max_num_ids: int, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A history that is longer than one part included."""
+    """Some histories are longer than one part."""
     monkeypatch.setattr(penalties, "_MAX_IDS", max_num_ids)
     for changed, expected in steps(rng, Penalties(9), 9, VOCAB, CPU):
         assert torch.allclose(changed.double(), expected, atol=1e-4)
 
 
-def test_a_step_costs_nothing_of_the_history(
+def test_a_step_does_not_count_the_history_again(
     rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that is sampled step after step is counted once."""
+    """A request that is sampled in every step is counted once."""
     counted: list[int] = []
     count = penalties._count
 

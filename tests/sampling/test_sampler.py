@@ -1,4 +1,4 @@
-"""Sampling against plain float64 references: filters, penalties, and what may not matter."""
+"""Sampling against plain float64 references: filters, penalties, independence of the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rng() -> random.Random:
 
 
 def sample(logits: Tensor, rows: list[SampleRow]) -> Tensor:
-    """``sampler.sample`` for rows that have not been sampled before."""
+    """Call ``sampler.sample`` for rows that have not been sampled before."""
     return sampler.sample(logits, rows, _newest(rows), Penalties(len(rows)))
 
 
@@ -60,7 +60,7 @@ def _logits(rng: random.Random, rows: int, vocab: int = VOCAB, spread: float = 3
 
 
 def _probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """What a row should be sampled from, step by step in float64."""
+    """Compute a row's expected distribution step by step in float64."""
     scaled = [x / params.temperature for x in logits.double().tolist()]
     top = max(scaled)
     weights = [math.exp(x - top) for x in scaled]
@@ -102,18 +102,18 @@ def test_samples_follow_the_filtered_distribution(filters: dict[str, Any]) -> No
     counts = torch.bincount(tokens, minlength=VOCAB).double()
     expected = _probabilities(logits, rows[0].request.sampling) * len(rows)
     assert bool((counts[expected == 0] == 0).all())
-    usual = expected >= 5  # cells that are rare alone are one cell together
+    usual = expected >= 5  # rare cells are merged into one
     observed = torch.cat([counts[usual], counts[~usual].sum()[None]])
-    wanted = torch.cat([expected[usual], expected[~usual].sum()[None]])
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    chi_square = float(((observed - wanted) ** 2 / wanted).sum())
-    freedom = max(1, len(wanted) - 1)
+    merged = torch.cat([expected[usual], expected[~usual].sum()[None]])
+    observed, merged = observed[merged > 0], merged[merged > 0]
+    chi_square = float(((observed - merged) ** 2 / merged).sum())
+    freedom = max(1, len(merged) - 1)
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
 
 
 @pytest.mark.parametrize("filters", FILTERS)
 def test_filters_keep_what_the_reference_keeps(filters: dict[str, Any], rng: random.Random) -> None:
-    """The filters alone, on rows that differ, against the reference's support."""
+    """Compare the tokens that the filters keep with the support of the reference."""
     logits = _logits(rng, 20)
     params = SamplingParams(max_tokens=1, **filters)
     filtered = logits / params.temperature
@@ -155,7 +155,7 @@ def _random_row(rng: random.Random) -> SampleRow:
     return _row(0, prompt, output, banned, seed=seed, **chosen)
 
 
-def test_a_row_gets_its_token_whatever_stands_beside_it(rng: random.Random) -> None:
+def test_a_row_gets_the_same_token_in_any_batch(rng: random.Random) -> None:
     rows = [_random_row(rng) for _ in range(60)]
     logits = _logits(rng, len(rows))
     alone = [int(sample(logits[i : i + 1].clone(), [row])) for i, row in enumerate(rows)]
@@ -232,7 +232,7 @@ def test_banned_ids_are_never_sampled() -> None:
     assert set(sample(logits, rows).tolist()) == {1, 3}
 
 
-# --- greedy and what must not crash -------------------------------------------------------------
+# --- greedy and extreme inputs ------------------------------------------------------------------
 
 
 def test_greedy_is_argmax(rng: random.Random) -> None:
@@ -249,7 +249,7 @@ def test_a_tiny_temperature_is_greedy_too(rng: random.Random) -> None:
     assert torch.equal(tokens, logits.argmax(dim=-1))
 
 
-def test_logits_that_are_no_numbers_harm_only_their_row(rng: random.Random) -> None:
+def test_infinite_and_nan_logits_affect_only_their_row(rng: random.Random) -> None:
     for filters in FILTERS:
         logits = _logits(rng, 5)
         rows = [_row(i, **filters) for i in range(5)]

@@ -1,4 +1,4 @@
-"""A control channel and all that it has said, for tests over several processes."""
+"""A control channel that records its callbacks, for tests over several processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve.protocol.messages import (
 
 
 class Node:
-    """A channel and all that it has said, on the running loop."""
+    """A channel on the running loop, with the messages and lost peers that it has reported."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Serves full steps of prompts and of decodes, and fails if they made torch ask for more memory.
+"""Serve full steps of prompts and of decodes; fail if torch allocates more memory meanwhile.
 
 python -m tests.support.memory_growth MODEL
 """
@@ -25,7 +25,7 @@ SAMPLING = [
 
 
 def main() -> None:
-    """Load with random weights, serve, compare."""
+    """Serve with random weights and compare the numbers of allocations before and after."""
     rng = random.Random(37)
     prompts = [[rng.randrange(128256) for _ in range(length)] for length in LENGTHS]
     sampling = [rng.choice(SAMPLING) for _ in prompts]
@@ -34,7 +34,7 @@ def main() -> None:
         before = _counts()
         llm.generate(prompts, sampling, progress=False)
         after = _counts()
-    print(f"allocations from the driver, of device and of pinned memory: {before}, then {after}")
+    print(f"allocations from the driver, of device and pinned memory: {before}, then {after}")
     if after != before:
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Requests with penalties that are sampled now and then, and what plain counting makes of them."""
+"""Requests with penalties over many steps, and their expected logits by plain counting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serve.sampling.penalties import Penalties
 
 @dataclass
 class Case:
-    """A request and all the tokens that it has had."""
+    """A request and its tokens so far: prompt and output."""
 
     request: Request
     token_ids: list[int]
@@ -26,12 +26,12 @@ class Case:
         return self.token_ids[len(self.request.prompt_ids) :]
 
     def row(self, rng: random.Random) -> SampleRow:
-        """How the next token is sampled; the newest may be unknown to the host."""
+        """Return the row that samples the next token. The host may not know the newest one."""
         known = self.token_ids[: rng.choice([-1, None])] if self.output_ids else self.token_ids
         return SampleRow(self.request, len(self.output_ids), token_ids=list(known))
 
     def penalised(self, logits: Tensor) -> Tensor:
-        """By its whole history: ``[vocab_size]``, float64."""
+        """Penalise all earlier tokens of the case: ``[vocab_size]``, float64."""
         values, sampling = logits.double(), self.request.sampling
         for token in set(self.token_ids):
             factor = sampling.repetition_penalty
@@ -43,7 +43,7 @@ class Case:
 
 
 def random_case(rng: random.Random, number: int, vocab_size: int) -> Case:
-    """A new request, or one that comes with output from another replica."""
+    """Make a new request, or one that arrives with output from another replica."""
     prompt = tuple(rng.choices(range(vocab_size), k=rng.randrange(1, 60)))
     sampling = SamplingParams(
         max_tokens=1000,
@@ -62,23 +62,23 @@ def steps(
     vocab_size: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits that ``penalties`` have changed, ``[num_rows, vocab_size]``, and what they should be.
+    """Yield logits changed by ``penalties`` and the expected ones, ``[num_rows, vocab_size]``.
 
-    Requests come and go, wait for some steps, and are more than there are places; some go on from
-    another output token than the one that was expected.
+    Requests come and go and pause for some steps. There are more of them than slots, and some
+    continue from another output index than the counts expect.
     """
     numbers = iter(range(10**6))
     cases = [random_case(rng, next(numbers), vocab_size) for _ in range(2 * max_num_rows)]
     for _ in range(60):
-        some = rng.sample(cases, rng.randrange(1, max_num_rows + 1))
-        logits = torch.randn(len(some), vocab_size) * 3
-        newest = torch.tensor([case.token_ids[-1] for case in some])
+        chosen = rng.sample(cases, rng.randrange(1, max_num_rows + 1))
+        logits = torch.randn(len(chosen), vocab_size) * 3
+        newest = torch.tensor([case.token_ids[-1] for case in chosen])
         changed = logits.to(device, copy=True)
-        rows = [case.row(rng) for case in some]
+        rows = [case.row(rng) for case in chosen]
         penalties.apply(changed, rows, newest.to(device))
-        expected = [case.penalised(row) for case, row in zip(some, logits, strict=True)]
+        expected = [case.penalised(row) for case, row in zip(chosen, logits, strict=True)]
         yield changed.cpu(), torch.stack(expected)
-        for case in some:
+        for case in chosen:
             for _ in range(rng.choice([0, 1, 1, 1, 1, 2])):
                 case.token_ids.append(rng.choice([rng.randrange(vocab_size), case.token_ids[0]]))
         if rng.random() < 0.3:
