@@ -47,6 +47,7 @@ from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
+from serve.model_config.kv_layout import num_blocks_for
 from serve.protocol.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 from serve.runtime.rank import SWITCH_INTERVAL_S
@@ -171,7 +172,7 @@ class Times:
 
 
 def _decode(args: argparse.Namespace, device: torch.device) -> None:
-    blocks_each = -(-args.context // preferred_block_size(device))
+    blocks_each = num_blocks_for(args.context, preferred_block_size(device))
     end = _End(args, device, args.sequences * blocks_each)
     inbox = _Inbox(end, device)
     runner = _make_runner(args, end, device)

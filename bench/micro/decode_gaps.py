@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.service import Service, Stream
+from serve.model_config.kv_layout import num_blocks_for
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams
 from serve.runtime.rank import RankProcess, join_job
@@ -135,7 +136,8 @@ async def _serve(process: RankProcess, load: Load, found: dict[str, Any]) -> Non
     async with serving_front_end(process, observe=steps.on_message) as front_end:
         await front_end.get_ready()
         # One more for each: a newcomer leaves every running sequence a block to grow.
-        blocks_each = -(-(load.context + load.max_tokens) // process.setup.block_size) + 1
+        longest = load.context + load.max_tokens
+        blocks_each = num_blocks_for(longest, process.setup.block_size) + 1
         needed = load.sequences * blocks_each
         if needed > (num_blocks := front_end.num_blocks[0]):
             raise ValueError(f"{needed} blocks are needed, the KV cache has {num_blocks}")

@@ -235,9 +235,10 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
         metavar="POLICY",
         help=f"How replicas are chosen for a request. {policies}. "
         "Default: %(default)s.")  # fmt: skip
+    orders = "; ".join(f"{name}: {order.summary}" for name, order in QUEUE_ORDERS.items())
     add("--schedule-policy", choices=tuple(QUEUE_ORDERS), default="fcfs", metavar="POLICY",
-        help="The order in which a replica admits waiting prompts. fcfs: preempted requests "
-        "first, then prompts in the order of their arrival. Default: %(default)s.")  # fmt: skip
+        help=f"The order in which a replica admits waiting prompts. {orders}. "
+        "Default: %(default)s.")  # fmt: skip
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -273,7 +274,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--block-size", type=_BLOCK_SIZE, metavar="TOKENS",
         help="Tokens in one block of the KV cache, a power of two. Default: chosen for the "
-        "attention kernel (128 on a GPU, 16 on a CPU).")  # fmt: skip
+        "attention kernel (128 on Hopper and newer GPUs, 256 on older ones, 16 on a CPU).")  # fmt: skip
     add("--num-blocks", type=_COUNT, metavar="BLOCKS",
         help="Blocks in the KV cache of each rank. Replaces --gpu-memory-utilization. Default: as "
         "many as memory allows; on a CPU, 2GiB.")  # fmt: skip

@@ -127,6 +127,8 @@ class Executor:
                 self._wait_then(self._waiters, waits, callback, prefill_replica, number)
             case Unpack(prefill_replica, number, block_ids):
                 self._resources.receiver.unpack(prefill_replica, number, block_ids)
+            case _:
+                raise TypeError(f"the executor does not issue {type(entry).__name__}")
 
     def _step(self, runner: Runner, step: Step) -> None:
         token_ids = runner.run(step)

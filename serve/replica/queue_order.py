@@ -1,24 +1,33 @@
 """Queue orders: which waiting sequence of a replica is admitted first. Pure.
 
-To add an order, enter a key function in ``QUEUE_ORDERS``. Its name there is its name on the command
-line (``--schedule-policy``).
+To add an order, enter a ``QueueOrder`` in ``QUEUE_ORDERS``. Its name there is its name on the
+command line (``--schedule-policy``). Only prompts that wait for blocks are ordered, and preempted
+sequences among them. Sequences that were received and offers of other replicas keep their order of
+arrival, because their peers rely on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from serve.replica.sequence import Sequence
 
-# The waiting sequence with the smallest key is admitted first; of equal ones, the one that was
-# queued first. The queue is sorted only by inserting, so a key must not change while its sequence
-# waits.
-QueueOrder = Callable[[Sequence], tuple[float, ...]]
+
+class QueueOrder(NamedTuple):
+    """An order of waiting sequences; ``summary`` completes the help text of --schedule-policy.
+
+    The sequence with the smallest ``key`` is admitted first; of equal ones, the one that was queued
+    first. The queue is sorted only by inserting, so a key must not change while its sequence waits.
+    """
+
+    summary: str
+    key: Callable[[Sequence], tuple[float, ...]]
 
 
-def fcfs(sequence: Sequence) -> tuple[float, ...]:
-    """Preempted sequences first, the oldest of them first; then prompts as they arrived."""
-    return (sequence.num_preemptions == 0, sequence.number)
+FCFS = QueueOrder(
+    "preempted requests first, then prompts in the order of their arrival",
+    lambda sequence: (sequence.num_preemptions == 0, sequence.number),
+)
 
-
-QUEUE_ORDERS: dict[str, QueueOrder] = {"fcfs": fcfs}
+QUEUE_ORDERS: dict[str, QueueOrder] = {"fcfs": FCFS}

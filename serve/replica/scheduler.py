@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from serve.model_config.kv_layout import num_blocks_for
 from serve.replica.block_pool import BlockPool
-from serve.replica.queue_order import QueueOrder, fcfs
+from serve.replica.queue_order import FCFS, QueueOrder
 from serve.replica.sequence import Sequence
 
 
@@ -87,7 +87,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: BlockPool, limits: SchedulerLimits, queue_order: QueueOrder = fcfs
+        self, pool: BlockPool, limits: SchedulerLimits, queue_order: QueueOrder = FCFS
     ) -> None:
         self.waiting: deque[Sequence] = deque()  # sorted by ``queue_order``
         self.received: deque[Sequence] = deque()
@@ -99,7 +99,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV is to be computed here."""
-        bisect.insort(self.waiting, sequence, key=self._queue_order)
+        bisect.insort(self.waiting, sequence, key=self._queue_order.key)
 
     def add_received(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV was received into blocks that it owns."""

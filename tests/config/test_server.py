@@ -12,7 +12,7 @@ from serve.config.limits import PhaseLimits
 from serve.config.options import build_parser
 from serve.config.server import ConfigError, parse_args
 from serve.dispatch.policies import POLICIES
-from serve.replica.queue_order import QUEUE_ORDERS, fcfs
+from serve.replica.queue_order import FCFS, QUEUE_ORDERS
 from serve.topology import ReplicaSpec
 from tests.support.config_cases import model, parse, refusal
 from tests.support.paths import ROOT
@@ -176,7 +176,7 @@ def test_refused(model: Path, text: str, part: str) -> None:
 
 def test_registered_policies_are_choices(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(POLICIES, "first", POLICIES["round-robin"])
-    monkeypatch.setitem(QUEUE_ORDERS, "longest", fcfs)
+    monkeypatch.setitem(QUEUE_ORDERS, "longest", FCFS)
     config = parse(model, "--dispatch-policy first --schedule-policy longest")
     assert (config.dispatch_policy, config.schedule_policy) == ("first", "longest")
 

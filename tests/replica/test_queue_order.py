@@ -8,7 +8,7 @@ import pytest
 
 from serve.protocol.messages import Prefill
 from serve.replica.block_pool import BlockPool
-from serve.replica.queue_order import QUEUE_ORDERS, fcfs
+from serve.replica.queue_order import QUEUE_ORDERS, QueueOrder
 from serve.replica.replica import Replica, ReplicaSettings
 from serve.replica.scheduler import Scheduler, SchedulerLimits
 from serve.replica.sequence import Sequence
@@ -27,8 +27,7 @@ def make_sequence(number: int, length: int = 4) -> Sequence:
     return Sequence(request, number, True, list(request.prompt_ids))
 
 
-def by_length(sequence: Sequence) -> tuple[float, ...]:
-    return (sequence.num_prompt_tokens,)
+BY_LENGTH = QueueOrder("the shortest first", lambda sequence: (sequence.num_prompt_tokens,))
 
 
 def test_fcfs_takes_preempted_sequences_first_and_then_arrivals() -> None:
@@ -39,14 +38,13 @@ def test_fcfs_takes_preempted_sequences_first_and_then_arrivals() -> None:
     for sequence in sequences:
         scheduler.add(sequence)
     assert [sequence.number for sequence in scheduler.waiting] == [1, 3, 0, 2, 4, 5]
-    assert QUEUE_ORDERS["fcfs"] is fcfs
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_order_admits_the_smallest_key_and_then_the_first_queued(seed: int) -> None:
     rng = random.Random(seed)
     limits = SchedulerLimits(1, 64, True, block_size=4)
-    scheduler = Scheduler(BlockPool(64), limits, by_length)
+    scheduler = Scheduler(BlockPool(64), limits, BY_LENGTH)
     sequences = [make_sequence(number, rng.randint(1, 5)) for number in range(30)]
     for sequence in sequences:
         scheduler.add(sequence)
@@ -63,7 +61,7 @@ def test_any_order_admits_the_smallest_key_and_then_the_first_queued(seed: int) 
 def test_a_replica_uses_the_order_registered_under_its_policy(
     policy: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(QUEUE_ORDERS, "shortest", by_length)
+    monkeypatch.setitem(QUEUE_ORDERS, "shortest", BY_LENGTH)
     limits = SchedulerLimits(1, 64, True, block_size=4)
     settings = ReplicaSettings(0, (0,), 16, limits, 2, (), schedule_policy=policy)
     replica = Replica(settings, None, lambda: 0.0)
