@@ -274,7 +274,8 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--block-size", type=_BLOCK_SIZE, metavar="TOKENS",
         help="Tokens in one block of the KV cache, a power of two. Default: chosen for the "
-        "attention kernel (128 on Hopper and newer GPUs, 256 on older ones, 16 on a CPU).")  # fmt: skip
+        "attention kernel (128 on Hopper and newer GPUs, 256 on older ones, 16 on a "
+        "CPU).")  # fmt: skip
     add("--num-blocks", type=_COUNT, metavar="BLOCKS",
         help="Blocks in the KV cache of each rank. Replaces --gpu-memory-utilization. Default: as "
         "many as memory allows; on a CPU, 2GiB.")  # fmt: skip
