@@ -149,7 +149,10 @@ class ReplicaLoad(Struct, frozen=True, kw_only=True):
 
 
 class Report(Message, frozen=True):
-    """Report one step of a replica; without deltas a change of load, or the leader's heartbeat."""
+    """Report one step of a replica, whose deltas may be empty.
+
+    Without ``num_step_tokens`` it reports a change of load or is the leader's heartbeat.
+    """
 
     replica_id: int
     load: ReplicaLoad

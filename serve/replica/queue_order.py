@@ -1,9 +1,8 @@
 """Queue orders: which waiting sequence of a replica is admitted first. Pure.
 
 To add an order, enter a ``QueueOrder`` in ``QUEUE_ORDERS``. Its name there is its name on the
-command line (``--schedule-policy``). Only prompts that wait for blocks are ordered, and preempted
-sequences among them. Sequences that were received and offers of other replicas keep their order of
-arrival, because their peers rely on it.
+command line (``--schedule-policy``). It applies to prompts that wait to be admitted, and to
+preempted sequences among them. Received sequences and offers keep their order of arrival.
 """
 
 from __future__ import annotations

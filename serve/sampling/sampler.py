@@ -26,7 +26,7 @@ from serve.request import SamplingParams
 from serve.sampling.noise import gumbel_noise, noise_streams
 from serve.sampling.penalties import Penalties
 
-_GREEDY_BELOW = 1e-5  # dividing by a lower temperature overflows
+_GREEDY_BELOW = 1e-5  # in effect greedy, and 0 cannot be divided by
 _CHUNK_ELEMENTS = 1 << 22  # bounds the memory for noise, which has 64 bits an element
 
 

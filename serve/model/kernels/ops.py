@@ -1,4 +1,4 @@
-"""All operations but attention: torch formulas on a CPU, one Triton kernel each on a GPU."""
+"""Operations of the layers other than attention: torch on a CPU, Triton for most on a GPU."""
 
 from __future__ import annotations
 
