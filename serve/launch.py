@@ -36,15 +36,19 @@ def main() -> None:
 def _prepare(rank_info: RankInfo) -> tuple[ServerConfig, socket.socket | None]:
     """Return the configuration, and on rank 0 the listening socket.
 
-    A wrong option ends the process. Every rank finds the same mistake, and only rank 0 prints it.
+    A wrong option ends the process. Most are wrong on every rank, and only rank 0 prints them. So
+    that it can also print an error that another rank alone has found, that rank reports it.
     """
     try:
         config = parse_args(sys.argv[1:], rank_info.world_size)
         return config, _listen(config) if rank_info.rank == 0 else None
     except ConfigError as error:
-        if rank_info.rank != 0:
-            sys.exit(0)
-        print(f"serve: error: {error}", file=sys.stderr)
+        if rank_info.rank == 0:
+            print(f"serve: error: {error}", file=sys.stderr)
+        else:
+            from serve.runtime.join import report_start_error
+
+            report_start_error(rank_info, str(error))
         sys.exit(2)
 
 

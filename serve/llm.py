@@ -28,15 +28,17 @@ from tqdm import tqdm
 
 from serve.api.prompt_file import DEFAULT_MAX_TOKENS, FilePrompt, PromptFileError, read_prompt_file
 from serve.api.sampling_params import sampling_from_keywords
-from serve.config.server import ConfigError, parse_args
+from serve.config.server import ConfigError, ServerConfig, parse_args
 from serve.dispatch.service import Stream
 from serve.request import FinishReason, Request, SamplingParams
+from serve.runtime.failure import first_leaf
+from serve.runtime.join import join_job, report_start_error
 from serve.runtime.logs import start_logging
-from serve.runtime.rank import RankProcess, join_job
+from serve.runtime.rank import RankProcess
 from serve.runtime.server import run_to_end, work_until_dismissed
 from serve.runtime.shutdown import die_with_parent, exit_now
 from serve.runtime.startup import FrontEnd, serving_front_end
-from serve.topology import read_rank_info
+from serve.topology import RankInfo, read_rank_info
 
 T = TypeVar("T")
 
@@ -55,22 +57,20 @@ class LLM:
     The options are those of the server, as keywords (``LLM(model=..., replica_spec=["1,1",
     "2,1"])``) or as an ``argv``. On rank 0 the constructor returns when every rank is ready. On the
     other ranks it never returns: they work until rank 0 calls ``close`` and then end the process.
-    Raises ``ValueError`` for options and models that cannot be served.
+    Raises ``ValueError`` with one line for options and models that cannot be served, and
+    ``JobFailed`` from any method if the job ends with a failure.
     """
 
     def __init__(self, argv: Sequence[str] = (), **options: Any) -> None:
         die_with_parent()
         rank_info = read_rank_info(os.environ)
-        config = parse_args([*argv, *to_argv(options)], rank_info.world_size)
+        config = _parse([*argv, *to_argv(options)], rank_info)
         self.config = replace(config, max_waiting=sys.maxsize)  # no limit: a batch waits
         start_logging(self.config, rank_info)
         self._loop = uvloop.new_event_loop()
         self._closing = asyncio.Event()
 
-        async def join() -> RankProcess:
-            return join_job(self.config, rank_info)
-
-        process = self._loop.run_until_complete(join())
+        process = self._loop.run_until_complete(_join(self.config, rank_info))
         if rank_info.rank != 0:
             main = work_until_dismissed(process)
             exit_now(self._loop.run_until_complete(run_to_end(process, main)))
@@ -113,7 +113,7 @@ class LLM:
         """End the job on all ranks. Does nothing if it has ended."""
         if not self._job.done():
             self._closing.set()
-            self._loop.run_until_complete(self._job)
+            self._wait(self._job)
 
     def __enter__(self) -> LLM:
         return self
@@ -172,11 +172,31 @@ class LLM:
         future = asyncio.ensure_future(work, loop=self._loop)
         both = asyncio.wait((future, self._job), return_when=asyncio.FIRST_COMPLETED)
         self._loop.run_until_complete(both)
-        if self._job.done():
+        if self._job.done() and (error := self._job.exception()) is not None:
             future.cancel()
-            self._job.result()
+            raise first_leaf(error)
+        if self._job.done() and future is not self._job:
+            future.cancel()
             raise RuntimeError("the job is closed")
         return future.result()
+
+
+async def _join(config: ServerConfig, rank_info: RankInfo) -> RankProcess:
+    try:
+        return join_job(config, rank_info)
+    except ValueError:
+        if rank_info.rank == 0:
+            raise
+        exit_now(2)  # rank 0 raises the error
+
+
+def _parse(argv: list[str], rank_info: RankInfo) -> ServerConfig:
+    try:
+        return parse_args(argv, rank_info.world_size)
+    except ConfigError as error:
+        if rank_info.rank != 0:
+            report_start_error(rank_info, str(error))
+        raise
 
 
 async def _collect(stream: Stream, bar: tqdm[Any]) -> Completion:
@@ -220,10 +240,12 @@ def main() -> None:
         prompts = read_prompt_file(args.prompts)
         sampling = _sampling_params(prompts, rest)
         llm = LLM(rest)
-    except (ConfigError, PromptFileError) as error:
-        if read_rank_info(os.environ).rank != 0:
-            exit_now(0)  # all ranks find the same error, and rank 0 prints it
-        print(f"serve: error: {error}", file=sys.stderr)
+    except (ValueError, PromptFileError) as error:
+        rank_info = read_rank_info(os.environ)
+        if rank_info.rank == 0:
+            print(f"serve: error: {error}", file=sys.stderr)
+        else:
+            report_start_error(rank_info, str(error))
         exit_now(2)
     with llm:
         completions = llm.generate([prompt.line.prompt for prompt in prompts], sampling)

@@ -36,13 +36,24 @@ class ReplicaSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """Where the ranks meet: torchrun's store, or else a store that rank 0 must host there."""
+
+    host: str
+    port: int
+    hosted_by_torchrun: bool
+    attempt: int  # how often torchrun has restarted the job
+
+
+@dataclass(frozen=True, slots=True)
 class RankInfo:
-    """The rank of this process in the job and on its host."""
+    """The rank of this process in the job and on its host. A job of one rank needs no store."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
+    store: StoreAddress | None = None
 
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -63,7 +74,20 @@ def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
     if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
         values_text = ", ".join(f"{name}={environ[name]}" for name in _RANK_VARIABLES)
         raise ValueError(f"these do not go together: {values_text}")
-    return RankInfo(rank, world_size, local_rank, local_world_size)
+    store = _read_store_address(environ) if world_size > 1 else None
+    return RankInfo(rank, world_size, local_rank, local_world_size, store)
+
+
+def _read_store_address(environ: Mapping[str, str]) -> StoreAddress:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in environ:
+            raise ValueError(f"{name} is not set: start with torchrun")
+    return StoreAddress(
+        environ["MASTER_ADDR"],
+        int(environ["MASTER_PORT"]),
+        environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ from serve.model_config.file import load_model_config
 from serve.model_config.kv_layout import num_blocks_for
 from serve.protocol.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
-from serve.runtime.rank import SWITCH_INTERVAL_S
+from serve.runtime.join import SWITCH_INTERVAL_S
 from serve.runtime.shutdown import exit_now
 from serve.topology import read_rank_info
 

@@ -31,7 +31,8 @@ from serve.dispatch.service import Service, Stream
 from serve.model_config.kv_layout import num_blocks_for
 from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request, SamplingParams
-from serve.runtime.rank import RankProcess, join_job
+from serve.runtime.join import join_job
+from serve.runtime.rank import RankProcess
 from serve.runtime.shutdown import exit_now
 from serve.runtime.startup import serving_front_end
 from serve.topology import read_rank_info

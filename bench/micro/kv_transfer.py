@@ -32,7 +32,8 @@ from serve.kv.cache import KVCache
 from serve.model.flash_attention import preferred_block_size
 from serve.protocol.messages import NUM_STAGING_SLOTS
 from serve.request import Request, SamplingParams, Timeline
-from serve.runtime.rank import RankProcess, join_job
+from serve.runtime.join import join_job
+from serve.runtime.rank import RankProcess
 from serve.runtime.server import work_until_dismissed
 from serve.runtime.shutdown import exit_now
 from serve.runtime.startup import serving_front_end

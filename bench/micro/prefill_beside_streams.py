@@ -32,7 +32,7 @@ from bench.micro.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
 from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.service import Service
 from serve.request import Request, SamplingParams
-from serve.runtime.rank import join_job
+from serve.runtime.join import join_job
 from serve.runtime.shutdown import exit_now
 from serve.runtime.startup import serving_front_end
 from serve.topology import read_rank_info

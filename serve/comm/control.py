@@ -106,6 +106,14 @@ class ControlChannel:
         silent = [peer for peer in self._open if now - received_s.get(peer, now) > limit_s]
         return sorted(silent, key=lambda peer: (received_s[peer], peer))
 
+    def unclosed_peers(self) -> list[int]:
+        """Return the peers that ``wait_closed`` waits for."""
+        return sorted(self._num_threads)
+
+    def restart_clocks(self) -> None:
+        """Count no silence before now, because this whole process did not run for a while."""
+        self.last_received_s = dict.fromkeys(self.last_received_s, self._clock())
+
     # --- on the event loop ----------------------------------------------------------------------
 
     def _deliver(self, source: int, messages: list[AnyMessage]) -> None:

@@ -17,27 +17,31 @@ from datetime import timedelta
 from typing import Literal
 
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
+from serve.comm.rendezvous import open_store
 from serve.topology import RankInfo, Topology
 
 Backend = Literal["gloo", "nccl"]
 
 NO_TIMEOUT = timedelta(days=365)
+DEFAULT_START_TIMEOUT_S = 600.0
 
 
-def init_world(rank_info: RankInfo, device: Literal["cpu", "cuda"]) -> None:
-    """Join the other ranks of the job, at the address in torchrun's environment.
+def init_world(
+    rank_info: RankInfo, device: Literal["cpu", "cuda"], store: Store | None = None
+) -> None:
+    """Join the other ranks of the job at ``store``; by default one at ``rank_info.store``.
 
     The world group uses gloo. Groups for GPU tensors are created later, on NCCL. Raises
-    ``RuntimeError`` if ``device`` is "cuda" and torch was built without NCCL.
+    ``RuntimeError`` if ``device`` is "cuda" and torch was built without NCCL, and ``StartError`` if
+    the default store cannot be reached.
     """
     if device == "cuda" and not dist.is_nccl_available():
         raise RuntimeError("this build of torch has CUDA but no NCCL")
-    # A single rank needs no rendezvous, and may run without torchrun's environment.
-    store = dist.HashStore() if rank_info.world_size == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo",
-        store=store,
+        store=store or open_store(rank_info, DEFAULT_START_TIMEOUT_S),
         rank=rank_info.rank,
         world_size=rank_info.world_size,
         timeout=NO_TIMEOUT,

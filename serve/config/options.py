@@ -96,6 +96,9 @@ _INDEX = _number(int, "a whole number", lambda value: True)
 _SECONDS = _number(
     float, "a number of seconds of at least 0", lambda value: math.isfinite(value) and value >= 0
 )
+_PERIOD = _number(
+    float, "a number of seconds above 0", lambda value: math.isfinite(value) and value > 0
+)
 _FRACTION = _number(float, "a fraction above 0 and at most 1", lambda value: 0 < value <= 1)
 _BLOCK_SIZE = _number(
     int, "a power of two of at least 1", lambda value: value >= 1 and value & (value - 1) == 0
@@ -296,6 +299,13 @@ def _add_operation(parser: argparse.ArgumentParser) -> None:
     add("--drain-timeout-s", type=_SECONDS, default=25.0, metavar="SECONDS",
         help="How long running requests may take to finish after SIGTERM. torchrun kills the "
         "ranks after 30 s. Default: %(default)s.")  # fmt: skip
+    add("--start-timeout-s", type=_PERIOD, default=600.0, metavar="SECONDS",
+        help="How long the ranks wait for each other at start, and how long one of them may load "
+        "without progress. Default: %(default)s.")  # fmt: skip
+    add("--progress-timeout-s", type=_PERIOD, default=60.0, metavar="SECONDS",
+        help="How long the work of a rank, a transfer or an offer may stand still before the job "
+        "ends with an error. A rank that sends nothing for that long ends the job, too. Waiting in "
+        "a queue does not count. Default: %(default)s.")  # fmt: skip
     add("--log-level", choices=LOG_LEVELS, default="info", metavar="LEVEL",
         help="Lowest level to log: debug, info, warning, error or critical. "
         "Default: %(default)s.")  # fmt: skip

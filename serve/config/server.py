@@ -26,7 +26,7 @@ from serve.model_config.file import load_model_config
 from serve.topology import ReplicaSpec
 
 
-class ConfigError(Exception):
+class ConfigError(ValueError):
     """The command line cannot be served. The text is one line for the user."""
 
 
@@ -56,6 +56,8 @@ class ServerConfig:
     kv_push_bytes: int
     kv_transport: KVTransport
     drain_timeout_s: float
+    start_timeout_s: float
+    progress_timeout_s: float
     seed: int
     chat_template: str | None  # the template's text
     sampling_defaults: SamplingDefaults
@@ -127,8 +129,8 @@ def _configure(args: argparse.Namespace, world_size: int) -> ServerConfig:
 
 _UNCHANGED_OPTIONS = (
     "host", "port", "api_key", "dtype", "enable_chunked_prefill", "enforce_eager",
-    "block_size", "num_blocks", "max_waiting", "drain_timeout_s", "seed", "dispatch_policy",
-    "schedule_policy", "log_level",
+    "block_size", "num_blocks", "max_waiting", "drain_timeout_s", "start_timeout_s",
+    "progress_timeout_s", "seed", "dispatch_policy", "schedule_policy", "log_level",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from serve.comm.kv_transfer import KVReceiver, KVSender
 from serve.comm.transports import Wait
+from serve.engine.plan_progress import PlanProgress
 from serve.engine.runner import Runner
 from serve.protocol.messages import (
     NUM_STAGING_SLOTS,
@@ -61,10 +62,12 @@ class Executor:
         device: torch.device,
         *,
         num_peers: int,
+        progress: PlanProgress,
     ) -> None:
         self._loop = loop
         self._callbacks = callbacks
         self._device = device
+        self.progress = progress
         self._queue: queue.SimpleQueue[Entry | Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="gpu", daemon=True)
         # One waiter for steps keeps their results in order. One for each push that can be in flight
@@ -100,16 +103,19 @@ class Executor:
     def attach(self, resources: RankResources) -> None:
         """Set the objects that carry out entries. Call it in the GPU thread, before any entry."""
         self._resources = resources
+        resources.runner.report_layers(self.progress.advance)
 
     def _run(self) -> None:
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a new thread uses device 0
             while not isinstance(item := self._queue.get(), Stop):
+                self.progress.begin(item)
                 if callable(item):
                     item()
                 else:
                     self._issue(item)
+                self.progress.end()
         except BaseException as error:  # without this thread the process must end
             self._loop.call_soon_threadsafe(self._callbacks.on_failure, error)
 
@@ -124,7 +130,7 @@ class Executor:
             case PostReceive(prefill_replica, number, num_blocks):
                 waits = self._resources.receiver.post(prefill_replica, number, num_blocks)
                 callback = self._callbacks.on_received
-                self._wait_then(self._waiters, waits, callback, prefill_replica, number)
+                self._wait_then(self._waiters, entry, waits, callback, prefill_replica, number)
             case Unpack(prefill_replica, number, block_ids):
                 self._resources.receiver.unpack(prefill_replica, number, block_ids)
             case _:
@@ -132,31 +138,38 @@ class Executor:
 
     def _step(self, runner: Runner, step: Step) -> None:
         token_ids = runner.run(step)
-        if token_ids is None:
+        if self._device.type == "cpu":
+            if token_ids is not None:
+                self._loop.call_soon_threadsafe(self._callbacks.on_step, token_ids.tolist())
             return
-        if not token_ids.is_cuda:
-            self._loop.call_soon_threadsafe(self._callbacks.on_step, token_ids.tolist())
-            return
-        host = torch.empty_like(token_ids, device="cpu", pin_memory=True)
-        host.copy_(token_ids, non_blocking=True)
+        host = None
+        if token_ids is not None:
+            host = torch.empty_like(token_ids, device="cpu", pin_memory=True)
+            host.copy_(token_ids, non_blocking=True)
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record()
-        self._wait_then(self._step_waiter, [event.synchronize], self._deliver, host)
+        self._wait_then(self._step_waiter, step, [event.synchronize], self._deliver, host)
 
-    def _deliver(self, token_ids: Tensor) -> None:
-        self._callbacks.on_step(token_ids.tolist())
+    def _deliver(self, token_ids: Tensor | None) -> None:
+        """Pass on the ids of a step; followers have none and wait for the sake of progress."""
+        if token_ids is not None:
+            self._callbacks.on_step(token_ids.tolist())
 
     def _wait_then(
         self,
         waiters: ThreadPoolExecutor,
+        entry: Entry,
         waits: list[Wait],
         callback: Callable[..., None],
         *args: object,
     ) -> None:
+        note_result = self.progress.wait_for(entry)
+
         def wait_for_all() -> None:
             try:
                 for wait_for_one in waits:
                     wait_for_one()
+                note_result()
             except BaseException as error:  # a broken transfer ends the process
                 self._loop.call_soon_threadsafe(self._callbacks.on_failure, error)
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,15 @@ class Runner:
 
             self._gpu_sampler = GpuSampler(self._penalties)
         self.sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
+
+    def report_layers(self, report: Callable[[], None]) -> None:
+        """On a CPU call ``report`` before each module of the model, because a step may take long.
+
+        On a GPU a step is issued in milliseconds, and a graph has no modules.
+        """
+        if self._device.type == "cpu":
+            for module in self._model.modules():
+                module.register_forward_pre_hook(lambda module, args: report())
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
         """Run decode steps on ``graphs``, which write their ids to ``sampled``."""

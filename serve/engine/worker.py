@@ -8,16 +8,19 @@ and reports received pushes to it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import torch
 
 from serve.engine.executor import Callbacks, Executor
+from serve.engine.plan_progress import PlanProgress
 from serve.protocol.messages import AnyMessage, Entry, Heartbeat, Received, Step, Stop
 from serve.replica.replica import Actions, Replica
-from serve.topology import FRONT_END_RANK, ReplicaInfo
+from serve.topology import FRONT_END_RANK, Topology
 
 HEARTBEAT_S = 1.0  # the period of a heartbeat, not a poll
+PAUSE_S = 5.0  # a heartbeat that is later than this shows that the process did not run
 
 
 class Worker:
@@ -26,12 +29,13 @@ class Worker:
     def __init__(
         self,
         rank: int,
-        info: ReplicaInfo,
-        num_peers: int,
+        topology: Topology,
         device: torch.device,
         send: Callable[[int, AnyMessage], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
+        info = topology.replica_of(rank)
+        self._peers = topology.control_peers(rank)
         self._rank = rank
         self._followers = info.ranks[1:] if rank == info.leader else ()
         self._leader = info.leader
@@ -43,7 +47,8 @@ class Worker:
             asyncio.get_running_loop(),
             Callbacks(self._on_step, self._on_received, on_failure),
             device,
-            num_peers=num_peers,
+            num_peers=len(topology.replicas),
+            progress=PlanProgress({replica.id: replica.ranks for replica in topology.replicas}),
         )
 
     def lead(self, replica: Replica) -> None:
@@ -58,13 +63,28 @@ class Worker:
             self._apply(self._leading.on_message(message))
 
     async def beat(self) -> None:
-        """Send a heartbeat to rank 0 once a second, until cancelled."""
+        """Send a heartbeat to every peer once a second, until cancelled.
+
+        Rank 0 gets one of every rank, itself included, with the work that stands still.
+        """
+        due_s = time.monotonic()
         while True:
             await asyncio.sleep(HEARTBEAT_S)
+            due_s += HEARTBEAT_S
+            if time.monotonic() - due_s > PAUSE_S:  # this process was stopped, not its work
+                self.executor.progress.restart_clocks()
+                due_s = time.monotonic()
+            for peer in self._peers:
+                if peer != FRONT_END_RANK:
+                    self._send(peer, Heartbeat())
+            self._send(FRONT_END_RANK, self._measure_progress())
             if self._replica is not None:
                 self._issue(self._replica.heartbeat())
-            elif self._rank != FRONT_END_RANK:
-                self._send(FRONT_END_RANK, Heartbeat())
+
+    def _measure_progress(self) -> Heartbeat:
+        progress = self.executor.progress
+        stalls = progress.stalls(HEARTBEAT_S)
+        return Heartbeat(progress.num_completed, progress.is_busy, tuple(stalls))
 
     def stop(self) -> None:
         """Issue the last entry of the plan, here and on the followers."""

@@ -27,6 +27,7 @@ Within a replica the leader sends its followers one ordered stream of plan entri
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import msgspec
@@ -266,8 +267,34 @@ class ReplicaReady(Message, frozen=True):
     num_blocks: int
 
 
+class Stall(Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Work in flight at the sender, named by ``what``, that has not moved for ``age_s`` seconds.
+
+    It may be waiting for the ``peers`` (ranks). Loading a model (``is_start``) has another limit.
+    """
+
+    what: str
+    age_s: float
+    peers: tuple[int, ...] = ()
+    is_start: bool = False
+
+
 class Heartbeat(Message, frozen=True):
-    """Show rank 0 once a second that a follower runs."""
+    """Show a peer once a second that the sender's event loop runs.
+
+    Rank 0 also gets the number of plan entries that the sender has completed, whether some are in
+    flight, and the work that has not moved for a second or longer.
+    """
+
+    num_completed: int = 0
+    is_busy: bool = False
+    stalls: tuple[Stall, ...] = ()
+
+
+class StopRequest(Message, frozen=True):
+    """Ask rank 0 to drain and stop, because the sender got a signal; ``at_once``: its second."""
+
+    at_once: bool = False
 
 
 class Goodbye(Message, frozen=True):
@@ -285,8 +312,15 @@ class Failed(Message, frozen=True):
 
 AnyMessage = (
     Prefill | Abort | Offer | Ready | Push | PushReceived | Withdraw | Report | Received | Entry
-    | Ping | Pong | ReplicaReady | Heartbeat | Goodbye | Failed
+    | Ping | Pong | ReplicaReady | Heartbeat | StopRequest | Goodbye | Failed
 )  # fmt: skip
+
+
+def protocol_digest() -> str:
+    """Return a digest of all messages, equal where two ranks have the same protocol."""
+    schema = msgspec.json.schema(AnyMessage)
+    return hashlib.sha256(msgspec.json.encode(schema, order="sorted")).hexdigest()[:12]
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

@@ -21,6 +21,13 @@ class RankFailed(JobFailed):
     """Another rank reports that it cannot go on; all connections are intact."""
 
 
+def first_leaf(error: BaseException) -> BaseException:
+    """Return the first exception in nested exception groups, or ``error`` if it is not a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 class FirstFailure:
     """Collects the failures of rank ``rank`` on the running event loop.
 

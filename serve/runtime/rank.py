@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -21,9 +20,7 @@ import torch
 import torch.distributed as dist
 
 from serve.comm.control import ControlChannel
-from serve.comm.process_groups import init_world, new_control_group
 from serve.config.server import ServerConfig
-from serve.device import pick_device
 from serve.engine.loading import Loaded, Progress, load_rank
 from serve.engine.rank_setup import RankSetup
 from serve.engine.worker import Worker
@@ -37,16 +34,18 @@ from serve.protocol.messages import (
     Pong,
     ReplicaReady,
     Report,
+    StopRequest,
 )
 from serve.replica.replica import Replica, ReplicaSettings
 from serve.replica.scheduler import SchedulerLimits
 from serve.runtime.failure import FirstFailure, JobFailed, RankFailed
-from serve.runtime.liveness import watch_silence
+from serve.runtime.liveness import watch_peers
+from serve.runtime.progress import ProgressWatch
+from serve.runtime.shutdown import StopSignals
 from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from serve.topology import FRONT_END_RANK, RankInfo, Role, Topology, build_topology
+from serve.topology import FRONT_END_RANK, RankInfo, Role, Topology
 
-# Python's 5 ms is too long: a busy event loop would starve the GPU thread, and the GPU thread it.
-SWITCH_INTERVAL_S = 1e-4
+GOODBYE_S = 10.0  # how long an orderly end waits for the other ranks
 FAREWELL_S = 3.0  # how long a failing rank waits for rank 0 to end, and rank 0 for the others
 
 
@@ -71,6 +70,7 @@ class RankProcess:
         self.is_leader = rank_info.rank == self.replica.leader
         self.setup = RankSetup(config, topology, rank_info, device)
         self.failure = FirstFailure(rank_info.rank)
+        self._progress = ProgressWatch(config.progress_timeout_s, config.start_timeout_s)
         self.dismissed = asyncio.Event()  # rank 0 has sent Goodbye
         self._front_end_ended = asyncio.Event()  # rank 0 has sent Goodbye or is lost
         self._on_report: Callable[[AnyMessage], None] | None = None
@@ -85,8 +85,7 @@ class RankProcess:
         )
         self.worker = Worker(
             rank_info.rank,
-            self.replica,
-            len(topology.replicas),
+            topology,
             device,
             self.channel.send,
             self.failure.fail_worker,
@@ -116,10 +115,15 @@ class RankProcess:
             self.channel.send(FRONT_END_RANK, ReplicaReady(self.replica.id, loaded.num_blocks))
 
     @contextlib.asynccontextmanager
-    async def running(self, on_report: Callable[[AnyMessage], None] | None) -> AsyncIterator[None]:
+    async def running(
+        self,
+        on_report: Callable[[AnyMessage], None] | None,
+        signals: StopSignals | None = None,
+    ) -> AsyncIterator[None]:
         """Send and receive messages, and run the GPU thread, while the body runs.
 
-        On rank 0 ``on_report`` gets the messages for the front end. Raises an exception group: with
+        On rank 0 ``on_report`` gets the messages for the front end. On the other ranks ``signals``
+        are passed on to rank 0. Raises an exception group: with
         ``JobFailed`` if the job cannot go on, which cancels the body, or with the exception of the
         body. The caller shuts the process down, because only then is it clear how.
         """
@@ -130,20 +134,30 @@ class RankProcess:
             loops = [
                 group.create_task(self.worker.beat()),
                 group.create_task(self.failure.raise_first()),
+                group.create_task(
+                    watch_peers(self.channel, self.failure, self.config.progress_timeout_s)
+                ),
             ]
-            if self.is_front_end:
-                loops.append(group.create_task(watch_silence(self.channel, self.failure)))
+            if signals is not None:
+                loops.append(group.create_task(signals.pass_on(self._request_stop)))
             yield
             for loop in loops:
                 loop.cancel()
 
     async def shut_down(self) -> None:
-        """End in order: stop the plan, send Goodbye to every peer and wait for each one's own."""
+        """End in order: stop the plan, send Goodbye to every peer and wait for each one's own.
+
+        Raises ``JobFailed`` if a peer has not sent it within ``GOODBYE_S``.
+        """
         self.failure.start_shutdown()
         if self.is_leader:
             self.worker.stop()
         self.channel.send_goodbye()
-        await self.channel.wait_closed()
+        try:
+            await asyncio.wait_for(self.channel.wait_closed(), GOODBYE_S)
+        except TimeoutError:
+            late = ", ".join(map(str, self.channel.unclosed_peers()))
+            raise JobFailed(f"no Goodbye within {GOODBYE_S:.0f} s from rank {late}") from None
 
     async def report_failure(self, reason: str) -> None:
         """Send rank 0 the reason why this rank fails, and wait for rank 0 to end the job.
@@ -166,8 +180,15 @@ class RankProcess:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.channel.wait_closed(), FAREWELL_S)
 
+    def _request_stop(self, at_once: bool) -> None:
+        self.channel.send(FRONT_END_RANK, StopRequest(at_once))
+
     def _load(self, progress: Progress) -> Loaded:
-        loaded = load_rank(self.setup, progress)
+        def advance(done: int, total: int) -> None:
+            self.worker.executor.progress.advance()
+            progress(done, total)
+
+        loaded = load_rank(self.setup, advance)
         self.worker.executor.attach(loaded.resources)
         return loaded
 
@@ -181,11 +202,13 @@ class RankProcess:
                 self.failure.fail(RankFailed(f"rank {rank}: {reason}"))
             case Ping(number):
                 self.channel.send(source, Pong(self.rank_info.rank, number, time.monotonic()))
-            case Report() | ReplicaReady() | Pong():
+            case Report() | ReplicaReady() | Pong() | StopRequest():
                 if self._on_report is not None:
                     self._on_report(message)
-            case Heartbeat():
-                pass  # the channel has noted the time at which the frame arrived
+            case Heartbeat():  # the channel has noted when it arrived
+                stuck = self._progress.on_heartbeat(source, message) if self.is_front_end else None
+                if stuck is not None:
+                    self.failure.fail(JobFailed(stuck))
             case _:
                 self.worker.on_message(message)
 
@@ -217,12 +240,3 @@ def _replica_settings(setup: RankSetup, num_blocks: int) -> ReplicaSettings:
         eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab_size),
         schedule_policy=setup.config.schedule_policy,
     )
-
-
-def join_job(config: ServerConfig, rank_info: RankInfo) -> RankProcess:
-    """Connect to the other ranks and return this rank's process, on the running event loop."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    device = pick_device(rank_info.local_rank)
-    init_world(rank_info, "cuda" if device.type == "cuda" else "cpu")
-    topology = build_topology(config.replica_specs, config.partition_id, mixed=config.colocated)
-    return RankProcess(config, rank_info, topology, device, new_control_group())

@@ -15,10 +15,13 @@ from tqdm import tqdm
 
 from serve.api.app import create_app, run_app_on
 from serve.api.settings import ApiSettings
+from serve.comm.rendezvous import StartError
 from serve.config.server import ServerConfig
 from serve.dispatch.service import Service
-from serve.runtime.failure import JobFailed, RankFailed
-from serve.runtime.rank import RankProcess, join_job
+from serve.protocol.messages import AnyMessage, StopRequest
+from serve.runtime.failure import JobFailed, RankFailed, first_leaf
+from serve.runtime.join import join_job
+from serve.runtime.rank import RankProcess
 from serve.runtime.shutdown import StopSignals
 from serve.runtime.startup import FrontEnd, serving_front_end
 from serve.topology import RankInfo
@@ -35,11 +38,16 @@ async def serve_rank(
 
     Rank 0 passes the socket on which HTTP listens.
     """
-    process = join_job(config, rank_info)
+    try:
+        process = join_job(config, rank_info)
+    except StartError as error:
+        if listener is not None:  # rank 0 prints it for all
+            print(f"serve: error: {error}", file=sys.stderr)
+        return 2
     signals = StopSignals()
     signals.install(lambda: process.failure.fail(JobFailed("torchrun has ended")))
     if listener is None:
-        return await run_to_end(process, work_until_dismissed(process))
+        return await run_to_end(process, work_until_dismissed(process, signals))
     return await run_to_end(process, _serve(process, listener, signals))
 
 
@@ -51,16 +59,17 @@ async def run_to_end(process: RankProcess, main: Coroutine[Any, Any, None]) -> i
     try:
         await main
     except BaseExceptionGroup as group:
-        return await _explain_failure(process, _first_leaf(group))
+        return await _explain_failure(process, first_leaf(group))
     return 0
 
 
-async def work_until_dismissed(process: RankProcess) -> None:
+async def work_until_dismissed(process: RankProcess, signals: StopSignals | None = None) -> None:
     """Run a rank without front end: load, then work until rank 0 sends Goodbye.
 
-    The Goodbye may come while the model is still loading. Raises as ``RankProcess.running`` does.
+    The Goodbye may come while the model is still loading. ``signals`` are passed on to rank 0.
+    Raises as ``RankProcess.running`` does.
     """
-    async with process.running(None):
+    async with process.running(None, signals):
         start = asyncio.create_task(_load(process))
         await _wait_for_either(start, process.dismissed.wait())
         if start.done():
@@ -79,7 +88,12 @@ async def _load(process: RankProcess) -> None:
 
 async def _serve(process: RankProcess, listener: socket.socket, signals: StopSignals) -> None:
     """Listen at once, accept requests when every replica is ready, drain on a signal."""
-    async with serving_front_end(process) as front_end:
+
+    def on_message(message: AnyMessage) -> None:
+        if isinstance(message, StopRequest):
+            signals.request(message.at_once)
+
+    async with serving_front_end(process, observe=on_message) as front_end:
         settings = _api_settings(process.config)
         app = create_app(front_end.service, front_end.tokenizer, front_end.metrics, settings)
         runner = await run_app_on(app, listener)
@@ -170,12 +184,6 @@ async def _explain_failure(process: RankProcess, error: BaseException) -> int:
     log.error("rank %d failed", process.rank_info.rank, exc_info=error)
     await process.report_failure(f"{type(error).__name__}: {error}")
     return 1
-
-
-def _first_leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _wait_for_either(first: asyncio.Task[None], second: Coroutine[Any, Any, Any]) -> None:

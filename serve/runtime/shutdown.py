@@ -51,6 +51,9 @@ class StopSignals:
     At the first signal the server drains and stops; at the second it stops at once. Under torchrun
     every SIGINT counts as the first: torchrun passes Ctrl-C on (as SIGINT or SIGTERM, depending on
     its version), and the terminal sends it as well where the ranks share torchrun's session.
+
+    Rank 0 stops the job. The other ranks pass the requests of their process on to it, because the
+    torchrun of another host signals only them.
     """
 
     def __init__(self) -> None:
@@ -66,6 +69,17 @@ class StopSignals:
         interrupted = self.first.set if "TORCHELASTIC_RUN_ID" in os.environ else self._on_term
         loop.add_signal_handler(signal.SIGINT, interrupted)
 
+    def request(self, at_once: bool) -> None:
+        """Take in a request from another rank. It does not count as a signal of this process."""
+        (self.second if at_once else self.first).set()
+
+    async def pass_on(self, send: Callable[[bool], None]) -> None:
+        """Call ``send(at_once)`` for each request to this process."""
+        await self.first.wait()
+        send(False)
+        await self.second.wait()
+        send(True)
+
     def _on_term(self) -> None:
         self._num_terms += 1
-        (self.first if self._num_terms == 1 else self.second).set()
+        self.request(at_once=self._num_terms > 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,14 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
+from openai import InternalServerError, OpenAI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tests.support.checkpoints import write_llama_checkpoint
 from tests.support.paths import ROOT
-from tests.support.server import serving
+from tests.support.server import free_port, serving
 
 TIMEOUT_S = 250.0
 EXAMPLES = ROOT / "examples"
@@ -32,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a random checkpoint whose tokens are bytes, with a chat template."""
     folder = write_llama_checkpoint(
         tmp_path_factory.mktemp("examples") / "bytes",
-        seed=3, vocab_size=257, eos_token_id=256, max_position_embeddings=512,
+        seed=3, vocab_size=257, eos_token_id=256, max_position_embeddings=8192,
     )  # fmt: skip
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = FastTokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
@@ -156,24 +155,27 @@ def running_nodes(*options: str) -> Iterator[Nodes]:
         nodes.kill()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_two_hosts(model: Path) -> None:
-    with running_nodes("--model", str(model), "--num-blocks", "64", "--port", "0") as nodes:
+    with running_nodes("--model", str(model), "--num-blocks", "600", "--port", "0") as nodes:
         url = nodes.read_until(r"listening on (http://\S+)")[1]
         replicas = nodes.read_until(r"replicas: (.+)")[1]
         assert re.search(r"prefill 0 on rank 0 .*decode 1 on rank 1 ", replicas)
         nodes.read_until(r"serve: ready:")
         with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             done = client.completions.create(model="bytes", prompt=[1, 2, 3], max_tokens=4)
-        assert done.usage is not None
-        nodes.torchruns[0].send_signal(signal.SIGTERM)
-        nodes.read_until("stopping; 0 requests are still open")
+            assert done.usage is not None
+            # A signal to either host drains the job. Here it is the host without rank 0.
+            chunks = client.completions.create(
+                model="bytes", prompt=[1, 2, 3], max_tokens=6000, stream=True,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            assert next(chunks_left := iter(chunks)).choices
+            nodes.torchruns[1].send_signal(signal.SIGTERM)
+            nodes.read_until("stopping; 1 requests are still open")
+            with pytest.raises(InternalServerError, match="shutting down"):
+                client.completions.create(model="bytes", prompt=[1], max_tokens=1)
+            assert [chunk.choices[0].finish_reason for chunk in chunks_left][-1] == "length"
         nodes.read_to_end()
-        nodes.torchruns[0].wait(TIMEOUT_S)  # torchrun's status after a signal is its own
-        assert nodes.torchruns[1].wait(TIMEOUT_S) == 0
+        nodes.torchruns[1].wait(TIMEOUT_S)  # torchrun's status after a signal is its own
+        assert nodes.torchruns[0].wait(TIMEOUT_S) == 0
     assert not [line for line in nodes.lines if re.match(r"serve: |.* ERROR rank ", line)]

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import write_llama_checkpoint
 from tests.support.clients import Client, events, greedy_body
-from tests.support.server import Server, serving
+from tests.support.odd_rank import SLOW, STUCK
+from tests.support.server import Server, free_port, serving
 
 # More tokens than a request gets before its test ends the job.
 ENDLESS = 30_000
@@ -187,9 +188,12 @@ async def test_no_rank_outlives_torchrun(model: Path, session: aiohttp.ClientSes
         assert not [pid for pid in pids if is_alive(pid)]
 
 
+# --- standing still -----------------------------------------------------------------------------
+
+
 async def test_a_stopped_rank_ends_the_job(model: Path, session: aiohttp.ClientSession) -> None:
-    options = ("--model", str(model), *ONE_TO_ONE)
-    with serving(*options, num_ranks=2, entry="tests.support.impatient") as server:
+    options = ("--model", str(model), *ONE_TO_ONE, "--progress-timeout-s", "3")
+    with serving(*options, num_ranks=2) as server:
         pids = server.rank_pids()
         response = await Client(session, server.url).open_stream([1, 2, 3], ENDLESS)
         os.kill(pids[1], signal.SIGSTOP)
@@ -200,12 +204,45 @@ async def test_a_stopped_rank_ends_the_job(model: Path, session: aiohttp.ClientS
         assert await all_exited(server) != 0
 
 
+async def test_a_stopped_rank_0_ends_the_others(model: Path) -> None:
+    options = ("--model", str(model), *ONE_TO_ONE, "--progress-timeout-s", "3")
+    with serving(*options, num_ranks=2) as server:
+        pids = server.rank_pids()
+        os.kill(pids[0], signal.SIGSTOP)
+        await asyncio.to_thread(server.wait_log, r"serve: rank 1 stops: rank 0 has been silent")
+        await asyncio.to_thread(server.wait_rank_exited, pids[1], EXIT_S)
+        os.kill(pids[0], signal.SIGCONT)
+        assert await all_exited(server) != 0
+
+
+async def test_a_slow_step_is_waited_for_and_a_stuck_one_ends_the_job(
+    model: Path, session: aiohttp.ClientSession
+) -> None:
+    """A step whose layers take less than the limit may take longer than the limit."""
+    limit_s = 2.0
+    options = ("--model", str(model), *ONE_TO_ONE, "--progress-timeout-s", str(limit_s))
+    # Rank 1 decodes. Its first step computes token 0, which the bias sets.
+    with serving(*options, num_ranks=2, entry="tests.support.odd_rank") as server:
+        client = Client(session, server.url)
+        begun_s = asyncio.get_running_loop().time()
+        answer = await client.ask([1, 2], 2, logit_bias={str(SLOW): 100})
+        assert answer["choices"][0]["token_ids"][0] == SLOW
+        assert asyncio.get_running_loop().time() - begun_s > limit_s, "the step was not slow"
+        response = await client.open_stream([1, 2], 8, logit_bias={str(STUCK): 100})
+        reason = await error_event(response)
+        assert "rank 1 has made no progress with a step of 1 sequences and 1 tokens" in reason
+        async with session.get(f"{server.url}/health") as health:
+            assert health.status == 503
+        assert await all_exited(server) != 0
+        assert "serve: rank 0 stops: rank 1 has made no progress" in server.log
+
+
 # --- refused at the start -----------------------------------------------------------------------
 
 
-def run_to_end(*options: str, num_ranks: int = 2) -> list[str]:
+def run_to_end(*options: str, num_ranks: int = 2, entry: str = "serve.launch") -> list[str]:
     """Return the log lines of a job that cannot start, without torchrun's own."""
-    with serving(*options, num_ranks=num_ranks, ready=False) as server:
+    with serving(*options, num_ranks=num_ranks, ready=False, entry=entry) as server:
         assert server.wait_exited(60.0) != 0
         assert 'File "' + os.getcwd() + "/serve/" not in server.log, (
             "the log has a traceback of ours"
@@ -216,6 +253,39 @@ def run_to_end(*options: str, num_ranks: int = 2) -> list[str]:
 def test_a_missing_model_gives_one_error_line() -> None:
     lines = run_to_end("--model", "no/such/dir/", num_ranks=3)
     assert lines == ["serve: error: --model: no/such/dir/ does not exist"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--model no/such/dir", "--model: no/such/dir does not exist"),
+        ("--block-size 32", "has --block-size 32, rank 0 has 16"),
+    ],
+)
+def test_an_error_of_one_rank_alone_is_printed_by_rank_0(
+    model: Path, options: str, reason: str
+) -> None:
+    lines = run_to_end(
+        "--model", str(model), *ONE_TO_ONE, "--on-rank-1", options, entry="tests.support.odd_rank"
+    )
+    errors = [line for line in lines if "serve: error" in line]
+    assert len(errors) == 1, lines
+    assert errors[0].startswith("serve: error: rank 1 on ")
+    assert reason in errors[0]
+
+
+def test_a_rank_that_never_comes_is_named(model: Path) -> None:
+    environ = os.environ | {
+        "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "serve.launch", "--model", str(model), *ONE_TO_ONE]
+    command += ["--port", "0", "--start-timeout-s", "0.5"]
+    done = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=60.0, check=False
+    )
+    assert done.returncode == 2
+    assert "serve: error: rank 1 did not start within 0.5 s" in done.stderr
 
 
 @pytest.mark.parametrize("option", [["--max-num-seqs", "0"], ["--modle", "x"], ["--port", "x"]])

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
 import torch
 
 from serve.engine.executor import Callbacks, Executor, RankResources
+from serve.engine.plan_progress import PlanProgress
 from serve.protocol.messages import Entry, Heartbeat
+
+
+class IdleRunner:
+    """A runner that is never run."""
+
+    def report_layers(self, report: Callable[[], None]) -> None: ...
 
 
 async def failure_of(entry: object, resources: RankResources | None) -> BaseException:
@@ -17,7 +25,9 @@ async def failure_of(entry: object, resources: RankResources | None) -> BaseExce
     loop = asyncio.get_running_loop()
     failed: asyncio.Future[BaseException] = loop.create_future()
     callbacks = Callbacks(lambda ids: None, lambda replica, number: None, failed.set_result)
-    executor = Executor(loop, callbacks, torch.device("cpu"), num_peers=0)
+    executor = Executor(
+        loop, callbacks, torch.device("cpu"), num_peers=0, progress=PlanProgress({})
+    )
     if resources is not None:
         executor.attach(resources)
     executor.start()
@@ -26,7 +36,7 @@ async def failure_of(entry: object, resources: RankResources | None) -> BaseExce
 
 
 async def test_an_entry_that_it_does_not_know_is_a_failure() -> None:
-    unused = cast("RankResources", SimpleNamespace(runner=None, sender=None, receiver=None))
+    unused = cast("RankResources", SimpleNamespace(runner=IdleRunner(), sender=None, receiver=None))
     error = await failure_of(Heartbeat(), unused)
     assert isinstance(error, TypeError)
     assert "Heartbeat" in str(error)

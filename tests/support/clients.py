@@ -33,9 +33,11 @@ class Client:
             assert response.status == 200, answer
             return answer
 
-    async def open_stream(self, prompt_ids: list[int], max_tokens: int) -> aiohttp.ClientResponse:
+    async def open_stream(
+        self, prompt_ids: list[int], max_tokens: int, **fields: Any
+    ) -> aiohttp.ClientResponse:
         """Open a greedy stream and read its first event; ``events`` yields the others."""
-        body = greedy_body(prompt_ids, max_tokens) | {"stream": True}
+        body = greedy_body(prompt_ids, max_tokens) | {"stream": True} | fields
         response = await self.session.post(f"{self.url}/v1/completions", json=body)
         assert response.status == 200, await response.text()
         await anext(events(response))
