@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_READ_ERRORS = (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError)
+_LONG_ARRAY = 1024
+_ARRAY_HEAD = 12  # bytes: the type and the number of items
+_READ_ERRORS = (struct.error, ValueError, KeyError, IndexError, OSError, UnicodeDecodeError)
 _END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _FILE_TYPES = {0: "float32", 1: "float16"}  # by llama.cpp's file type; any other: bfloat16
 # Keys that change results and are not supported, each with the values that have no effect.
@@ -30,14 +34,46 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 def open_gguf(path: Path) -> GGUFReader:
     """Memory-map the file. Raises ``ValueError`` with one line if it is not a GGUF file."""
-    import gguf  # imported late: slow to import, and only GGUF files need it
-
     if not path.is_file():
         raise ValueError("the file does not exist")
     try:
-        return gguf.GGUFReader(str(path))
+        return _reader_class()(str(path))
     except _READ_ERRORS as error:
         raise ValueError(f"not a readable GGUF file: {error}") from None
+
+
+@functools.cache
+def _reader_class() -> type[GGUFReader]:
+    """Return a reader that skips long arrays, which are the tokenizer's.
+
+    The package makes several objects for each token of the vocabulary, which takes seconds. It is
+    imported late, because it is slow to import and only GGUF files need it.
+    """
+    import gguf
+
+    strings, array = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
+
+    class HeaderReader(gguf.GGUFReader):  # type: ignore[misc]
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == array and self.byte_order == "I":  # the machine's byte order
+                kind, length = struct.unpack_from("=IQ", self.data, orig_offs)
+                start = orig_offs + _ARRAY_HEAD
+                item = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind))
+                if length > _LONG_ARRAY and item is not None:
+                    return _ARRAY_HEAD + length * item(0).nbytes, [], [], [array]
+                if length > _LONG_ARRAY and kind == strings:
+                    end = _end_of_strings(self.data, start, length)
+                    return end - orig_offs, [], [], [array]
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return HeaderReader
+
+
+def _end_of_strings(data: Any, start: int, count: int) -> int:
+    unpack = struct.Struct("=Q").unpack_from
+    for _ in range(count):
+        start += 8 + unpack(data, start)[0]
+    return start
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
