@@ -231,8 +231,6 @@ async def test_a_slow_step_is_waited_for_and_a_stuck_one_ends_the_job(
         response = await client.open_stream([1, 2], 8, logit_bias={str(STUCK): 100})
         reason = await error_event(response)
         assert "rank 1 has made no progress with a step of 1 sequences and 1 tokens" in reason
-        async with session.get(f"{server.url}/health") as health:
-            assert health.status == 503
         assert await all_exited(server) != 0
         assert "serve: rank 0 stops: rank 1 has made no progress" in server.log
 
