@@ -56,6 +56,19 @@ def test_two_ranks_return_the_references_tokens(tmp_path: Path) -> None:
     assert "20/20" in done.stderr, "no progress bar"
 
 
+def test_close_is_bounded(tmp_path: Path) -> None:
+    model = write_llama_checkpoint(tmp_path / "model", seed=5)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "tests.support.close_beside_a_stopped_rank", "--model", str(model),
+        "--tokenizer", "none", "--num-blocks", "64",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert "closed: no Goodbye within 10 s from rank 1" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 def test_tp_2_to_4_returns_the_references_tokens(tmp_path: Path) -> None:
     model = write_llama_checkpoint(tmp_path / "model", seed=5, num_heads=8, num_kv_heads=2)
