@@ -22,7 +22,7 @@ from serve.protocol.messages import SampleRow
 from serve.request import Request, SamplingParams
 from serve.sampling.penalties import Penalties
 from serve.sampling.placed_rows import PARAMS, PlacedRows, encode_params
-from serve.sampling.token_rules import TokenRules, make_cells
+from serve.sampling.token_rules import TokenRules
 
 
 class SamplingSlots:
@@ -91,7 +91,7 @@ class SamplingSlots:
         cells = {}
         for slot, row in new.items():
             sampling = row.request.sampling
-            cells[slot] = make_cells(sampling, row.end_token_ids)
+            cells[slot] = self._rules.make_cells(sampling, row.end_token_ids)
             self._params[slot] = encode_params(sampling, len(cells[slot]))
         self._penalties.forget(list(new))
         self._rules.write({slot: some for slot, some in cells.items() if len(some)})

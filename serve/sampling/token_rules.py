@@ -7,7 +7,7 @@ slot have the same id, so the cells can be applied in any order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -23,10 +23,7 @@ _MAX_CELLS = 1 << 20  # in one copy to the device: 8 MiB, for which warm_up has 
 _WIDTH_STEP = 256
 
 
-def make_cells(sampling: SamplingParams, end_token_ids: Sequence[int]) -> np.ndarray:
-    """Return the cells of one request: ``[num_cells, 2]``, int32."""
-    bias = sampling.logit_bias
-    bans = {*end_token_ids, *sampling.stop_token_ids} if sampling.min_tokens > 0 else set()
+def _make_cells(bias: Mapping[int, float], bans: Set[int]) -> np.ndarray:
     ids = [*bias, *(bans - bias.keys())]
     cells = np.zeros((len(ids), 2), np.int32)
     cells[:, 0] = [-1 - token if token in bans else token for token in ids]
@@ -44,6 +41,20 @@ class TokenRules:
     def __init__(self, num_slots: int, device: torch.device) -> None:
         # [num_slots, width, 2], int32; the cells of a slot beyond its own are undefined
         self._cells = torch.empty((num_slots, 0, 2), dtype=torch.int32, device=device)
+        self._last_rules: tuple[object, ...] | None = None
+        self._last_cells = np.empty((0, 2), np.int32)
+
+    def make_cells(self, sampling: SamplingParams, end_token_ids: Sequence[int]) -> np.ndarray:
+        """Return the cells of one request: ``[num_cells, 2]``, int32. They must not be changed.
+
+        The choices of one call have equal rules, so they share what the first one makes.
+        """
+        has_bans = sampling.min_tokens > 0
+        rules = sampling.logit_bias, has_bans, sampling.stop_token_ids, end_token_ids
+        if rules != self._last_rules:
+            bans = {*end_token_ids, *sampling.stop_token_ids} if has_bans else set()
+            self._last_rules, self._last_cells = rules, _make_cells(sampling.logit_bias, bans)
+        return self._last_cells
 
     def write(self, cells: Mapping[int, np.ndarray]) -> None:
         """Replace the cells of some slots."""
@@ -100,7 +111,8 @@ def _apply_rules(logits: Tensor, cells: Tensor, ruled: RuledRows) -> None:
     is_banned = (codes < 0) & (ruled.are_banned[:, None] > 0)
     number = torch.arange(ruled.max_num_cells, device=cells.device)
     is_valid = (number < ruled.num_cells[:, None]) & (tokens < vocab_size)
-    places = (ruled.row_ids[:, None] * vocab_size + tokens)[is_valid]
+    valid = is_valid.view(-1).nonzero()[:, 0]
+    places = (ruled.row_ids[:, None] * vocab_size + tokens).view(-1)[valid]
     flat = logits.view(-1)
-    changed = flat[places] + bias[is_valid]
-    flat[places] = changed.masked_fill(is_banned[is_valid], float("-inf"))
+    changed = flat[places] + bias.reshape(-1)[valid]
+    flat[places] = changed.masked_fill_(is_banned.view(-1)[valid], float("-inf"))
