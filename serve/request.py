@@ -6,6 +6,8 @@ from enum import StrEnum
 
 from msgspec import Struct
 
+MAX_TOKEN_RULES = 1024  # entries of logit_bias, and of stop_token_ids; for each a slot has memory
+
 
 class FinishReason(StrEnum):
     """Why a request ended; the values are those of the OpenAI API."""

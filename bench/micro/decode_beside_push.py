@@ -201,7 +201,7 @@ def _step(num_sequences: int, context: int, blocks_each: int) -> Step:
     order = torch.randperm(num_sequences * blocks_each).view(num_sequences, -1).tolist()
     sequences = tuple(StepSequence(context - 1, (7,), tuple(table), True) for table in order)
     sampling = [SamplingParams(max_tokens=1, temperature=float(i % 2)) for i in range(2)]
-    requests = [Request(id="r", prompt_ids=(0,), sampling=one) for one in sampling]
+    requests = [Request(id=str(i), prompt_ids=(0,), sampling=one) for i, one in enumerate(sampling)]
     return Step(sequences, tuple(SampleRow(requests[i % 2], 0) for i in range(num_sequences)))
 
 

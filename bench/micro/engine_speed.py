@@ -41,6 +41,7 @@ from serve.model_config.file import load_model_config
 from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
 from serve.runtime.shutdown import exit_now
+from serve.sampling.slots import SamplingSlots
 from serve.topology import read_rank_info
 
 RANK_INFO = read_rank_info(os.environ)
@@ -68,6 +69,7 @@ class Engine:
         self.layout = self.config.kv_layout(BLOCK_SIZE, DTYPE.itemsize, tp.size, tp.rank)
         self.cache = KVCache(self.layout, max_tokens // BLOCK_SIZE, DTYPE, DEVICE)
         self.cache.blocks.normal_()
+        self.slots = SamplingSlots(max_num_seqs, DEVICE)
         self.eager = Runner(self.model, self.cache, tp, max_num_seqs)
         torch.set_num_threads(1)  # as loading leaves it
         # Importing Triton initialises the device, so pick_device has to run before.
@@ -85,9 +87,9 @@ class Engine:
             StepSequence(start, tuple(ids), tuple(table), True)
             for ids, table in zip(tokens, order, strict=True)
         ]
-        request = Request(id="r", prompt_ids=(0,), sampling=SamplingParams(max_tokens=1))
+        request = Request(id="random", prompt_ids=(0,), sampling=SamplingParams(max_tokens=1))
         greedy = Request(
-            id="r", prompt_ids=(0,), sampling=SamplingParams(max_tokens=1, temperature=0.0)
+            id="greedy", prompt_ids=(0,), sampling=SamplingParams(max_tokens=1, temperature=0.0)
         )
         rows = [SampleRow(request if i % 2 else greedy, 0) for i in range(batch)]
         return Step(tuple(sequences), tuple(rows))
@@ -130,7 +132,10 @@ def _pair(text: str) -> tuple[int, int]:
 
 def _decode(engine: Engine, batch: int, context: int, profile: bool) -> dict[str, Any]:
     step = engine.step(batch, context - 1, 1)
-    run = partial(engine.graphs.run, step)
+
+    def run() -> Tensor | None:
+        return engine.graphs.run(step, engine.slots.place(step.rows))
+
     run()
     replay = partial(engine.graphs.replay, batch)
     step_ms, products_ms, copy_ms, with_fill_ms = _in_turn(

@@ -3,9 +3,10 @@
     python -m bench.micro.sampling_cost [--rows 1 64 256] [--vocab-size 128256]
         [--prompt-tokens 8000]
 
-Prints one JSON object for each kind of sampling and number of rows: milliseconds from the call to
-the token ids, milliseconds in which the host was busy, and the time that the device needs to copy
-the logits, for comparison.
+Biases and bans are as many as a request may have. Prints one JSON object for each kind of sampling
+and number of rows: milliseconds from the call to the token ids, milliseconds in which the host was
+busy, and the time that the device needs to copy the logits, for comparison. On a CPU a small
+vocabulary shows the host's share, because little arithmetic is left beside it.
 """
 
 from __future__ import annotations
@@ -27,23 +28,31 @@ from serve.protocol.messages import SampleRow
 from serve.replica.scheduler import Batch, Chunk
 from serve.replica.sequence import Sequence as TokenSequence
 from serve.replica.step import build_step
-from serve.request import Request, SamplingParams
-from serve.sampling.penalties import Penalties
+from serve.request import MAX_TOKEN_RULES, Request, SamplingParams
 from serve.sampling.sampler import sample
+from serve.sampling.slots import SamplingSlots
 from serve.topology import read_rank_info
 
 NUM_ROUNDS = 20
 INPUT_ID = 7
-KINDS: tuple[dict[str, float], ...] = (
-    {"temperature": 0.0},
-    {"temperature": 1.0},
-    {"temperature": 0.8, "top_p": 0.9},
-    {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
-    {"temperature": 1.0, "min_p": 0.05},
-    {"temperature": 0.0, "repetition_penalty": 1.1},
-    {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
-    {"temperature": 1.0, "presence_penalty": 0.5, "frequency_penalty": 0.5},
-)
+EOS_TOKEN_IDS = (2, 3)
+_BIASES: dict[str, Any] = {"logit_bias": {i: i / 1000 for i in range(MAX_TOKEN_RULES)}}
+_BANS: dict[str, Any] = {"stop_token_ids": tuple(range(MAX_TOKEN_RULES)), "min_tokens": 1 << 20}
+_PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+_FILTERS = {"top_k": 50, "top_p": 0.95, "min_p": 0.05}
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 1.0},
+    "top_p": {"temperature": 0.8, "top_p": 0.9},
+    "top_k, top_p": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+    "min_p": {"temperature": 1.0, "min_p": 0.05},
+    "greedy, repetition penalty": {"temperature": 0.0, "repetition_penalty": 1.1},
+    "penalties": {"temperature": 1.0, **_PENALTIES},
+    "greedy, biases": {"temperature": 0.0, **_BIASES},
+    "greedy, bans": {"temperature": 0.0, **_BANS},
+    "greedy, biases, bans": {"temperature": 0.0, **_BIASES, **_BANS},
+    "all": {"temperature": 0.8, **_FILTERS, **_PENALTIES, **_BIASES, **_BANS},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output-tokens", type=int, default=500, help="earlier output tokens of each row"
     )
+    parser.add_argument(
+        "--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="KIND",
+        help=f"what the requests ask, from: {'; '.join(KINDS)} (default: all kinds)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     device = pick_device(read_rank_info(os.environ).local_rank)
     rng = random.Random(0)
@@ -65,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         logits = torch.randn(num_rows, args.vocab_size, device=device, dtype=dtype) * 3
         copy_ms, _ = _median_ms(logits.clone, device)
-        for kind in KINDS:
-            run = _sampling(logits, _rows(tokens, args.prompt_tokens, kind))
+        for name in args.kinds:
+            run = _sampling(logits, _rows(tokens, args.prompt_tokens, KINDS[name]))
             total_ms, host_ms = _median_ms(run, device)
             found = {"ms": total_ms, "host_ms": host_ms, "copy_of_logits_ms": copy_ms}
-            print(json.dumps({"sampling": kind, "rows": num_rows} | found), flush=True)
+            print(json.dumps({"sampling": name, "rows": num_rows} | found), flush=True)
 
 
 def _rows(
@@ -87,20 +100,20 @@ def _rows(
         for sequence in sequences:
             sequence.token_ids.append(INPUT_ID)
         chunks = [Chunk(one, len(one.token_ids) - 1, 1, True, None, 0) for one in sequences]
-        return build_step(Batch(tuple(chunks), (), ()), ()).rows
+        return build_step(Batch(tuple(chunks), (), ()), EOS_TOKEN_IDS).rows
 
     return plan
 
 
 def _sampling(logits: Tensor, rows: Callable[[], Sequence[SampleRow]]) -> Callable[[], object]:
     input_ids = torch.full((len(logits),), INPUT_ID, device=logits.device)
-    penalties = Penalties(len(logits))
+    slots = SamplingSlots(len(logits), logits.device)
     if not logits.is_cuda:
-        return lambda: sample(logits.clone(), rows(), input_ids, penalties)
+        return lambda: sample(logits.clone(), slots.place(rows()), input_ids, slots)
     from serve.sampling.gpu_sampler import GpuSampler
 
-    tokens, sampler = torch.empty_like(input_ids), GpuSampler(penalties)
-    return lambda: sampler.sample(logits, rows(), input_ids, tokens)
+    tokens, sampler = torch.empty_like(input_ids), GpuSampler(slots)
+    return lambda: sampler.sample(logits, slots.place(rows()), input_ids, tokens)
 
 
 @torch.inference_mode()

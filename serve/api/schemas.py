@@ -12,12 +12,12 @@ from msgspec import Meta, Struct
 
 from serve.api.validation import InvalidField
 from serve.config.sampling_defaults import RANGES
+from serve.request import MAX_TOKEN_RULES
 
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 MAX_CHOICES = 128  # of one prompt
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024  # of one stop string, because each new token is compared with all
-MAX_TOKEN_RULES = 1024  # entries of logit_bias and of stop_token_ids, because each step reads them
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 

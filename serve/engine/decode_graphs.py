@@ -20,7 +20,7 @@ from serve.kv.cache import KVCache
 from serve.model.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch
 from serve.model.kernels.triton_decode import fill_in, slice_tables
 from serve.protocol.messages import Step
-from serve.sampling.sampler import plain_parameters
+from serve.sampling.placed_rows import PlacedRows
 from serve.sampling.triton_sampling import sample_plain
 
 NO_SLOT = -1  # the slot of a row whose keys and values are not stored
@@ -200,15 +200,15 @@ class DecodeGraphs:
         )
 
     @torch.inference_mode()
-    def run(self, step: Step) -> Tensor | None:
-        """Compute ``step`` and sample its plain rows on the leader.
+    def run(self, step: Step, placed: PlacedRows) -> Tensor | None:
+        """Compute ``step`` and sample its plain rows, which are ``placed`` on the leader.
 
         Returns the leader's logits ``[size, vocab_size]``, valid until the next step, or None on
         followers.
         """
         count = len(step.sequences)
         size = next(size for size in self._sizes if size >= count)
-        self._fill(step, size)
+        self._fill(step, placed, size)
         self.replay(size)
         return None if self._logits is None else self._logits[:size]
 
@@ -216,7 +216,7 @@ class DecodeGraphs:
         """Launch the graph of ``size`` rows on the current contents of its inputs."""
         self._graphs[size].replay()
 
-    def _fill(self, step: Step, size: int) -> None:
+    def _fill(self, step: Step, placed: PlacedRows, size: int) -> None:
         sequences, block_size = step.sequences, self._block_size
         num_blocks_for = self._kv_cache.layout.num_blocks_for
         counts = [num_blocks_for(sequence.start + 1) for sequence in sequences]
@@ -239,9 +239,8 @@ class DecodeGraphs:
         inputs.offsets.numpy()[:rows] = ends - counts
         inputs.blocks.numpy()[:] = blocks
         if step.rows:
-            temperatures, streams = plain_parameters(step.rows)
-            inputs.temperatures.numpy()[:rows] = temperatures
-            inputs.streams.numpy()[:rows] = streams
+            inputs.temperatures.numpy()[:rows] = placed.params["temperature"]
+            inputs.streams.numpy()[:rows] = placed.streams()
         self._buffer[: len(host)].copy_(host, non_blocking=True)
 
 

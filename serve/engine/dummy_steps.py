@@ -5,9 +5,12 @@ Their block tables repeat block 0, so a cache of one block is enough. The length
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from serve.engine.rank_setup import RankSetup
+from serve.model_config.config import ModelConfig
 from serve.protocol.messages import SampleRow, Step, StepSequence
-from serve.request import Request, SamplingParams
+from serve.request import MAX_TOKEN_RULES, Request, SamplingParams
 
 _NUM_OUTPUTS = 32  # output tokens of a row; torch uses another kernel to count up to 16
 
@@ -50,12 +53,26 @@ def _step(setup: RankSetup, sequences: list[tuple[int, int]]) -> Step:
             StepSequence(start, (0,) * count, (0,) * layout.num_blocks_for(start + count), True)
             for start, count in sequences
         ),
-        tuple(_row(number) for number in range(len(sequences))),
+        tuple(_rows(len(sequences), setup.config.model_config)),
     )
 
 
-def _row(number: int) -> SampleRow:
-    """Build a row that uses every filter and has output tokens to count for penalties."""
-    sampling = SamplingParams(max_tokens=1, top_p=0.9, top_k=50, repetition_penalty=1.1)
-    request = Request(id=f"warm-up {number}", prompt_ids=(0,), sampling=sampling)
-    return SampleRow(request, _NUM_OUTPUTS, token_ids=(0,) * (1 + _NUM_OUTPUTS))
+def _rows(count: int, model: ModelConfig) -> Iterator[SampleRow]:
+    """Yield rows that use every filter, and have as many biases and bans as a request may have.
+
+    They have output tokens to count for penalties.
+    """
+    most = min(MAX_TOKEN_RULES, model.vocab_size // 2)
+    sampling = SamplingParams(
+        max_tokens=1,
+        top_p=0.9,
+        top_k=50,
+        repetition_penalty=1.1,
+        logit_bias=dict.fromkeys(range(most), 1.0),
+        stop_token_ids=tuple(range(most, 2 * most)),
+        min_tokens=_NUM_OUTPUTS + 1,
+    )
+    token_ids = (0,) * (1 + _NUM_OUTPUTS)
+    for number in range(count):
+        request = Request(id=f"warm-up {number}", prompt_ids=(0,), sampling=sampling)
+        yield SampleRow(request, _NUM_OUTPUTS, model.eos_token_ids, token_ids)

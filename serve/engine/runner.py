@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from serve.comm.tensor_parallel import TensorParallel
 from serve.kv.cache import KVCache
 from serve.model.forward_batch import build_forward_batch
-from serve.protocol.messages import SampleRow, Step
-from serve.sampling.penalties import Penalties
+from serve.protocol.messages import Step
+from serve.sampling.placed_rows import PlacedRows
 from serve.sampling.sampler import sample
+from serve.sampling.slots import SamplingSlots
 
 if TYPE_CHECKING:
     from serve.engine.decode_graphs import DecodeGraphs  # needs Triton, as GPUs do
@@ -37,12 +38,12 @@ class Runner:
         self._model, self._kv_cache, self._tp = model, kv_cache, tp
         self._device = kv_cache.blocks.device
         self._graphs: DecodeGraphs | None = None
-        self._penalties = Penalties(max_num_seqs)
+        self._slots = SamplingSlots(max_num_seqs, self._device)
         self._gpu_sampler: GpuSampler | None = None
         if self._device.type == "cuda":
             from serve.sampling.gpu_sampler import GpuSampler
 
-            self._gpu_sampler = GpuSampler(self._penalties)
+            self._gpu_sampler = GpuSampler(self._slots)
         self.sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
 
     def report_layers(self, report: Callable[[], None]) -> None:
@@ -67,29 +68,30 @@ class Runner:
         """
         num_rows = sum(sequence.sample for sequence in step.sequences)
         tokens = self.sampled[:num_rows]
+        placed = self._slots.place(step.rows)
         if self._graphs is not None and self._graphs.holds(step):
-            logits = self._graphs.run(step)
+            logits = self._graphs.run(step, placed)
             if logits is not None and self._gpu_sampler is not None:
                 input_ids = self._graphs.token_ids
-                self._gpu_sampler.sample_special(logits, step.rows, input_ids, tokens)
+                self._gpu_sampler.sample_special(logits, placed, input_ids, tokens)
         else:
-            logits = self._run_eagerly(step, tokens)
+            logits = self._run_eagerly(step, placed, tokens)
         self._tp.broadcast(tokens)
         return None if logits is None else tokens
 
-    def _run_eagerly(self, step: Step, tokens: Tensor) -> Tensor | None:
+    def _run_eagerly(self, step: Step, placed: PlacedRows, tokens: Tensor) -> Tensor | None:
         block_size = self._kv_cache.layout.block_size
         batch = build_forward_batch(step, block_size, self._device, self.sampled)
         logits: Tensor | None = self._model(batch, self._kv_cache)  # [num_rows, vocab_size]
         if logits is not None and len(logits):
             input_ids = batch.token_ids[batch.sample_indices]
-            self._sample(logits, step.rows, input_ids, tokens)
+            self._sample(logits, placed, input_ids, tokens)
         return logits
 
     def _sample(
-        self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor, tokens: Tensor
+        self, logits: Tensor, placed: PlacedRows, input_ids: Tensor, tokens: Tensor
     ) -> None:
         if self._gpu_sampler is not None:
-            self._gpu_sampler.sample(logits, rows, input_ids, tokens)
+            self._gpu_sampler.sample(logits, placed, input_ids, tokens)
         else:
-            tokens.copy_(sample(logits.float(), rows, input_ids, self._penalties))
+            tokens.copy_(sample(logits.float(), placed, input_ids, self._slots))

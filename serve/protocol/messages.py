@@ -187,14 +187,15 @@ def sampled_by(row: int) -> int:
 class SampleRow(Struct, frozen=True, array_like=True):
     """How to sample one row. Only the leader samples, so this is not sent to followers.
 
-    ``banned_ids`` must not be chosen (end tokens before ``min_tokens``). ``token_ids`` has at least
-    the prompt and the first ``output_index - 1`` output tokens; the next one is the row's input,
-    which the host may not know yet. It is the sequence's own list, so it may grow during the step.
+    ``end_token_ids`` are the model's; like the stop tokens of the request, they must not be chosen
+    before ``min_tokens``. ``token_ids`` has at least the prompt and the first ``output_index - 1``
+    output tokens; the next one is the row's input, which the host may not know yet. It is the
+    sequence's own list, so it may grow during the step.
     """
 
     request: Request
     output_index: int
-    banned_ids: tuple[int, ...] = ()
+    end_token_ids: tuple[int, ...] = ()
     token_ids: Sequence[int] = ()
 
 

@@ -24,7 +24,6 @@ def _build_sequence(chunk: Chunk) -> StepSequence:
 
 
 def _build_row(chunk: Chunk, eos_token_ids: tuple[int, ...]) -> SampleRow:
-    sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+    sequence = chunk.sequence
     index = sequence.next_output_index - 1  # this step's token is counted as pending already
-    banned = (*eos_token_ids, *sampling.stop_token_ids) if index < sampling.min_tokens else ()
-    return SampleRow(sequence.request, index, banned, sequence.token_ids)
+    return SampleRow(sequence.request, index, eos_token_ids, sequence.token_ids)

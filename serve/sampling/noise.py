@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64: an odd step and a finaliser that mixes all bits
@@ -13,7 +12,7 @@ _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)
 
 
-def noise_streams(seeds: Sequence[int], output_indices: Sequence[int]) -> np.ndarray:
+def noise_streams(seeds: ArrayLike, output_indices: ArrayLike) -> np.ndarray:
     """Return the start of each output position's noise: int64, for ``gumbel_noise``."""
     state = _mix(np.array(seeds, np.int64).view(np.uint64) + np.uint64(_GOLDEN))
     state += np.array(output_indices, np.uint64) * np.uint64(_GOLDEN)

@@ -7,8 +7,7 @@ because the host may not know that token yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,53 +15,47 @@ from torch import Tensor
 
 from serve.device import columns_to_device, to_device
 from serve.protocol.messages import SampleRow
+from serve.sampling.parts import split
 from serve.sampling.penalised_rows import PenalisedRows
+from serve.sampling.placed_rows import PlacedRows
 
 # A count holds the number of times that the output has a token in its upper bits. Its lowest bit
 # says whether the prompt has the token.
 _IN_PROMPT = 1
 _ONE_OUTPUT = 2
 _MAX_IDS = 1 << 20  # in one copy to the device: 8 MiB, for which warm_up has pinned memory
-
-
-@dataclass(slots=True)
-class _Slot:
-    """The row of the counts that a request owns."""
-
-    index: int
-    output_index: int | None = None  # the only output position that the counts are valid for
+_CHUNK_ELEMENTS = 1 << 20  # bounds the memory of the reference
+_NOT_COUNTED = -1
 
 
 class Penalties:
-    """The token counts of the most recently sampled requests: one slot for each row of a step.
+    """The token counts of each slot, on the device."""
 
-    The end of a request is not reported here. Another request takes over its slot, and a request
-    without a slot is counted anew when it is sampled again. Request ids must be unique for the
-    life of the process.
-    """
+    def __init__(self, num_slots: int) -> None:
+        self._counts: Tensor | None = None  # [num_slots, vocab_size], int32; from the first use
+        # The only output position of each slot that its counts are valid for.
+        self._next_indices = np.full(num_slots, _NOT_COUNTED, np.int64)
 
-    def __init__(self, max_num_rows: int) -> None:
-        self._max_num_rows = max_num_rows
-        self._counts: Tensor | None = None  # [max_num_rows, vocab_size], int32; from the first use
-        self._slots: dict[str, _Slot] = {}  # by request id, least recently sampled first
+    def forget(self, slots: Sequence[int]) -> None:
+        """Drop the counts of slots that other requests have taken over."""
+        self._next_indices[slots] = _NOT_COUNTED
 
-    def apply(self, logits: Tensor, rows: Sequence[SampleRow], input_ids: Tensor) -> None:
-        """Penalise the earlier tokens of ``rows`` in ``logits``, in place.
+    def apply(self, logits: Tensor, placed: PlacedRows, input_ids: Tensor) -> None:
+        """Penalise the earlier tokens of the rows in ``logits``, in place.
 
         The repetition penalty counts prompt and output, the others output only. ``logits`` is
         ``[num_rows, vocab_size]``, float32. ``input_ids`` (``[num_rows]``, int64) is each row's
-        newest token. No two rows may belong to one request. Raises ``KeyError`` if more rows have
-        penalties than there are slots.
+        newest token. No two penalised rows may belong to one request.
         """
-        row_ids = [i for i, row in enumerate(rows) if row.request.sampling.has_penalties]
-        if not row_ids:
+        index = np.flatnonzero(placed.params["is_penalised"])
+        if not len(index):
             return
         if self._counts is None:
-            shape = self._max_num_rows, logits.shape[1]
+            shape = len(self._next_indices), logits.shape[1]
             self._counts = torch.zeros(shape, dtype=torch.int32, device=logits.device)
-        penalised = [rows[i] for i in row_ids]
-        slots = self._assign_slots(penalised, self._counts)
-        columns = _make_columns(row_ids, penalised, slots, logits.device)
+        penalised = placed.select(index)
+        self._catch_up(penalised, self._counts)
+        columns = _make_columns(index, penalised, logits.device)
         if logits.is_cuda:
             from serve.sampling.triton_penalties import penalise  # needs Triton, as GPUs do
 
@@ -70,55 +63,27 @@ class Penalties:
         else:
             _penalise(logits, self._counts, input_ids, columns)
 
-    def _assign_slots(self, rows: Sequence[SampleRow], counts: Tensor) -> list[int]:
-        """Return the slot of each row, counted except for its newest output token."""
-        uncounted: dict[int, SampleRow] = {}
-        # Rows that have a slot come first. Otherwise another row of the same step could take the
-        # slot, and they would be counted anew.
-        for row in sorted(rows, key=lambda row: row.request.id not in self._slots):
-            slot = self._slots.pop(row.request.id, None) or _Slot(self._free_slot())
-            if slot.output_index != row.output_index:
-                uncounted[slot.index] = row
-            slot.output_index = row.output_index + 1
-            self._slots[row.request.id] = slot
-        for part in _split(uncounted):
+    def _catch_up(self, penalised: PlacedRows, counts: Tensor) -> None:
+        """Count the rows whose counts are not valid, except for their newest output token."""
+        slots, indices = penalised.slots, penalised.output_indices
+        stale = np.flatnonzero(self._next_indices[slots] != indices).tolist()
+        self._next_indices[slots] = indices + 1
+        uncounted = {int(slots[i]): penalised.rows[i] for i in stale}
+        for part in split(uncounted, lambda row: len(row.token_ids), _MAX_IDS):
             _count(part, counts)
-        return [self._slots[row.request.id].index for row in rows]
-
-    def _free_slot(self) -> int:
-        if len(self._slots) < self._max_num_rows:
-            return len(self._slots)
-        least_recent = next(iter(self._slots))
-        return self._slots.pop(least_recent).index
 
 
-def _make_columns(
-    row_ids: list[int], rows: Sequence[SampleRow], slots: list[int], device: torch.device
-) -> PenalisedRows:
-    params = [row.request.sampling for row in rows]
+def _make_columns(index: np.ndarray, rows: PlacedRows, device: torch.device) -> PenalisedRows:
+    increments = _ONE_OUTPUT * (rows.output_indices > 0)
     columns = [
-        torch.tensor(row_ids, dtype=torch.int64),
-        torch.tensor(slots, dtype=torch.int64),
-        torch.tensor([_ONE_OUTPUT * (row.output_index > 0) for row in rows]).int(),
-        torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32),
-        torch.tensor([p.frequency_penalty for p in params], dtype=torch.float32),
-        torch.tensor([p.presence_penalty for p in params], dtype=torch.float32),
+        torch.from_numpy(index),
+        torch.from_numpy(rows.slots),
+        torch.from_numpy(increments.astype(np.int32)),
+        rows.column("repetition"),
+        rows.column("frequency"),
+        rows.column("presence"),
     ]
     return PenalisedRows(*columns_to_device(columns, device))
-
-
-def _split(rows: dict[int, SampleRow]) -> Iterator[dict[int, SampleRow]]:
-    """Split ``rows`` (by slot) into parts of at most ``_MAX_IDS`` tokens, or of one row."""
-    part: dict[int, SampleRow] = {}
-    num_ids = 0
-    for slot, row in rows.items():
-        if part and num_ids + len(row.token_ids) > _MAX_IDS:
-            yield part
-            part, num_ids = {}, 0
-        part[slot] = row
-        num_ids += len(row.token_ids)
-    if part:
-        yield part
 
 
 def _count(rows: dict[int, SampleRow], counts: Tensor) -> None:
@@ -140,14 +105,17 @@ def _count(rows: dict[int, SampleRow], counts: Tensor) -> None:
 
 
 def _penalise(logits: Tensor, counts: Tensor, input_ids: Tensor, penalised: PenalisedRows) -> None:
-    """Do what ``serve.sampling.triton_penalties.penalise`` does, one row after another."""
+    """Do what ``serve.sampling.triton_penalties.penalise`` does, some rows after others."""
     rows, slots = penalised.row_ids, penalised.slots
-    flat_ids = slots * counts.shape[1] + input_ids[rows]
-    counts.view(-1).index_add_(0, flat_ids, penalised.increments)
-    for i, (row, slot) in enumerate(zip(rows.tolist(), slots.tolist(), strict=True)):
-        count, logit = counts[slot], logits[row]
-        factor = penalised.repetition[i]
+    vocab_size = counts.shape[1]
+    counts.view(-1).index_add_(0, slots * vocab_size + input_ids[rows], penalised.increments)
+    chunk = max(1, _CHUNK_ELEMENTS // vocab_size)
+    for start in range(0, len(rows), chunk):
+        part = slice(start, start + chunk)
+        count, logit = counts[slots[part]], logits[rows[part]]  # [chunk, vocab_size]
         num_outputs = count.div(_ONE_OUTPUT, rounding_mode="floor")
-        amount = num_outputs * penalised.frequency[i] + (num_outputs > 0) * penalised.presence[i]
+        amount = num_outputs * penalised.frequency[part, None]
+        amount += (num_outputs > 0) * penalised.presence[part, None]
+        factor = penalised.repetition[part, None]
         repeated = torch.where(logit > 0, logit / factor, logit * factor)
-        logits[row] = torch.where(count > 0, repeated, logit) - amount
+        logits[rows[part]] = torch.where(count > 0, repeated, logit) - amount

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from serve.protocol.messages import SampleRow
 from serve.request import Request, SamplingParams
-from serve.sampling import sampler
-from serve.sampling.penalties import Penalties
-from serve.sampling.sampler import filter_parameters, is_plain, sample
+from serve.sampling.placed_rows import PlacedRows
+from serve.sampling.sampler import apply_filters, sample
+from serve.sampling.slots import SamplingSlots
 from tests.support.penalised_requests import steps
 
 pytestmark = [
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 
-GPU = torch.device("cuda", 0)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 VOCABS = [1, 17, 1000, 8192, 8193, 50257, 128256]
 SMALL_BLOCK = 512  # a row of a few thousand ids then takes as many blocks as one of 128256 ids
 
@@ -35,9 +36,17 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
-def make_row(index: int = 0, banned_ids: tuple[int, ...] = (), **sampling: Any) -> SampleRow:
+_numbers = itertools.count()
+
+
+def make_row(**sampling: Any) -> SampleRow:
     params = SamplingParams(max_tokens=1, **sampling)
-    return SampleRow(Request(id="r", prompt_ids=(0,), sampling=params), index, banned_ids)
+    return SampleRow(Request(id=str(next(_numbers)), prompt_ids=(0,), sampling=params), 0)
+
+
+def place(rows: list[SampleRow]) -> PlacedRows:
+    """Place rows that have not been sampled before."""
+    return SamplingSlots(len(rows), CPU).place(rows)
 
 
 def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
@@ -52,13 +61,13 @@ def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
 def filtered(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     """Filter ``logits`` (on the CPU, with temperature 1) by the kernel."""
     kernels = pytest.importorskip("serve.sampling.triton_filters")
-    min_p, top_k, top_p = filter_parameters(rows, logits.shape[1])
+    placed, vocab_size = place(rows), logits.shape[1]
     out = logits.to(GPU, copy=True)
     kernels.filter_logits(
         out,
-        torch.tensor(min_p).log().to(GPU),
-        torch.tensor(top_k, dtype=torch.int32, device=GPU),
-        torch.tensor(top_p, dtype=torch.float64, device=GPU),
+        placed.column("min_p").log().to(GPU),
+        placed.column("top_k").clamp(max=vocab_size).to(GPU),
+        placed.column("top_p").to(GPU),
     )
     return out.cpu()
 
@@ -66,9 +75,7 @@ def filtered(logits: Tensor, rows: list[SampleRow]) -> Tensor:
 def assert_same_kept(logits: Tensor, rows: list[SampleRow]) -> None:
     """Check that the kernel rules out the reference's tokens and leaves the others unchanged."""
     expected = logits.clone()
-    params = [row.request.sampling for row in rows]
-    sampler._apply_min_p(expected, params)
-    sampler._apply_top_k_top_p(expected, params)
+    apply_filters(expected, place(rows))
     actual = filtered(logits, rows)
     for row, actual_row, expected_row in zip(rows, actual, expected, strict=True):
         wrong = (actual_row != expected_row).nonzero().flatten().tolist()
@@ -168,8 +175,9 @@ def sample_special_rows(logits: Tensor, rows: list[SampleRow], input_ids: Tensor
     """Sample the rows that are not plain; the tokens of the others are 0."""
     gpu_sampler = pytest.importorskip("serve.sampling.gpu_sampler")
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=GPU)
-    sampler_on_gpu = gpu_sampler.GpuSampler(Penalties(len(rows)))
-    sampler_on_gpu.sample_special(logits.to(GPU), rows, input_ids.to(GPU), tokens)
+    slots = SamplingSlots(len(rows), GPU)
+    placed = slots.place(rows)
+    gpu_sampler.GpuSampler(slots).sample_special(logits.to(GPU), placed, input_ids.to(GPU), tokens)
     ids: list[int] = tokens.tolist()
     return ids
 
@@ -180,6 +188,8 @@ def test_tokens_are_those_of_the_reference(
     vocab_size: int, dtype: torch.dtype, rng: random.Random
 ) -> None:
     """The rows mix penalties, bias, bans, temperature and filters. Plain rows stay unchanged."""
+    long_bias = {token: rng.uniform(-5, 5) for token in rng.sample(range(vocab_size), 700)}
+    long_stop = tuple(rng.sample(range(vocab_size), 600))
     rows = []
     for index in range(24):
         filters = random_row(rng, vocab_size).request.sampling
@@ -192,22 +202,55 @@ def test_tokens_are_those_of_the_reference(
             min_p=filters.min_p,
             repetition_penalty=rng.choice([1.0, 1.3]),
             presence_penalty=rng.choice([0.0, 0.7]),
-            logit_bias=rng.choice([{}, {3: 5.0, 4: -100.0}]),
+            logit_bias=rng.choice([{}, {3: 5.0, 4: -100.0}, long_bias]),
+            stop_token_ids=rng.choice([(), (4, 9, 4), long_stop]),
+            min_tokens=rng.choice([0, 10, 11]),
         )
         ids = tuple(rng.randrange(vocab_size) for _ in range(20))
         request = Request(id=str(index), prompt_ids=ids[:11], sampling=sampling)
-        rows.append(SampleRow(request, 10, rng.choice([(), (5, 6)]), ids))
+        rows.append(SampleRow(request, 10, (5, 6), ids))
     logits = (torch.randn(len(rows), vocab_size) * 3).to(dtype)
     input_ids = torch.randint(vocab_size, (len(rows),))
-    expected = sample(logits.float().clone(), rows, input_ids, Penalties(len(rows))).tolist()
-    special = [0 if is_plain(row) else token for row, token in zip(rows, expected, strict=True)]
-    assert sample_special_rows(logits, rows, input_ids) == special
+    slots = SamplingSlots(len(rows), CPU)
+    placed = slots.place(rows)
+    expected = torch.zeros(len(rows), dtype=torch.int64)
+    special = placed.find_special()
+    expected[special] = sample(logits.float().clone(), placed, input_ids, slots)[special]
+    assert sample_special_rows(logits, rows, input_ids) == expected.tolist()
+
+
+def test_biases_and_bans_of_rows_that_come_and_go(rng: random.Random) -> None:
+    """The kernel changes the reference's logits in the same way, with slots taken over."""
+    vocab_size, num_slots = 5003, 5
+    on_gpu, on_cpu = SamplingSlots(num_slots, GPU), SamplingSlots(num_slots, CPU)
+    rows = [random_rules(rng, vocab_size) for _ in range(12)]
+    for index in range(30):
+        chosen = [
+            SampleRow(row.request, index, row.end_token_ids)
+            for row in rng.sample(rows, rng.randrange(1, num_slots + 1))
+        ]
+        logits = torch.randn(len(chosen), vocab_size)
+        changed, newest = logits.to(GPU), torch.zeros(len(chosen), dtype=torch.int64)
+        on_gpu.adjust(changed, on_gpu.place(chosen), newest.to(GPU))
+        on_cpu.adjust(logits, on_cpu.place(chosen), newest)
+        assert torch.equal(changed.cpu(), logits)
+
+
+def random_rules(rng: random.Random, vocab_size: int) -> SampleRow:
+    """Make a row with biases and bans. Some bans end in a later step, some tokens have both."""
+    tokens = rng.sample(range(vocab_size), rng.choice([0, 1, 511, 512, 1024]))
+    row = make_row(
+        logit_bias={token: rng.uniform(-100, 100) for token in tokens},
+        stop_token_ids=tuple(rng.sample(range(vocab_size), rng.choice([0, 3, 1024]))),
+        min_tokens=rng.choice([0, 10, 100]),
+    )
+    return SampleRow(row.request, 0, (1, 2, vocab_size + 7))
 
 
 @pytest.mark.parametrize("max_num_rows", [1, 7, 30])
 def test_penalties_of_requests_that_come_and_go(max_num_rows: int, rng: random.Random) -> None:
     """Like ``tests.sampling.test_penalties``, also with rows whose last block is not full."""
     for vocab_size in (50, 5000):
-        penalties = Penalties(max_num_rows)
-        for changed, expected in steps(rng, penalties, max_num_rows, vocab_size, GPU):
+        slots = SamplingSlots(max_num_rows, GPU)
+        for changed, expected in steps(rng, slots, max_num_rows, vocab_size, GPU):
             assert torch.allclose(changed.double(), expected, atol=1e-4)

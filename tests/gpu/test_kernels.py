@@ -16,8 +16,8 @@ from serve.model.kernels import ops
 from serve.model.kernels.head_norms import HeadNorms
 from serve.protocol.messages import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams
-from serve.sampling.penalties import Penalties
-from serve.sampling.sampler import plain_parameters, sample
+from serve.sampling.sampler import sample
+from serve.sampling.slots import SamplingSlots
 
 pytestmark = [
     pytest.mark.gpu,
@@ -351,7 +351,7 @@ def test_plain_rows_are_sampled_as_the_reference_does(
     rows = [
         SampleRow(
             Request(
-                id="r",
+                id=str(output_index),
                 prompt_ids=(1,),
                 sampling=SamplingParams(
                     max_tokens=1, temperature=temperature, seed=seeded.randrange(-(2**63), 2**63)
@@ -363,12 +363,13 @@ def test_plain_rows_are_sampled_as_the_reference_does(
     ]
     logits = torch.randn(len(rows), vocab_size, device=GPU) * 3
     logits[0] = 0.0  # all equal
-    values, streams = plain_parameters(rows)
+    slots = SamplingSlots(len(rows), GPU)
+    placed = slots.place(rows)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=GPU)
     kernels.sample_plain(
         logits,
-        torch.tensor(values, device=GPU),
-        torch.from_numpy(streams).to(GPU),
+        placed.column("temperature").to(GPU),
+        torch.from_numpy(placed.streams()).to(GPU),
         tokens,
     )
-    assert tokens.tolist() == sample(logits.clone(), rows, tokens, Penalties(len(rows))).tolist()
+    assert tokens.tolist() == sample(logits.clone(), placed, tokens, slots).tolist()

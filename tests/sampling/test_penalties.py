@@ -9,7 +9,7 @@ import torch
 
 from serve.protocol.messages import SampleRow
 from serve.sampling import penalties
-from serve.sampling.penalties import Penalties
+from serve.sampling.slots import SamplingSlots
 from tests.support.penalised_requests import random_case, steps
 
 VOCAB = 50
@@ -27,7 +27,7 @@ def rng() -> random.Random:
 @pytest.mark.parametrize("max_num_rows", [1, 2, 7, 30])
 def test_requests_that_come_and_go_and_pause(max_num_rows: int, rng: random.Random) -> None:
     """There are more requests than slots, and the host may not know the newest token."""
-    for changed, expected in steps(rng, Penalties(max_num_rows), max_num_rows, VOCAB, CPU):
+    for changed, expected in steps(rng, SamplingSlots(max_num_rows, CPU), max_num_rows, VOCAB, CPU):
         assert torch.allclose(changed.double(), expected, atol=1e-4)
 
 
@@ -37,7 +37,7 @@ def test_long_histories_are_counted_in_parts(
 ) -> None:
     """Some histories are longer than one part."""
     monkeypatch.setattr(penalties, "_MAX_IDS", max_num_ids)
-    for changed, expected in steps(rng, Penalties(9), 9, VOCAB, CPU):
+    for changed, expected in steps(rng, SamplingSlots(9, CPU), 9, VOCAB, CPU):
         assert torch.allclose(changed.double(), expected, atol=1e-4)
 
 
@@ -53,12 +53,13 @@ def test_a_step_does_not_count_the_history_again(
         count(rows, counts)
 
     monkeypatch.setattr(penalties, "_count", note)
-    kept = Penalties(8)
+    slots = SamplingSlots(8, CPU)
     cases = [random_case(rng, number, VOCAB) for number in range(8)]
     cases = [case for case in cases if case.request.sampling.has_penalties]
     for _ in range(20):
         newest = torch.tensor([case.token_ids[-1] for case in cases])
-        kept.apply(torch.zeros(len(cases), VOCAB), [case.row(rng) for case in cases], newest)
+        placed = slots.place([case.row(rng) for case in cases])
+        slots.adjust(torch.zeros(len(cases), VOCAB), placed, newest)
         for case in cases:
             case.token_ids.append(rng.randrange(VOCAB))
     assert len(counted) == len(cases)

@@ -14,9 +14,10 @@ from torch import Tensor
 from serve.protocol.messages import SampleRow
 from serve.request import Request, SamplingParams
 from serve.sampling import sampler
-from serve.sampling.penalties import Penalties
+from serve.sampling.slots import SamplingSlots
 
 VOCAB = 50
+CPU = torch.device("cpu")
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 1234567)
 
 
@@ -29,7 +30,8 @@ def rng() -> random.Random:
 
 def sample(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     """Call ``sampler.sample`` for rows that have not been sampled before."""
-    return sampler.sample(logits, rows, _newest(rows), Penalties(len(rows)))
+    slots = SamplingSlots(len(rows), CPU)
+    return sampler.sample(logits, slots.place(rows), _newest(rows), slots)
 
 
 def _newest(rows: list[SampleRow]) -> Tensor:
@@ -46,9 +48,11 @@ def _row(
     banned_ids: tuple[int, ...] = (),
     **sampling: Any,
 ) -> SampleRow:
-    params = SamplingParams(max_tokens=10**6, **sampling)
+    index = index or len(output_ids)
+    min_tokens = index + 1 if banned_ids else 0
+    params = SamplingParams(max_tokens=10**6, min_tokens=min_tokens, **sampling)
     request = Request(id=f"r{next(_numbers)}", prompt_ids=prompt_ids, sampling=params)
-    return SampleRow(request, index or len(output_ids), banned_ids, [*prompt_ids, *output_ids])
+    return SampleRow(request, index, banned_ids, [*prompt_ids, *output_ids])
 
 
 def _logits(rng: random.Random, rows: int, vocab: int = VOCAB, spread: float = 3.0) -> Tensor:
@@ -117,8 +121,7 @@ def test_filters_keep_what_the_reference_keeps(filters: dict[str, Any], rng: ran
     logits = _logits(rng, 20)
     params = SamplingParams(max_tokens=1, **filters)
     filtered = logits / params.temperature
-    sampler._apply_min_p(filtered, [params] * 20)
-    sampler._apply_top_k_top_p(filtered, [params] * 20)
+    sampler.apply_filters(filtered, SamplingSlots(20, CPU).place([_row(**filters)] * 20))
     for before, after in zip(logits, filtered, strict=True):
         kept = (_probabilities(before, params) > 0).tolist()
         assert after.isfinite().tolist() == kept
@@ -194,7 +197,7 @@ def _processed(logits: Tensor, row: SampleRow) -> list[float]:
         values[token] -= params.presence_penalty
     for token, bias in params.logit_bias.items():
         values[token] += bias
-    for token in row.banned_ids:
+    for token in row.end_token_ids if row.output_index < params.min_tokens else ():
         values[token] = -math.inf
     return values
 
@@ -203,7 +206,8 @@ def test_penalties_bias_and_bans_against_a_reference(rng: random.Random) -> None
     rows = [_random_row(rng) for _ in range(100)]
     logits = _logits(rng, len(rows))
     processed = logits.clone()
-    sampler.adjust(processed, rows, _newest(rows), Penalties(len(rows)))
+    slots = SamplingSlots(len(rows), CPU)
+    slots.adjust(processed, slots.place(rows), _newest(rows))
     expected = torch.tensor([_processed(x, r) for x, r in zip(logits, rows, strict=True)])
     assert torch.equal(processed == -math.inf, expected == -math.inf)
     finite = expected > -math.inf

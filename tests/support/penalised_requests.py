@@ -11,7 +11,7 @@ from torch import Tensor
 
 from serve.protocol.messages import SampleRow
 from serve.request import Request, SamplingParams
-from serve.sampling.penalties import Penalties
+from serve.sampling.slots import SamplingSlots
 
 
 @dataclass
@@ -57,12 +57,12 @@ def random_case(rng: random.Random, number: int, vocab_size: int) -> Case:
 
 def steps(
     rng: random.Random,
-    penalties: Penalties,
+    slots: SamplingSlots,
     max_num_rows: int,
     vocab_size: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits changed by ``penalties`` and the expected ones, ``[num_rows, vocab_size]``.
+    """Yield logits changed by ``slots`` and the expected ones, ``[num_rows, vocab_size]``.
 
     Requests come and go and pause for some steps. There are more of them than slots, and some
     continue from another output index than the counts expect.
@@ -75,7 +75,7 @@ def steps(
         newest = torch.tensor([case.token_ids[-1] for case in chosen])
         changed = logits.to(device, copy=True)
         rows = [case.row(rng) for case in chosen]
-        penalties.apply(changed, rows, newest.to(device))
+        slots.adjust(changed, slots.place(rows), newest.to(device))
         expected = [case.penalised(row) for case, row in zip(chosen, logits, strict=True)]
         yield changed.cpu(), torch.stack(expected)
         for case in chosen:
