@@ -16,7 +16,7 @@ from serve.config.sampling_defaults import RANGES
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 MAX_CHOICES = 128  # of one prompt
 MAX_STOPS = 64
-MAX_STOP_CHARACTERS = 1024  # of one stop string, because each new token is compared with all
+MAX_STOP_CHARACTERS = 1024  # of one stop string, because it travels with its request
 MAX_TOKEN_RULES = 1024  # entries of logit_bias and of stop_token_ids, because each step reads them
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
