@@ -6,7 +6,7 @@ the vocabulary, is checked afterwards: see ``sampling_params``, ``prompts`` and 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
@@ -96,7 +96,12 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(SamplingFields, frozen=True, kw_only=True):
-    """The fields that ``/v1/completions`` and ``/v1/chat/completions`` share."""
+    """The fields that ``/v1/completions`` and ``/v1/chat/completions`` share.
+
+    ``default_max_tokens`` is for models that recommend none; None stands for the whole context.
+    """
+
+    default_max_tokens: ClassVar[int | None] = None
 
     model: str = ""
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
@@ -132,8 +137,9 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     and more, so ``prompts.read_prompts`` checks it, in slices and in a thread.
     """
 
+    default_max_tokens: ClassVar[int | None] = DEFAULT_COMPLETION_TOKENS
+
     prompt: Any
-    max_tokens: PositiveInt | None = DEFAULT_COMPLETION_TOKENS
     add_special_tokens: bool = True
 
 

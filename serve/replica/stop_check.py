@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serve.model_config.config import ModelConfig
 from serve.replica.sequence import Sequence
 from serve.request import FinishReason, SamplingParams
 from serve.tokenizer.detokenizer import Detokenizer
+from serve.tokenizer.tokenizer import Tokenizer
+
+
+def find_eos_token_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return the end tokens of the model and of its tokenizer, those that the model can sample.
+
+    Fine-tunes on a chat template often name its end token only in the tokenizer's configuration.
+    """
+    ids = dict.fromkeys(model.eos_token_ids)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids[tokenizer.eos_token_id] = None
+    return tuple(token_id for token_id in ids if token_id < model.vocab_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve.model_config.file import load_model_config
 from serve.protocol.messages import Delta
 from serve.replica.output_processor import OutputProcessor
 from serve.replica.sequence import Sequence
+from serve.replica.stop_check import find_eos_token_ids
 from serve.request import FinishReason, Request, SamplingParams
+from tests.support.checkpoints import write_llama_checkpoint
 from tests.tokenizer.test_tokenizer import smollm2
 
 IM_END, ENDOFTEXT = 2, 0
@@ -82,3 +86,21 @@ def test_every_eos_ends_a_request_unless_ignored(token_id: int) -> None:
     assert (last.finish_reason, count) == (FinishReason.LENGTH, 3)
     _, last, count = _run(" Paris", token_id, 30, eos=eos, min_tokens=2)
     assert (last.finish_reason, count) == (FinishReason.LENGTH, 3)
+
+
+def test_the_end_tokens_of_all_files_count(tmp_path: Path) -> None:
+    """A fine-tune on a chat template that names its end token in one file only, a base model's."""
+    config = write_llama_checkpoint(tmp_path, seed=1, eos_token_id=3)
+    tokenizer = smollm2()
+    assert tokenizer.eos_token_id == IM_END
+    assert find_eos_token_ids(load_model_config(str(config)), tokenizer) == (3, IM_END)
+    assert find_eos_token_ids(load_model_config(str(config)), None) == (3,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 3]}')
+    assert find_eos_token_ids(load_model_config(str(config)), tokenizer) == (4, 3, IM_END)
+
+
+def test_an_end_token_that_the_model_lacks_does_not_count(tmp_path: Path) -> None:
+    config = load_model_config(
+        str(write_llama_checkpoint(tmp_path, seed=1, vocab_size=2, eos_token_id=[1, 9]))
+    )
+    assert find_eos_token_ids(config, smollm2()) == (1,)
