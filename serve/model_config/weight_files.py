@@ -63,8 +63,8 @@ def _find_shards(file: Path) -> list[Path]:
         return []
     totals = sorted({int(match[2]) for match in found})
     if len(totals) > 1 or len(shards) < len(found):
-        names = _some(sorted(match[0] for match in found))
-        raise ValueError(f"{file.parent} holds shards of more than one checkpoint: {names}")
+        several = _some(sorted(match[0] for match in found))
+        raise ValueError(f"{file.parent} holds shards of more than one checkpoint: {several}")
     first = min(1, *shards)
     absent = sorted(set(range(first, first + totals[0])) - shards.keys())
     if absent:
