@@ -54,8 +54,9 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def answered_rps(folder: Path, configuration: str) -> float:
     """Return the most requests that a configuration answered per second, at any rate."""
-    runs = (folder / "points" / configuration).glob("*.json")
-    return max(json.loads(run.read_bytes())["summary"]["request_throughput_rps"] for run in runs)
+    paths = (folder / "points" / configuration).glob("*.json")
+    summaries = [json.loads(path.read_bytes())["summary"] for path in paths]
+    return max(float(one["request_throughput_rps"]) for one in summaries)
 
 
 @contextmanager
