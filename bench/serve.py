@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from bench.load.report import Objectives, run_file
 from bench.load.table import render
 from bench.load.workload import PlannedRequest, WorkloadOptions, make_plan
 
+INTERRUPTED = 130  # exit status
 TOKENS_PER_PROCESS = 10_000  # tokens per second that one load process receives without delay
 
 
@@ -49,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunFailed, RequestFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("interrupted: no report", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     _deliver(run, args)
+    if run["interrupted"]:
+        return INTERRUPTED
     return 0 if run["summary"]["num_completed"] else 1
 
 
@@ -65,6 +69,11 @@ async def _run(
     monitor = Monitor(target.base_urls, target.headers, args.monitor_interval_s)
     progress = _Progress(len(plan), quiet=args.quiet)
     started: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+
+    def start(start_s: float) -> None:
+        started.set_result(start_s)
+        _on_ctrl_c(stop)
 
     async def watch() -> None:
         start_s = await started
@@ -74,13 +83,16 @@ async def _run(
     try:
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(watch())
-            await run_fleet(target, workload, num_processes, started.set_result, progress.add)
+            await run_fleet(target, workload, num_processes, start, progress.add, stop)
             watching.cancel()
     except* LoadFailed as failed:
         raise RunFailed("a load process died; its traceback is above") from failed
     finally:
         progress.close()
+    if stop.is_set() and not progress.records:
+        raise asyncio.CancelledError
     head = {
+        "interrupted": stop.is_set(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["python", "-m", "bench.serve", *args.argv],
         "target": {"base_urls": target.base_urls, "model": target.model},
@@ -88,6 +100,24 @@ async def _run(
     }
     objectives = Objectives(args.ttft_slo, args.tpot_slo)
     return run_file(head, progress.records, started.result(), objectives, monitor.samples)
+
+
+def _on_ctrl_c(stop: asyncio.Event) -> None:
+    """Let the first Ctrl-C set ``stop``, so that what was measured is reported.
+
+    The second cancels the running task.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return  # the shell runs it in the background
+    task = asyncio.current_task()
+    assert task is not None
+
+    def interrupt() -> None:
+        if stop.is_set():
+            task.cancel()
+        stop.set()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
 
 
 class _Progress:

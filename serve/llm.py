@@ -90,7 +90,8 @@ class LLM:
 
         ``sampling`` is for all prompts, or has one entry for each. Without it, ``fields`` are the
         sampling fields of ``/v1/completions`` (``max_tokens``, ``temperature``, ``top_p``,
-        ``seed``, ``stop``, ...). The default of ``max_tokens`` is 16. The default of
+        ``seed``, ``stop``, ...). The default of ``max_tokens`` is what the model
+        recommends, or else 16. The default of
         ``temperature`` is 0, which is greedy; ``temperature=None`` stands for the value that the
         model recommends. All other fields default to what the model recommends.
 

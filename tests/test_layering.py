@@ -45,7 +45,7 @@ ROWS = (
         packages=_only("msgspec", "huggingface_hub")),
     Row("dispatch", "protocol topology request"),
     Row("replica", "tokenizer protocol model_config topology request"),
-    Row("tokenizer", "protocol request"),
+    Row("tokenizer", "protocol model_config request"),
     Row("sampling", "protocol device request", torch=True),
     Row("model", "kv comm model_config protocol", torch=True),
     Row("kv", "model_config", torch=True),

@@ -3,7 +3,8 @@
 The parent sends no requests, because its progress bar and its monitoring of the server would delay
 them. Each child writes to its own pipe: ``_READY`` once its plan is made, then batches of records
 of requests that have ended, then ``_FINISHED``. After the last ``_READY`` the parent writes the
-start time to every pipe.
+start time to every pipe. ``_STOP`` after that ends the load early: the child drops the requests
+that have not ended, and writes its last records.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import asyncio
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,7 +29,7 @@ from bench.load.workload import WorkloadOptions
 
 START_DELAY_S = 0.2  # between the last child's _READY and the first request
 _BATCH_S = 0.25  # between two batches of records of a child
-_READY, _FINISHED = b"ready", b"finished"
+_READY, _FINISHED, _STOP = b"ready", b"finished", "stop"
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[Record]).decode
@@ -44,11 +45,13 @@ async def run_fleet(
     num_processes: int,
     on_start: Callable[[float], None],
     on_end: Callable[[Record], None],
+    stop: asyncio.Event,
 ) -> None:
-    """Send the whole plan from ``num_processes`` processes.
+    """Send the whole plan from ``num_processes`` processes, or until ``stop``.
 
     ``on_start`` gets the start time on the monotonic clock, ``on_end`` each record when its request
-    has ended. Raises ``LoadFailed`` if a process dies. Cancelling this ends the processes.
+    has ended; after ``stop`` also those that the processes still hold. Raises ``LoadFailed`` if a
+    process dies. Cancelling this ends the processes.
     """
     context = multiprocessing.get_context("spawn")
     children = []
@@ -62,7 +65,7 @@ async def run_fleet(
             process.start()
             child_end.close()  # otherwise the death of the child would not end the pipe
             children.append((process, parent_end))
-        await _drive([pipe for _, pipe in children], on_start, on_end)
+        await _drive([pipe for _, pipe in children], on_start, on_end, stop)
     finally:
         for process, pipe in children:
             process.terminate()
@@ -74,6 +77,7 @@ async def _drive(
     pipes: list[Connection],
     on_start: Callable[[float], None],
     on_end: Callable[[Record], None],
+    stop: asyncio.Event,
 ) -> None:
     readers = ThreadPoolExecutor(len(pipes), "pipes")
     for pipe in pipes:
@@ -89,9 +93,17 @@ async def _drive(
             for record in _decode(message):
                 on_end(record)
 
-    async with asyncio.TaskGroup() as group:
+    async def pass_on_stop() -> None:
+        await stop.wait()
         for pipe in pipes:
-            group.create_task(collect(pipe))
+            with suppress(OSError):  # a child that has finished
+                pipe.send(_STOP)
+
+    async with asyncio.TaskGroup() as group:
+        stopping = group.create_task(pass_on_stop())
+        collecting = [group.create_task(collect(pipe)) for pipe in pipes]
+        await asyncio.gather(*collecting)
+        stopping.cancel()
 
 
 async def _receive(pipe: Connection, readers: ThreadPoolExecutor) -> bytes:
@@ -130,6 +142,24 @@ async def _send_share(
 
     async with asyncio.TaskGroup() as group:
         group.create_task(report())
-        await sender.run(start_s)
+        sending = group.create_task(sender.run(start_s))
+        with _calling_when_readable(pipe, sending.cancel):  # _STOP, or the end of the parent
+            await asyncio.wait([sending])
         all_ended.set()
     pipe.send_bytes(_FINISHED)
+
+
+@contextmanager
+def _calling_when_readable(pipe: Connection, call: Callable[[], object]) -> Iterator[None]:
+    """Call once when ``pipe`` has a message or is closed, while the body runs."""
+    loop = asyncio.get_running_loop()
+
+    def on_readable() -> None:
+        loop.remove_reader(pipe.fileno())
+        call()
+
+    loop.add_reader(pipe.fileno(), on_readable)
+    try:
+        yield
+    finally:
+        loop.remove_reader(pipe.fileno())

@@ -27,7 +27,14 @@ _STAGES = (
 
 
 def render(run: Mapping[str, Any]) -> str:
-    return "\n".join([*_counts(run["summary"]), "", *_times(run["summary"]), *_verdict(run)])
+    summary = run["summary"]
+    return "\n".join([*_interruption(run), *_counts(summary), "", *_times(summary), *_verdict(run)])
+
+
+def _interruption(run: Mapping[str, Any]) -> Iterator[str]:
+    if run.get("interrupted"):
+        ended, planned = run["summary"]["num_requests"], run["workload"]["num_requests"]
+        yield f"INTERRUPTED: only the {ended} of {planned} requests that had ended are reported"
 
 
 def _counts(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -168,7 +168,8 @@ class Sweep:
         job.check()
         if not temporary.exists():
             raise LoadFailed(f"the load at {rate:g} requests/s ended with status {status}")
-        read_run(temporary)
+        if read_run(temporary).get("interrupted"):
+            raise LoadFailed(f"the load at {rate:g} requests/s was interrupted")
         temporary.replace(path)
 
     def _measured(self, configuration: Configuration, failure: str | None = None) -> Measured:

@@ -71,7 +71,7 @@ def read_sampling(body: GenerationRequest, api: Api) -> SamplingParams:
     return make_sampling_params(
         body,
         api.settings.sampling,
-        max_tokens=api.service.max_model_len,
+        max_tokens=body.default_max_tokens or api.service.max_model_len,
         vocab_size=api.settings.vocab_size,
         has_tokenizer=api.tokenizer is not None,
     )

@@ -19,7 +19,7 @@ from serve.api.validation import InvalidField, to_struct
 from serve.config.sampling_defaults import SamplingDefaults
 from serve.request import SamplingParams
 
-DEFAULT_MAX_TOKENS = 16  # of lines without a limit
+DEFAULT_MAX_TOKENS = 16  # of lines without a limit, if the model recommends none
 
 
 class PromptFileError(ValueError):

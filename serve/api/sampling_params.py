@@ -24,10 +24,11 @@ def make_sampling_params(
 ) -> SamplingParams:
     """Make the parameters that all prompts and choices of a request share.
 
-    ``max_tokens`` is the limit for requests without one of their own. It is not yet cut to the
-    room that a prompt leaves in the context. Raises ``InvalidField``.
+    ``max_tokens`` is the limit for requests without one of their own, to a model that recommends
+    none. It is not yet cut to the room that a prompt leaves in the context. Raises
+    ``InvalidField``.
     """
-    limit = fields.max_completion_tokens or fields.max_tokens or max_tokens
+    limit = fields.max_completion_tokens or fields.max_tokens or defaults.max_tokens or max_tokens
     if fields.min_tokens > limit:
         raise InvalidField(f"min_tokens must not exceed max_tokens, {limit}", "min_tokens")
     stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)

@@ -6,7 +6,7 @@ the vocabulary, is checked afterwards: see ``sampling_params``, ``prompts`` and 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
@@ -17,7 +17,7 @@ from serve.request import MAX_TOKEN_RULES
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 MAX_CHOICES = 128  # of one prompt
 MAX_STOPS = 64
-MAX_STOP_CHARACTERS = 1024  # of one stop string, because each new token is compared with all
+MAX_STOP_CHARACTERS = 1024  # of one stop string, because it travels with its request
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
@@ -96,7 +96,12 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(SamplingFields, frozen=True, kw_only=True):
-    """The fields that ``/v1/completions`` and ``/v1/chat/completions`` share."""
+    """The fields that ``/v1/completions`` and ``/v1/chat/completions`` share.
+
+    ``default_max_tokens`` is for models that recommend none; None stands for the whole context.
+    """
+
+    default_max_tokens: ClassVar[int | None] = None
 
     model: str = ""
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
@@ -132,8 +137,9 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     and more, so ``prompts.read_prompts`` checks it, in slices and in a thread.
     """
 
+    default_max_tokens: ClassVar[int | None] = DEFAULT_COMPLETION_TOKENS
+
     prompt: Any
-    max_tokens: PositiveInt | None = DEFAULT_COMPLETION_TOKENS
     add_special_tokens: bool = True
 
 

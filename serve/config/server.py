@@ -23,6 +23,7 @@ from serve.config.options import build_parser as build_parser
 from serve.config.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from serve.model_config.config import ModelConfig
 from serve.model_config.file import load_model_config
+from serve.model_config.generation_config import read_generation_config
 from serve.topology import ReplicaSpec
 
 
@@ -65,6 +66,7 @@ class ServerConfig:
     schedule_policy: str
     log_level: str
     notes: tuple[str, ...] = ()  # choices made for the user, to be logged
+    warnings: tuple[str, ...] = ()  # faults of the checkpoint that do not prevent serving it
 
     @property
     def colocated(self) -> bool:
@@ -102,9 +104,11 @@ def _configure(args: argparse.Namespace, world_size: int) -> ServerConfig:
             f"LongRoPE: prompts of any length get the rotation for contexts over {short} tokens; "
             f"--max-model-len {short} gives short ones the rotation they were trained with"
         )
+    generation_config = read_generation_config(Path(source.path))
+    warnings = [*generation_config.faults]
     defaults = SamplingDefaults()
     if args.generation_config == "auto":
-        defaults = read_sampling_defaults(Path(source.path))
+        defaults = read_sampling_defaults(generation_config, warnings)
     if defaults != SamplingDefaults():
         notes.append(f"default sampling parameters: {defaults} (generation_config.json)")
     return ServerConfig(
@@ -123,6 +127,7 @@ def _configure(args: argparse.Namespace, world_size: int) -> ServerConfig:
         chat_template=read_chat_template(args.chat_template),
         sampling_defaults=defaults,
         notes=tuple(notes),
+        warnings=tuple(warnings),
         **{name: getattr(args, name) for name in _UNCHANGED_OPTIONS},
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from serve.model_config.config import ModelConfig
 from serve.model_config.families import parse_config
+from serve.model_config.generation_config import read_generation_config
 from serve.model_config.gguf_header import read_gguf_config
+from serve.model_config.json_file import read_json
 
 
 def load_model_config(path: str) -> ModelConfig:
@@ -24,28 +25,14 @@ def load_model_config(path: str) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_generation_config(path: Path) -> dict[str, Any]:
-    """Read generation_config.json of a directory; ``{}`` if it has none or ``path`` is a file."""
-    file = path / "generation_config.json"
-    return read_json(file) if file.exists() else {}
-
-
 def _read_directory(directory: Path) -> dict[str, Any]:
-    """Read config.json; end tokens in generation_config.json take precedence over its own."""
+    """Read config.json, with the end tokens of generation_config.json beside its own.
+
+    Fine-tunes often change only one of both files.
+    """
     data = read_json(directory / "config.json")
-    eos = read_generation_config(directory).get("eos_token_id")
-    data["eos_token_id"] = data.get("eos_token_id") if eos is None else eos
-    return data
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ``ValueError`` with one line that names the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path.name} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
+    if ends := read_generation_config(directory).eos_token_ids:
+        own = data.get("eos_token_id")
+        own = own if isinstance(own, list) else [] if own is None else [own]
+        data["eos_token_id"] = [*ends, *own]
     return data

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serve.replica.sequence import Sequence
+from serve.replica.stop_check import EndTokens
 from serve.request import Timeline
 from serve.tokenizer.detokenizer import Detokenizer
 
@@ -15,6 +16,7 @@ class ActiveRequest:
 
     sequence: Sequence
     detokenizer: Detokenizer
+    end_tokens: EndTokens
     decode_replica: int
     timeline_reported: bool = False  # whether rank 0 has this replica's timeline
 

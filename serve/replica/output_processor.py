@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from serve.protocol.messages import Delta, DetokenizerState, Handover
 from serve.replica.active_request import ActiveRequest
 from serve.replica.sequence import Sequence
-from serve.replica.stop_check import check_stop
+from serve.replica.stop_check import check_stop, end_tokens
 from serve.replica.timeline import record_first_token
 from serve.tokenizer.detokenizer import Detokenizer
 from serve.tokenizer.tokenizer import Tokenizer
@@ -44,27 +44,27 @@ class OutputProcessor:
         clock: Callable[[], float],
     ) -> None:
         self._tokenizer = tokenizer
-        self._eos_token_ids = eos_token_ids
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._clock = clock
 
     def start(self, sequence: Sequence, decode_replica: int) -> ActiveRequest:
         """Return the active request of a prompt without output."""
         request = sequence.request
         detokenizer = Detokenizer(self._tokenizer, request.sampling, request.prompt_ids)
-        return ActiveRequest(sequence, detokenizer, decode_replica)
+        return self._activate(sequence, detokenizer, decode_replica)
 
     def resume(
         self, sequence: Sequence, state: DetokenizerState, decode_replica: int
     ) -> ActiveRequest:
         """Return the active request of a sequence whose first tokens another replica processed."""
         detokenizer = Detokenizer.resume(self._tokenizer, sequence.request.sampling, state)
-        return ActiveRequest(sequence, detokenizer, decode_replica)
+        return self._activate(sequence, detokenizer, decode_replica)
 
     def process(self, active: ActiveRequest, token_id: int) -> ProcessedToken:
         """Append ``token_id`` to the sequence, detokenise it and decide whether it is the last."""
         sequence = active.sequence
         sequence.token_ids.append(token_id)
-        check = check_stop(sequence, active.detokenizer, token_id, self._eos_token_ids)
+        check = check_stop(sequence, active.detokenizer, token_id, active.end_tokens)
         if sequence.num_output_tokens == 1:
             record_first_token(sequence, self._clock())
         handover = None
@@ -80,3 +80,9 @@ class OutputProcessor:
             timeline=active.unreported_timeline(),
         )
         return ProcessedToken(delta, handover)
+
+    def _activate(
+        self, sequence: Sequence, detokenizer: Detokenizer, decode_replica: int
+    ) -> ActiveRequest:
+        ends = end_tokens(sequence.request.sampling, self._eos_token_ids)
+        return ActiveRequest(sequence, detokenizer, ends, decode_replica)

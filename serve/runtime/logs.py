@@ -14,7 +14,8 @@ log = logging.getLogger("serve")
 def start_logging(config: ServerConfig, rank_info: RankInfo) -> None:
     """Log to stderr, with the rank in every line.
 
-    On rank 0 also log the notes of ``config`` on the choices that it made for the user.
+    On rank 0 also log the notes of ``config`` on the choices that it made for the user, and its
+    warnings.
     """
     logging.basicConfig(
         level=config.log_level.upper(),
@@ -24,3 +25,5 @@ def start_logging(config: ServerConfig, rank_info: RankInfo) -> None:
     if rank_info.rank == 0:
         for note in config.notes:
             log.info("%s", note)
+        for warning in config.warnings:
+            log.warning("%s", warning)

@@ -38,6 +38,7 @@ from serve.protocol.messages import (
 )
 from serve.replica.replica import Replica, ReplicaSettings
 from serve.replica.scheduler import SchedulerLimits
+from serve.replica.stop_check import find_eos_token_ids
 from serve.runtime.failure import FirstFailure, JobFailed, RankFailed
 from serve.runtime.liveness import watch_peers
 from serve.runtime.progress import ProgressWatch
@@ -110,7 +111,7 @@ class RankProcess:
         """
         loaded = await self.worker.executor.call(lambda: self._load(progress))
         if self.is_leader:
-            settings = _replica_settings(self.setup, loaded.num_blocks)
+            settings = _replica_settings(self.setup, loaded.num_blocks, tokenizer)
             self.worker.lead(Replica(settings, tokenizer, time.monotonic))
             self.channel.send(FRONT_END_RANK, ReplicaReady(self.replica.id, loaded.num_blocks))
 
@@ -221,7 +222,9 @@ class RankProcess:
         self.failure.fail(JobFailed(f"lost the connection to rank {peer}: {reason}"))
 
 
-def _replica_settings(setup: RankSetup, num_blocks: int) -> ReplicaSettings:
+def _replica_settings(
+    setup: RankSetup, num_blocks: int, tokenizer: Tokenizer | None
+) -> ReplicaSettings:
     limits, model = setup.limits, setup.config.model_config
     return ReplicaSettings(
         replica_id=setup.replica.id,
@@ -237,6 +240,6 @@ def _replica_settings(setup: RankSetup, num_blocks: int) -> ReplicaSettings:
             model.max_window,
         ),
         max_push_blocks=setup.max_push_blocks,
-        eos_token_ids=tuple(i for i in model.eos_token_ids if i < model.vocab_size),
+        eos_token_ids=find_eos_token_ids(model, tokenizer),
         schedule_policy=setup.config.schedule_policy,
     )

@@ -13,7 +13,7 @@ from serve.protocol.messages import SampleRow
 from serve.request import SamplingParams
 from serve.sampling.noise import noise_streams
 
-_GREEDY_BELOW = 1e-5  # dividing by a lower temperature overflows
+_GREEDY_BELOW = 1e-5  # in effect greedy, and 0 cannot be divided by
 _NO_TOP_K = 2**31 - 1
 
 # What a request asks, in a form of the same size for all. A filter that is off has the value that

@@ -6,11 +6,12 @@ added tokens in ``added_tokens.json``. A value in ``tokenizer_config.json`` take
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from serve.model_config.json_file import read_json_if_any
 
 T = TypeVar("T")
 
@@ -61,14 +62,14 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     The defaults are those of transformers' LlamaTokenizer before it had these keys: add bos but not
     eos, legacy. Raises ``ValueError`` for a malformed or unsupported value.
     """
-    own = _read_json(directory / "tokenizer_config.json")
-    merged = _read_json(directory / "special_tokens_map.json") | own
+    own = read_json_if_any(directory / "tokenizer_config.json")
+    merged = read_json_if_any(directory / "special_tokens_map.json") | own
     if merged.get("sp_model_kwargs"):
         raise ValueError(f"sp_model_kwargs {merged['sp_model_kwargs']} are not supported")
     named = {key: _optional_token(key, merged[key]) for key in NAMED_TOKENS if key in merged}
     extra = _extra_special(merged)
     special = {*named.values(), *extra}
-    added = _read_added(merged, _read_json(directory / "added_tokens.json"))
+    added = _read_added(merged, read_json_if_any(directory / "added_tokens.json"))
     # added_tokens.json does not mark special tokens, so named and extra tokens count as special.
     return TokenizerConfig(
         tokenizer_class=_optional(merged, "tokenizer_class", str),
@@ -86,19 +87,7 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
 
 def find_remote_class(directory: Path) -> str | None:
     """Return the tokenizer class that the checkpoint in ``directory`` brings as code, if any."""
-    return _remote_class(_read_json(directory / "tokenizer_config.json").get("auto_map"))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file.name} is not a JSON object")
-    return value
+    return _remote_class(read_json_if_any(directory / "tokenizer_config.json").get("auto_map"))
 
 
 def _optional(merged: Mapping[str, Any], key: str, kind: type[T]) -> T | None:

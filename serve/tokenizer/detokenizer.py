@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from serve.protocol.messages import DetokenizerState
 from serve.request import SamplingParams
+from serve.tokenizer.stop_strings import StopStrings
 from serve.tokenizer.tokenizer import UNKNOWN, Tokenizer
 
 
@@ -35,7 +36,7 @@ class Detokenizer:
     """
 
     __slots__ = (
-        "_at_start", "_first_chars", "_held", "_num_tokens", "_partial", "_pieces", "_sampling",
+        "_at_start", "_held", "_num_tokens", "_partial", "_pieces", "_sampling", "_stops",
         "_tokenizer",
     )  # fmt: skip
 
@@ -46,7 +47,7 @@ class Detokenizer:
         self._sampling = sampling
         skip = sampling.skip_special_tokens
         self._pieces: tuple[bytes, ...] = tokenizer.pieces(skip) if tokenizer else ()
-        self._first_chars = frozenset(stop[0] for stop in sampling.stop)
+        self._stops = StopStrings(sampling.stop) if sampling.stop else None
         # A prompt of special tokens only has no text, so the output begins the text.
         self._at_start = (
             tokenizer is not None
@@ -66,6 +67,8 @@ class Detokenizer:
         detokenizer._at_start = state.at_start
         detokenizer._partial = state.partial
         detokenizer._held = state.held_text
+        if detokenizer._stops is not None:
+            detokenizer._stops.read(state.held_text)
         detokenizer._num_tokens = state.num_tokens
         return detokenizer
 
@@ -82,8 +85,8 @@ class Detokenizer:
         """Add one token and return the text that may be shown. A ``stop`` ends the output.
 
         If the text contains several stop strings, the one that begins first counts. If those begin
-        at the same place, the one listed first counts. The first ``min_tokens`` tokens are not
-        searched for stop strings.
+        at the same place, the one listed first counts. A stop string that ends within the first
+        ``min_tokens`` tokens does not count.
         """
         if self._tokenizer is None:
             return _NOTHING
@@ -95,9 +98,7 @@ class Detokenizer:
         data = self._partial + piece
         text, num_used = utf_8_decode(data, "replace", False)
         self._partial = data[num_used:]
-        if not self._first_chars or self._num_tokens <= self._sampling.min_tokens:
-            return TextPiece(text)
-        return self._split_at_stop(self._held + text)
+        return TextPiece(text) if self._stops is None else self._split_at_stop(self._stops, text)
 
     def finish(self) -> str:
         """Return the text held back, to be shown when the output ends without a stop string."""
@@ -108,33 +109,19 @@ class Detokenizer:
     def _piece(self, token_id: int) -> bytes:
         return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else UNKNOWN
 
-    def _split_at_stop(self, text: str) -> TextPiece:
-        """Return ``text`` up to the first stop string, or up to where one may begin.
+    def _split_at_stop(self, stops: StopStrings, text: str) -> TextPiece:
+        """Return the text up to the first stop string, or up to where one may begin.
 
         Holds back the rest if there is no complete stop string.
         """
-        found: str | None = None
-        start = len(text)
-        for stop in self._sampling.stop:
-            index = text.find(stop)
-            if 0 <= index < start:
-                found, start = stop, index
-        if found is not None:
+        match = stops.read(text)
+        whole = self._held + text
+        if match is not None and self._num_tokens > self._sampling.min_tokens:
+            shown = len(self._held) + match.start
+            if self._sampling.include_stop_str_in_output:
+                shown += len(match.stop)
             self._held, self._partial = "", b""
-            shown = start + len(found) if self._sampling.include_stop_str_in_output else start
-            return TextPiece(text[:shown], found)
-        start = self._possible_stop(text)
-        self._held = text[start:]
-        return TextPiece(text[:start])
-
-    def _possible_stop(self, text: str) -> int:
-        """Return the first index where ``text`` ends with the beginning of a stop string.
-
-        Returns the length of ``text`` if there is none.
-        """
-        stops = self._sampling.stop
-        longest = max(map(len, stops))
-        for index in range(max(0, len(text) - longest + 1), len(text)):
-            if text[index] in self._first_chars and any(s.startswith(text[index:]) for s in stops):
-                return index
-        return len(text)
+            return TextPiece(whole[:shown], match.stop)
+        shown = len(whole) - stops.num_held
+        self._held = whole[shown:]
+        return TextPiece(whole[:shown])

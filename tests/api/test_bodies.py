@@ -281,6 +281,32 @@ async def test_missing_fields_are_as_the_model_recommends() -> None:
             assert sampling.presence_penalty == sampling.frequency_penalty == 0.0
 
 
+@pytest.mark.parametrize(
+    ("recommended", "fields", "completion", "chat"),
+    [
+        (None, {}, 16, 2048),
+        (None, {"max_tokens": None}, 16, 2048),
+        (300, {}, 300, 300),
+        (300, {"max_tokens": None}, 300, 300),
+        (300, {"max_tokens": 400}, 400, 400),
+        (300, {"max_completion_tokens": 7}, 7, 7),
+        (10**6, {}, 2048, 2048),
+    ],
+)
+async def test_max_tokens_is_the_models_if_missing(
+    recommended: int | None, fields: dict[str, Any], completion: int, chat: int
+) -> None:
+    settings = {"sampling": SamplingDefaults(max_tokens=recommended)}
+    for path, prompt, expected in (
+        (COMPLETIONS, {"prompt": "hi"}, completion),
+        (CHAT, {"messages": PLAIN}, chat),
+    ):
+        _, _, service = await post(prompt | fields, path, **settings)
+        [request] = service.requests
+        room = 2048 - len(request.prompt_ids)
+        assert request.sampling.max_tokens == min(expected, room)
+
+
 async def test_max_tokens_is_cut_to_the_context() -> None:
     _, _, service = await post({"prompt": "hi", "max_tokens": 10**9, "stop_token_ids": [97, 98]})
     assert service.requests[0].sampling.max_tokens == 2046

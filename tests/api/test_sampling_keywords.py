@@ -30,6 +30,15 @@ def test_fields_lie_on_top_of_the_models_defaults() -> None:
     )
 
 
+def test_the_models_max_tokens_is_below_a_given_one() -> None:
+    defaults = SamplingDefaults(max_tokens=300)
+    for fields, expected in (({}, 300), ({"max_tokens": 5}, 5), ({"max_tokens": None}, 300)):
+        made = sampling_from_keywords(
+            fields, defaults, max_tokens=16, vocab_size=VOCAB_SIZE, has_tokenizer=True
+        )
+        assert made.max_tokens == expected
+
+
 EVERY_FIELD: dict[str, Any] = {
     "max_tokens": 9, "seed": -5, "temperature": 0.5, "top_p": 0.4, "top_k": 3, "min_p": 0.1,
     "presence_penalty": 1.0, "frequency_penalty": -1.0, "repetition_penalty": 1.3,

@@ -52,6 +52,13 @@ def summary(folder: Path) -> dict[str, Any]:
     return {one["name"]: one for one in found["configurations"]}
 
 
+def answered_rps(folder: Path, configuration: str) -> float:
+    """Return the most requests that a configuration answered per second, at any rate."""
+    paths = (folder / "points" / configuration).glob("*.json")
+    summaries = [json.loads(path.read_bytes())["summary"] for path in paths]
+    return max(float(one["request_throughput_rps"]) for one in summaries)
+
+
 @contextmanager
 def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     """Run a process, killed at the end; its stderr goes to its stdout."""
@@ -79,8 +86,9 @@ def test_a_sweep_measures_once(tmp_path: Path) -> None:
     pair = summary(folder)["pair"]
     assert pair["status"] == "complete"
     assert [one["rate"] for one in pair["points"]] == [20, 40]
-    assert pair["goodput"]["0.9"] == {"rps": 40, "per_gpu_rps": 10, "knee_found": False}
-    assert "| pair | 4 | ≥ 40 | ≥ 10 |" in (folder / "summary.md").read_text()
+    rps = min(40, answered_rps(folder, "pair"))
+    assert pair["goodput"]["0.9"] == {"rps": rps, "per_gpu_rps": rps / 4, "knee_found": False}
+    assert f"| pair | 4 | ≥ {rps:.3g} | ≥ {rps / 4:.3g} |" in (folder / "summary.md").read_text()
     assert (folder / "plots" / "attainment.png").read_bytes().startswith(PNG)
 
     logs = {log.name: log.read_bytes() for log in (folder / "servers").iterdir()}
@@ -125,7 +133,7 @@ def test_one_server_failing_does_not_stop_the_others(
     assert [one["rate"] for one in found["refusing"]["points"]] == [10, 20]
     assert found["refusing"]["goodput"]["0.9"]["rps"] is None
     assert found["refusing"]["points"][0]["num_errors"] == 6
-    assert found["well"]["goodput"]["0.9"]["rps"] == 20
+    assert found["well"]["goodput"]["0.9"]["rps"] == min(20, answered_rps(folder, "well"))
     text = (folder / "summary.md").read_text()
     assert "| refusing | 1 | < 10 |" in text
     assert "out of luck" in text
@@ -279,7 +287,7 @@ def test_the_shipped_smoke_experiment(tmp_path: Path) -> None:
         assert [point["rate"] for point in one["points"]] == [2, 4]
         assert all(point["num_errors"] == 0 for point in one["points"])
         assert all(point["num_requests"] == 12 for point in one["points"])
-        assert one["goodput"]["0.99"]["rps"] == 4
+        assert one["goodput"]["0.99"]["rps"] == min(4, answered_rps(folder, one["name"]))
     apart = json.loads((folder / "points" / "1P+1D" / "rate-4.json").read_bytes())
     assert apart["summary"]["stages"]["transfer_s"]["mean"] > 0
     assert {replica["role"] for sample in apart["monitor"] for replica in sample["replicas"]} == {

@@ -25,6 +25,23 @@ def test_replica_spec(model: Path) -> None:
     assert config.notes == ()
 
 
+def test_the_example_of_tropicals_readme(model: Path) -> None:
+    config = parse(
+        model,
+        "--port 8012 --mode distserve --replica-spec 2,1 2,1 2,1 --partition-id 1 "
+        "--prefill-max-num-seqs 256 --prefill-max-num-batched-tokens 8192 "
+        "--prefill-gpu-memory-utilization 0.8 "
+        "--decode-max-num-seqs 64 --decode-max-num-batched-tokens 8192 "
+        "--decode-gpu-memory-utilization 0.8 --enable-chunked-prefill",
+        world_size=6,
+    )
+    assert (config.port, config.replica_specs) == (8012, (ReplicaSpec(2),) * 3)
+    assert (config.partition_id, config.colocated) == (1, False)
+    assert config.prefill == PhaseLimits(256, 8192, 0.8)
+    assert config.decode == PhaseLimits(64, 8192, 0.8)
+    assert config.enable_chunked_prefill
+
+
 @pytest.mark.parametrize(
     ("text", "world_size", "part"),
     [
@@ -42,6 +59,7 @@ def test_replica_spec(model: Path) -> None:
         ("--partition-id -1", 4, "--partition-id -1 is not between 1 and 3"),
         ("--partition-id 1", 1, "--partition-id needs at least two replicas"),
         ("--mode disaggregated", 1, "--mode disaggregated needs at least two replicas"),
+        ("--mode distserve", 1, "--mode disaggregated needs at least two replicas"),
         ("--mode colocated --partition-id 1", 2, "--partition-id has no effect"),
         ("--mode colocated --kv-push-bytes 5", 2, "--kv-push-bytes has no effect"),
     ],

@@ -78,12 +78,24 @@ def test_generation_config(model: Path) -> None:
     config = parse(model)
     assert config.sampling_defaults == SamplingDefaults(temperature=0.7, top_k=20)
     assert any("temperature 0.7, top_k 20" in note for note in config.notes)
-    assert config.model_config.eos_token_ids == (2,)
+    assert config.model_config.eos_token_ids == (2, 1)
+    assert config.warnings == ()
     config = parse(model, "--generation-config none")
     assert config.sampling_defaults == SamplingDefaults()
-    assert config.model_config.eos_token_ids == (2,)
+    assert config.model_config.eos_token_ids == (2, 1)
     file.write_text(json.dumps({"temperature": 0.0, "top_k": -1}))
     assert parse(model).sampling_defaults == SamplingDefaults(temperature=0.0)
+
+
+def test_whole_numbers_may_be_written_as_floats(model: Path) -> None:
+    advice = {"top_k": 50.0, "max_new_tokens": 512.0, "temperature": 1, "eos_token_id": [2.0, 3]}
+    (model / "generation_config.json").write_text(json.dumps(advice))
+    config = parse(model)
+    assert config.sampling_defaults == SamplingDefaults(top_k=50, max_tokens=512)
+    assert type(config.sampling_defaults.top_k) is type(config.sampling_defaults.max_tokens) is int
+    assert config.model_config.eos_token_ids == (2, 3, 1)
+    assert "default sampling parameters: top_k 50, max_tokens 512" in config.notes[-1]
+    assert config.warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -91,11 +103,50 @@ def test_generation_config(model: Path) -> None:
     [
         ("temperature", 2.5), ("temperature", "hot"), ("top_p", 0), ("top_k", 1.5), ("min_p", -1),
         ("repetition_penalty", 0), ("repetition_penalty", True), ("temperature", float("nan")),
+        ("top_p", 0.0), ("top_k", float("inf")), ("max_new_tokens", 0), ("max_new_tokens", "all"),
+        ("eos_token_id", "</s>"), ("eos_token_id", [2, None]),
     ],
 )  # fmt: skip
-def test_generation_config_refused(model: Path, name: str, value: object) -> None:
-    (model / "generation_config.json").write_text(json.dumps({name: value}))
-    assert f"generation_config.json: {name}" in refusal(model, "")
+def test_unusable_advice_is_skipped_with_a_warning(model: Path, name: str, value: object) -> None:
+    advice = {"do_sample": False, "temperature": 0.5, name: value}
+    (model / "generation_config.json").write_text(json.dumps(advice))
+    config = parse(model)
+    [warning] = config.warnings
+    assert warning.startswith(f"generation_config.json: {name} ")
+    assert "\n" not in warning
+    kept = 1.0 if name == "temperature" else 0.5
+    assert config.sampling_defaults == SamplingDefaults(temperature=kept)
+    assert config.model_config.eos_token_ids == (1,)
+    assert bool(parse(model, "--generation-config none").warnings) == (name == "eos_token_id")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"x"', "\xff"])
+def test_an_unreadable_generation_config_is_skipped_with_a_warning(
+    model: Path, content: str
+) -> None:
+    (model / "generation_config.json").write_bytes(content.encode("latin-1"))
+    config = parse(model)
+    [warning] = config.warnings
+    assert warning.startswith("generation_config.json ")
+    assert config.sampling_defaults == SamplingDefaults()
+    assert config.model_config.eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize("stem", ["model-{}.safetensors", "pytorch_model-{}.bin"])
+def test_shards_without_an_index(model: Path, stem: str) -> None:
+    (model / "model.safetensors").unlink()
+    for part in ("00001-of-00003", "00002-of-00003", "00003-of-00003"):
+        (model / stem.format(part)).touch()
+    expected = "safetensors" if stem.startswith("model") else "pt"
+    assert parse(model).load_format == expected
+    (model / stem.format("00002-of-00003")).unlink()
+    message = refusal(model, "")
+    assert f"lacks shards of its weights: {stem.format('00002-of-00003')}" in message
+    assert "00001" not in message
+    (model / stem.format("00001-of-00002")).touch()
+    assert "holds shards of more than one checkpoint" in refusal(model, "")
+    (model / (stem.format("x")[:-2].split("-")[0] + Path(stem).suffix)).touch()
+    assert parse(model).load_format == expected  # the single file takes precedence
 
 
 def test_missing_tokenizer(model: Path) -> None:

@@ -114,6 +114,7 @@ def test_built_in_model_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--schedule-policy fcfs", "schedule_policy", "fcfs"),
         ("--log-level debug", "log_level", "debug"),
         ("--mode disaggregated", "partition_id", 1),
+        ("--mode distserve", "partition_id", 1),
         ("--mode colocated", "partition_id", 0),
     ],
 )

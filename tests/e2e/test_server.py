@@ -20,6 +20,7 @@ from tests.support.server import Server, serving
 MODEL = "SmolLM2-135M-Instruct"
 CONTEXT = 8192
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+FULL_STOP = 30  # a token id
 ONCE_UPON = "Once upon a time, there was a"
 # Steps that may run between two reads of the cluster's state. An abort itself costs two.
 SLACK_STEPS = 12
@@ -196,6 +197,38 @@ def test_a_stop_string_may_span_two_tokens(sdk: OpenAI, stream: bool) -> None:
     chunks = list(sdk.completions.create(**ask, stop=stop, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
     assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "stop_reason", "count"),
+    [
+        ({"stop_token_ids": [FULL_STOP]}, " Paris", FULL_STOP, 2),
+        ({"stop_token_ids": [FULL_STOP], "include_stop_str_in_output": True},
+         " Paris.", FULL_STOP, 2),
+        ({"stop": ["Paris."], "min_tokens": 1}, " ", "Paris.", 2),
+    ],
+)  # fmt: skip
+async def test_where_an_answer_ends_and_what_is_shown_of_it(
+    client: Client, fields: dict[str, Any], text: str, stop_reason: str | int, count: int
+) -> None:
+    """Token 0 comes from the prefill replica, the end from the decode replica."""
+    body = {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 8}
+    done = await post(client, "/v1/completions", body | fields)
+    [choice] = done["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+    assert choice["stop_reason"] == stop_reason
+    assert done["usage"]["completion_tokens"] == count
+
+
+@pytest.mark.parametrize(("skip", "end"), [(True, ""), (False, "<|im_end|>")])
+async def test_the_end_token_is_shown_on_request(client: Client, skip: bool, end: str) -> None:
+    body = {"messages": QUESTION, "temperature": 0, "skip_special_tokens": skip}
+    shown, plain = [
+        (await post(client, "/v1/chat/completions", body | fields))["choices"][0]
+        for fields in ({"include_stop_str_in_output": True}, {})
+    ]
+    assert shown["message"]["content"] == plain["message"]["content"] + end
+    assert shown["finish_reason"] == plain["finish_reason"] == "stop"
 
 
 def test_logit_bias_forces_a_token(sdk: OpenAI) -> None:

@@ -159,9 +159,27 @@ def test_broken_indices(tmp_path: Path) -> None:
     index.write_text(good.replace("model-00001", "../model-00001"))
     assert "is not a file name" in fault(path)
     index.write_text(good.replace("model-00001", "model-00009"))
-    assert "model-00009" in fault(path)
+    assert "lists files that are missing: model-00009" in fault(path)
     index.write_text("{}")
     assert "is not a readable index" in fault(path)
+
+
+@pytest.mark.parametrize("load_format", ["safetensors", "pt"])
+def test_shards_without_an_index(tmp_path: Path, load_format: Any) -> None:
+    write_llama_checkpoint(tmp_path, seed=7, sharded=True, format=load_format)
+    expected = build(tmp_path).state_dict()
+    [index] = tmp_path.glob("*.index.json")
+    index.unlink()
+    model = build(tmp_path).state_dict()
+    assert all(torch.equal(model[name], expected[name]) for name in expected)
+
+    first, second, *_ = sorted(tmp_path.glob("*-of-*"))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    assert "repeats tensors of another shard" in fault(tmp_path)
+    first.write_bytes(content)
+    second.unlink()
+    assert f"lacks shards of its weights: {second.name}" in fault(tmp_path)
 
 
 def test_formats_and_places_that_do_not_fit(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_defaults(tmp_path: Path) -> None:
 
 def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
     path = write(tmp_path, {"eos_token_id": [7, 8, 7]})
-    assert load_model_config(path).eos_token_ids == (7, 8)
+    assert load_model_config(path).eos_token_ids == (7, 8, 2)
     assert load_model_config(write(tmp_path, {})).eos_token_ids == (2,)
     assert load_model_config(write(tmp_path, {}, eos_token_id=None)).eos_token_ids == ()
 

@@ -149,14 +149,17 @@ def test_first_token_with_and_without_a_prompt(llama: Tokenizer) -> None:
 def _naive(
     sampling: SamplingParams, ids: list[int], tokenizer: Tokenizer
 ) -> tuple[str, str | None, int]:
-    """Search the whole text after each token. A stop cannot begin within ``min_tokens`` tokens."""
+    """Search the whole text after each token. A stop cannot end within ``min_tokens`` tokens."""
     settled = 0
     for count in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:count]).rstrip("\ufffd")  # incomplete characters
         if count <= sampling.min_tokens:
             settled = len(text)
             continue
-        found = [(text.find(stop, settled), n) for n, stop in enumerate(sampling.stop)]
+        found = [
+            (text.find(stop, max(0, settled - len(stop) + 1)), n)
+            for n, stop in enumerate(sampling.stop)
+        ]
         found = sorted(pair for pair in found if pair[0] >= 0)
         if found:
             start, n = found[0]
@@ -220,6 +223,17 @@ def test_a_false_alarm_is_shown_in_the_end() -> None:
     text = "".join(output.push(i).text for i in tokenizer.encode("an END"))
     assert text == "an "
     assert output.finish() == "END"
+
+
+@pytest.mark.parametrize(("min_tokens", "expected"), [(0, " "), (1, " "), (2, " Paris. Then")])
+def test_a_stop_string_may_begin_within_min_tokens(min_tokens: int, expected: str) -> None:
+    tokenizer = smollm2()
+    ids = tokenizer.encode(" Paris. Then")
+    assert [tokenizer.decode([i]) for i in ids] == [" Paris", ".", " Then"]
+    text, stop, count = _run(tokenizer, _params(stop=("Paris.",), min_tokens=min_tokens), ids)
+    assert (text, stop, count) == (
+        (expected, "Paris.", 2) if min_tokens < 2 else (expected, None, 3)
+    )
 
 
 def test_state_stays_small() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from serve.model.layers import Shard
 from serve.model.weights.gguf import GGUFCheckpoint
-from serve.model_config.file import read_json
+from serve.model_config.weight_files import WEIGHT_FILES, find_weight_files
 
 
 class Checkpoint(Protocol):
@@ -43,7 +43,9 @@ class SafetensorsCheckpoint:
                 handle: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-            self._files |= dict.fromkeys(_expected(path, handle.keys(), expected), handle)
+            self._files |= dict.fromkeys(
+                _expected(path, handle.keys(), expected, self._files), handle
+            )
 
     def names(self) -> Iterable[str]:
         return self._files.keys()
@@ -67,7 +69,8 @@ class TorchCheckpoint:
         self._tensors: dict[str, Tensor] = {}
         for path, expected in files.items():
             tensors = _load_torch(path)
-            self._tensors |= {name: tensors[name] for name in _expected(path, tensors, expected)}
+            names = _expected(path, tensors, expected, self._tensors)
+            self._tensors |= {name: tensors[name] for name in names}
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -142,46 +145,31 @@ def open_checkpoint(path: str, load_format: str) -> Checkpoint:
         raise ValueError(f"{path} cannot be loaded as {load_format}")
     if source.suffix == ".gguf":
         return GGUFCheckpoint(source)
-    kinds: list[tuple[str, str, Callable[[dict[Path, list[str] | None]], Checkpoint]]] = [
-        ("safetensors", "model.safetensors", SafetensorsCheckpoint),
-        ("pt", "pytorch_model.bin", TorchCheckpoint),
-    ]
-    candidates = [kind for kind in kinds if load_format in ("auto", kind[0])]
-    for _, name, make in candidates:
-        files = _files(source, name)
-        if files:
-            return make(files)
-    names = " or ".join(f"{name}[.index.json]" for _, name, _ in candidates)
-    raise ValueError(f"{path} has no weights to load: no {names}")
+    formats = [name for name in _CHECKPOINTS if load_format in ("auto", name)]
+    for name in formats:
+        if files := find_weight_files(source, name):
+            return _CHECKPOINTS[name](files)
+    names = " or ".join(f"{WEIGHT_FILES[name]}[.index.json]" for name in formats)
+    raise ValueError(f"{path} has no weights to load: no {names}, nor shards of it")
 
 
-def _files(directory: Path, name: str) -> dict[Path, list[str] | None]:
-    """Return file ``name``, or the files in its index with the tensors expected in each.
+_CHECKPOINTS: dict[str, Callable[[dict[Path, list[str] | None]], Checkpoint]] = {
+    "safetensors": SafetensorsCheckpoint,
+    "pt": TorchCheckpoint,
+}
 
-    Returns ``{}`` if there is neither.
+
+def _expected(
+    path: Path, present: Iterable[str], expected: list[str] | None, known: Container[str]
+) -> list[str]:
+    """Return all names in a file, after checking that the expected ones are among them.
+
+    Without an index no other file may have the same tensors: these are ``known``.
     """
-    single, index = directory / name, directory / f"{name}.index.json"
-    if single.is_file():
-        return {single: None}
-    if not index.is_file():
-        return {}
-    try:
-        weight_map = read_json(index)["weight_map"]
-        files: dict[Path, list[str] | None] = {}
-        for tensor, file in weight_map.items():
-            if Path(file).name != file:
-                raise ValueError(f"{file!r} is not a file name")
-            names = files.setdefault(directory / file, [])
-            assert names is not None
-            names.append(tensor)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is not a readable index: {error!r}") from None
-    return files
-
-
-def _expected(path: Path, present: Iterable[str], expected: list[str] | None) -> list[str]:
-    """Return all names in a file, after checking that the expected ones are among them."""
     names = list(present)
+    repeated = [name for name in names if name in known] if expected is None else []
+    if repeated:
+        raise ValueError(f"{path} repeats tensors of another shard: {', '.join(repeated[:8])}")
     absent = sorted(set(expected or ()) - set(names))
     if absent:
         raise ValueError(f"{path} lacks tensors that its index lists: {', '.join(absent[:8])}")
