@@ -9,7 +9,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
+from serve.dispatch.admission import TooManyWaiting
+from serve.dispatch.dispatcher import Dispatcher, Outgoing
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.output import Output
 from serve.protocol.messages import AnyMessage, Report
@@ -149,7 +150,12 @@ class Service:
     @property
     def max_waiting(self) -> int:
         """How many active requests may lack a first token. ``submit`` never accepts more."""
-        return self._dispatcher.max_waiting
+        return self._dispatcher.limits.max_requests
+
+    @property
+    def max_waiting_tokens(self) -> int:
+        """How many prompt tokens they may have. ``submit`` accepts more only in a single prompt."""
+        return self._dispatcher.limits.max_tokens
 
     def set_ready(
         self, max_model_len: int, block_size: int = 0, num_blocks: Mapping[int, int] | None = None
@@ -179,9 +185,10 @@ class Service:
         if not self.ready:
             raise Unavailable("the server is starting")
 
-    def submit(self, requests: Sequence[Request]) -> list[Stream]:
+    def submit(self, requests: Sequence[Request], client: str = "") -> list[Stream]:
         """Accept all of ``requests`` or, raising ``Overloaded`` or ``Unavailable``, none.
 
+        ``client`` names whose share of the queue they take, for example by a hash of its key.
         Raises ``ValueError`` if two of them, or one and an active request, have the same id.
         """
         self.check_open()
@@ -189,7 +196,7 @@ class Service:
         if len(ids) < len(requests) or not ids.isdisjoint(self._streams):
             raise ValueError("a request with this id is active")
         try:
-            outgoing = self._dispatcher.dispatch(requests)
+            outgoing = self._dispatcher.dispatch(requests, client)
         except TooManyWaiting as error:
             self._metrics.on_rejected("overloaded", len(requests))
             raise Overloaded(str(error)) from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from serve.engine.rank_setup import RankSetup
 from serve.protocol.messages import SampleRow, Step, StepSequence
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 
 _NUM_OUTPUTS = 32  # output tokens of a row; torch uses another kernel to count up to 16
 
@@ -57,5 +57,5 @@ def _step(setup: RankSetup, sequences: list[tuple[int, int]]) -> Step:
 def _row(number: int) -> SampleRow:
     """Build a row that uses every filter and has output tokens to count for penalties."""
     sampling = SamplingParams(max_tokens=1, top_p=0.9, top_k=50, repetition_penalty=1.1)
-    request = Request(id=f"warm-up {number}", prompt_ids=(0,), sampling=sampling)
+    request = Request(id=f"warm-up {number}", prompt=pack_ids((0,)), sampling=sampling)
     return SampleRow(request, _NUM_OUTPUTS, token_ids=(0,) * (1 + _NUM_OUTPUTS))

@@ -38,6 +38,7 @@ from serve.protocol.messages import (
 from serve.replica.block_pool import BlockPool
 from serve.replica.scheduler import SchedulerLimits
 from serve.replica.sequence import OUT_OF_WINDOW_BLOCK, Sequence
+from serve.replica.token_ids import TokenIds
 from serve.request import Request, Timeline
 
 
@@ -113,7 +114,7 @@ class IncomingTransfers:
         """
         granted: list[Offer] = []
         for offer in list(self._offers.values()):
-            length = len(offer.request.prompt_ids)
+            length = offer.request.num_prompt_tokens
             first = self._limits.num_out_of_window_blocks(length)
             # One position more than the prompt, so that the first decode step always has its block.
             needed = num_blocks_for(length + 1, self._limits.block_size) - first
@@ -184,9 +185,9 @@ class IncomingTransfers:
             request=reservation.request,
             number=reservation.number,
             decodes_here=True,
-            token_ids=[*reservation.request.prompt_ids, *handover.output_ids],
-            num_computed=len(reservation.request.prompt_ids),
-            num_scheduled=len(reservation.request.prompt_ids),
+            token_ids=TokenIds(reservation.request.prompt, handover.output_ids),
+            num_computed=reservation.request.num_prompt_tokens,
+            num_scheduled=reservation.request.num_prompt_tokens,
             block_table=[OUT_OF_WINDOW_BLOCK] * reservation.first_block + reservation.blocks,
             num_out_of_window_blocks=reservation.first_block,
             timeline=reservation.timeline,

@@ -48,6 +48,7 @@ from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
 from serve.replica.sequence import Sequence
 from serve.replica.step import build_step
 from serve.replica.timeline import record_start
+from serve.replica.token_ids import TokenIds
 from serve.request import Request
 from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import FRONT_END_RANK
@@ -108,8 +109,9 @@ class Replica:
     def on_message(self, message: AnyMessage) -> Actions:
         """Handle a message of another rank."""
         match message:
-            case Prefill(request, decode_replica):
-                self._prefill(request, decode_replica)
+            case Prefill():
+                for request, decode_replica in message.requests:
+                    self._prefill(request, decode_replica)
             case Abort(request_id):
                 self._abort(request_id)
             case Offer():
@@ -197,7 +199,7 @@ class Replica:
             request=request,
             number=next(self._numbers),
             decodes_here=decode_replica == self._settings.replica_id,
-            token_ids=list(request.prompt_ids),
+            token_ids=TokenIds(request.prompt),
         )
         sequence.timeline.prefill_queued_s = self._clock()
         self._active[request.id] = self._outputs.start(sequence, decode_replica)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from serve.replica.token_ids import TokenIds
 from serve.request import Request, Timeline
 
 # Placeholder in a block table for a block that is out of the window. It is never read or written.
@@ -27,7 +28,7 @@ class Sequence:
     request: Request
     number: int
     decodes_here: bool
-    token_ids: list[int]
+    token_ids: TokenIds
     num_computed: int = 0
     num_scheduled: int = 0
     num_pending: int = 0
@@ -36,6 +37,10 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_out_of_window_blocks: int = 0
     timeline: Timeline = field(default_factory=Timeline)
+    num_prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = self.request.num_prompt_tokens
 
     @property
     def id(self) -> str:
@@ -43,19 +48,14 @@ class Sequence:
         return self.request.id
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_ids)
-
-    @property
     def num_tokens(self) -> int:
         """Length, including a token that is being sampled."""
-        return len(self.token_ids) + self.num_pending
+        return self.num_prompt_tokens + len(self.token_ids.output) + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:
         """Known output tokens, sampled on any replica."""
-        return len(self.token_ids) - len(self.request.prompt_ids)
+        return len(self.token_ids.output)
 
     @property
     def next_output_index(self) -> int:
@@ -65,7 +65,7 @@ class Sequence:
     @property
     def output_ids(self) -> tuple[int, ...]:
         """The known output tokens."""
-        return tuple(self.token_ids[self.num_prompt_tokens :])
+        return tuple(self.token_ids.output)
 
     @property
     def num_remaining(self) -> int:

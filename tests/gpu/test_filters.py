@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from serve.protocol.messages import SampleRow
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling import sampler
 from serve.sampling.penalties import Penalties
 from serve.sampling.sampler import filter_parameters, is_plain, sample
@@ -37,7 +37,7 @@ def rng() -> random.Random:
 
 def make_row(index: int = 0, banned_ids: tuple[int, ...] = (), **sampling: Any) -> SampleRow:
     params = SamplingParams(max_tokens=1, **sampling)
-    return SampleRow(Request(id="r", prompt_ids=(0,), sampling=params), index, banned_ids)
+    return SampleRow(Request(id="r", prompt=pack_ids((0,)), sampling=params), index, banned_ids)
 
 
 def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
@@ -195,7 +195,7 @@ def test_tokens_are_those_of_the_reference(
             logit_bias=rng.choice([{}, {3: 5.0, 4: -100.0}]),
         )
         ids = tuple(rng.randrange(vocab_size) for _ in range(20))
-        request = Request(id=str(index), prompt_ids=ids[:11], sampling=sampling)
+        request = Request(id=str(index), prompt=pack_ids(ids[:11]), sampling=sampling)
         rows.append(SampleRow(request, 10, rng.choice([(), (5, 6)]), ids))
     logits = (torch.randn(len(rows), vocab_size) * 3).to(dtype)
     input_ids = torch.randint(vocab_size, (len(rows),))

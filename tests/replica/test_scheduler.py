@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from serve.replica.block_pool import BlockPool
 from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
 from serve.replica.sequence import Sequence
-from serve.request import Request, SamplingParams
+from serve.replica.token_ids import TokenIds
+from serve.request import Request, SamplingParams, pack_ids
 
 
 def make_sequence(number: int, prompt: int, output: int, decodes_here: bool = True) -> Sequence:
     request = Request(
         id=f"s{number}",
-        prompt_ids=tuple(range(prompt)),
+        prompt=pack_ids(range(prompt)),
         sampling=SamplingParams(max_tokens=output),
     )
-    return Sequence(request, number, decodes_here, list(request.prompt_ids))
+    return Sequence(request, number, decodes_here, TokenIds(request.prompt))
 
 
 def finish_step(scheduler: Scheduler, pool: BlockPool, batch: Batch) -> list[Sequence]:

@@ -13,7 +13,8 @@ from serve.protocol.messages import AnyMessage, Offer, Push
 from serve.replica.block_pool import BlockPool
 from serve.replica.scheduler import Batch, Chunk, Scheduler, SchedulerLimits
 from serve.replica.sequence import OUT_OF_WINDOW_BLOCK, Sequence
-from serve.request import Request, SamplingParams
+from serve.replica.token_ids import TokenIds
+from serve.request import Request, SamplingParams, pack_ids
 from tests.support.simulation import Cluster, storm
 
 BLOCK_SIZE = 4
@@ -28,12 +29,12 @@ def make_limits(
 
 def make_request(prompt: int, output: int, number: int = 0) -> Request:
     sampling = SamplingParams(max_tokens=output, ignore_eos=True)
-    return Request(id=f"s{number}", prompt_ids=tuple(range(prompt)), sampling=sampling)
+    return Request(id=f"s{number}", prompt=pack_ids(range(prompt)), sampling=sampling)
 
 
 def make_sequence(prompt: int, output: int, number: int = 0) -> Sequence:
     request = make_request(prompt, output, number)
-    return Sequence(request, number, True, list(request.prompt_ids))
+    return Sequence(request, number, True, TokenIds(request.prompt))
 
 
 # --- which blocks -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serve.protocol.messages import SampleRow
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling import sampler
 from serve.sampling.penalties import Penalties
 
@@ -47,7 +47,7 @@ def _row(
     **sampling: Any,
 ) -> SampleRow:
     params = SamplingParams(max_tokens=10**6, **sampling)
-    request = Request(id=f"r{next(_numbers)}", prompt_ids=prompt_ids, sampling=params)
+    request = Request(id=f"r{next(_numbers)}", prompt=pack_ids(prompt_ids), sampling=params)
     return SampleRow(request, index or len(output_ids), banned_ids, [*prompt_ids, *output_ids])
 
 
