@@ -22,7 +22,8 @@ the prompt and the model's window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from serve.model_config.kv_layout import num_blocks_for
@@ -89,7 +90,7 @@ class IncomingTransfers:
         self._pool = pool
         self._limits = limits
         self._clock = clock
-        self._offers: dict[str, Offer] = {}  # oldest first
+        self._offers: OrderedDict[str, Offer] = OrderedDict()  # oldest first
         self._reservations: dict[str, Reservation] = {}
         self._pushes: dict[tuple[int, int], tuple[Reservation, Push]] = {}
 
@@ -97,6 +98,11 @@ class IncomingTransfers:
     def num_offered(self) -> int:
         """Offers without blocks."""
         return len(self._offers)
+
+    @property
+    def reservations(self) -> Collection[Reservation]:
+        """The reservations that have not ended."""
+        return self._reservations.values()
 
     @property
     def num_reserved(self) -> int:
@@ -107,18 +113,21 @@ class IncomingTransfers:
         """Queue an offer until blocks are reserved for it."""
         self._offers[offer.request.id] = offer
 
-    def reserve(self, fits: Callable[[int], bool], next_number: Callable[[], int]) -> list[Offer]:
-        """Reserve blocks for offers, oldest first, as long as ``fits(num_blocks)``.
+    def reserve(
+        self, fits: Callable[[Request, int], bool], next_number: Callable[[], int]
+    ) -> list[Offer]:
+        """Reserve blocks for offers, oldest first, as long as ``fits(request, num_blocks)``.
 
         Returns the offers to answer with Ready.
         """
         granted: list[Offer] = []
-        for offer in list(self._offers.values()):
+        while self._offers:
+            offer = next(iter(self._offers.values()))
             length = offer.request.num_prompt_tokens
             first = self._limits.num_out_of_window_blocks(length)
             # One position more than the prompt, so that the first decode step always has its block.
             needed = num_blocks_for(length + 1, self._limits.block_size) - first
-            if not fits(needed):
+            if not fits(offer.request, needed):
                 break
             del self._offers[offer.request.id]
             blocks = self._pool.allocate(needed)

@@ -148,6 +148,9 @@ class Replica:
         if self._in_flight:
             record_start(self._in_flight[0], self._clock())
         self._scheduler.update(batch)
+        for chunk in batch.chunks:
+            if not chunk.sequence.decodes_here:
+                self._outgoing.on_computed(chunk.sequence.id)
         sampled = [chunk.sequence for chunk in batch.chunks if chunk.sample]
         deltas: list[Delta] = []
         for sequence, token_id in zip(sampled, token_ids, strict=True):
@@ -221,6 +224,8 @@ class Replica:
     def _take_token(self, active: ActiveRequest, token_id: int) -> Delta:
         processed = self._outputs.process(active, token_id)
         if processed.finished:
+            if active.sequence.decodes_here:
+                self._scheduler.room.on_ended(active.sequence.num_output_tokens)
             self._close(active)
         elif processed.handover is not None:
             self._scheduler.remove(active.sequence)
@@ -260,8 +265,8 @@ class Replica:
             if plan.last:
                 del self._active[plan.push.request_id]
 
-    def _can_reserve(self, num_blocks: int) -> bool:
-        return self._scheduler.can_reserve(num_blocks, num_reserved=self._incoming.num_reserved)
+    def _can_reserve(self, request: Request, num_blocks: int) -> bool:
+        return self._scheduler.can_reserve(request, num_blocks, self._incoming.reservations)
 
     def _send(self, replica_id: int, message: AnyMessage) -> None:
         self._actions.messages.append((self._settings.leader_of[replica_id], message))

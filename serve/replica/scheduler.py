@@ -22,13 +22,19 @@ cannot wait for each other in a circle.
 from __future__ import annotations
 
 import bisect
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 from serve.model_config.kv_layout import num_blocks_for
 from serve.replica.block_pool import BlockPool
+from serve.replica.decode_room import DecodeRoom
+from serve.replica.growth import Growth
+from serve.replica.ordered_queue import OrderedQueue
 from serve.replica.queue_order import FCFS, QueueOrder
-from serve.replica.sequence import Sequence
+from serve.replica.sequence import Queue, Sequence
+from serve.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,20 @@ class SchedulerLimits:
     enable_chunked_prefill: bool
     block_size: int
     window: int | None = None
+
+    @property
+    def num_ahead(self) -> int:
+        """How many received sequences may wait for a place among those that run.
+
+        While a sequence ends, its successor is there already, and few blocks wait.
+        """
+        return max(1, self.max_num_seqs // 8)
+
+    @property
+    def max_held_tokens(self) -> int | None:
+        """Most tokens that one decoding sequence has blocks for, or None."""
+        # The window and the tokens of two steps, in blocks of which the ends need not be filled.
+        return None if self.window is None else max(self.window, 2) + 2 + 2 * self.block_size
 
     def num_out_of_window_blocks(self, position: int) -> int:
         """Count the leading blocks of a sequence that no token at ``position`` or later reads."""
@@ -79,6 +99,16 @@ class Batch:
     preempted: tuple[Sequence, ...]
 
 
+class Reserved(Protocol):
+    """Blocks that are reserved for a request whose KV is on its way."""
+
+    @property
+    def request(self) -> Request: ...
+
+    @property
+    def blocks(self) -> list[int]: ...
+
+
 class Scheduler:
     """Continuous batching over one ``BlockPool``: running decodes first, then prefill chunks.
 
@@ -89,53 +119,76 @@ class Scheduler:
     def __init__(
         self, pool: BlockPool, limits: SchedulerLimits, queue_order: QueueOrder = FCFS
     ) -> None:
-        self.waiting: deque[Sequence] = deque()  # sorted by ``queue_order``
-        self.received: deque[Sequence] = deque()
+        self.waiting = OrderedQueue(queue_order.key)
+        self.received: OrderedDict[Sequence, None] = OrderedDict()  # oldest first
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
+        self.room = DecodeRoom(pool, limits.block_size, limits.max_held_tokens)
         self._pool = pool
         self._limits = limits
-        self._queue_order = queue_order
+        self._num_decoding = 0  # running sequences that decode here
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV is to be computed here."""
-        bisect.insort(self.waiting, sequence, key=self._queue_order.key)
+        self.waiting.add(sequence)
+        sequence.queue = Queue.WAITING
 
     def add_received(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV was received into blocks that it owns."""
-        self.received.append(sequence)
+        self.received[sequence] = None
+        sequence.queue = Queue.RECEIVED
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of its queue. The caller is responsible for its blocks then.
 
         Raises ``ValueError`` if the sequence is in no queue.
         """
-        for queue in (self.running, self.waiting, self.received):
-            if sequence in queue:
-                queue.remove(sequence)
-                return
-        raise ValueError(f"sequence {sequence.id} is not scheduled here")
+        match sequence.queue:
+            case Queue.RUNNING:
+                del self.running[bisect.bisect_left(self.running, sequence.number, key=_number)]
+                self._num_decoding -= sequence.decodes_here
+            case Queue.WAITING:
+                self.waiting.remove(sequence)
+            case Queue.RECEIVED:
+                del self.received[sequence]
+            case None:
+                raise ValueError(f"sequence {sequence.id} is not scheduled here")
+        sequence.queue = None
 
     def holds(self, sequence: Sequence) -> bool:
         """Return whether the sequence is in one of the queues."""
-        return any(sequence in queue for queue in (self.running, self.waiting, self.received))
+        return sequence.queue is not None
 
     @property
     def num_growing(self) -> int:
         """Sequences that may need one more block at their next token."""
-        return sum(sequence.decodes_here for sequence in self.running) + len(self.received)
+        return self._num_decoding + len(self.received)
 
-    def can_reserve(self, num_blocks: int, *, num_reserved: int) -> bool:
+    def can_reserve(
+        self, request: Request, num_blocks: int, reserved: Collection[Reserved]
+    ) -> bool:
         """Return whether ``num_blocks`` may be reserved for an offer without causing preemption.
 
-        Waiting sequences come first, because they may have been preempted. One block stays free for
-        every sequence that may grow and for every one of the ``num_reserved`` reservations. If
-        there are none, the offer may take the whole pool.
+        Waiting sequences come first, because they may have been preempted. No more sequences are
+        taken than can run, and a few that take the places of those that end. One block stays free
+        for every sequence that may grow and for every one of ``reserved``, and all of them must be
+        expected to fit until they end. If there are none, the offer may take the whole pool.
         """
         if self.waiting:
             return False
-        num_kept_free = self.num_growing + num_reserved
-        return num_blocks + num_kept_free <= self._pool.num_free
+        num_growing = self.num_growing + len(reserved)
+        if num_blocks + num_growing > self._pool.num_free:
+            return False
+        if num_growing == 0:
+            return True
+        num_taken = len(self.running) + len(self.received) + len(reserved)
+        if num_taken >= self._limits.max_num_seqs + self._limits.num_ahead:
+            return False
+        growths, num_owned = self._growing()
+        for other in reserved:
+            growths.append(self.room.expect(other.request))
+            num_owned += len(other.blocks)
+        return self.room.fits([*growths, self.room.expect(request)], num_owned)
 
     def schedule(self) -> Batch | None:
         """Plan the next step and allocate its blocks. Return None if nothing can run.
@@ -174,15 +227,17 @@ class Scheduler:
         # Steps in flight start at ``num_computed`` or later, so they do not read these blocks.
         count = self._limits.num_out_of_window_blocks(sequence.num_computed)
         # The blocks of a sequence that has ended are not the scheduler's to free.
-        if count > sequence.num_out_of_window_blocks and sequence in self.running:
+        if count > sequence.num_out_of_window_blocks and sequence.queue is Queue.RUNNING:
             self._pool.free(sequence.drop_out_of_window_blocks(count))
 
     def _start_received(self) -> None:
         while self.received and len(self.running) < self._limits.max_num_seqs:
-            self._add_running(self.received.popleft())
+            self._add_running(self.received.popitem(last=False)[0])
 
     def _add_running(self, sequence: Sequence) -> None:
-        bisect.insort(self.running, sequence, key=lambda other: other.number)
+        bisect.insort(self.running, sequence, key=_number)
+        self._num_decoding += sequence.decodes_here
+        sequence.queue = Queue.RUNNING
 
     def _schedule_decodes(self, preempted: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -201,7 +256,7 @@ class Scheduler:
         if sequence.num_tokens <= len(sequence.block_table) * self._limits.block_size:
             return True
         while self._pool.num_free == 0:
-            victim = self.received[-1] if self.received else self.running[-1]
+            victim = next(reversed(self.received)) if self.received else self.running[-1]
             self._preempt(victim)
             preempted.append(victim)
             if victim is sequence:
@@ -233,7 +288,7 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], budget: int) -> list[Sequence]:
         admitted: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._limits.max_num_seqs:
-            sequence = self.waiting[0]
+            sequence = self.waiting.first
             if sequence.num_pending:  # preempted while a step in flight samples its next token
                 break
             whole = not self._limits.enable_chunked_prefill
@@ -242,7 +297,7 @@ class Scheduler:
                 break
             if not self._fits(sequence):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             needed = num_blocks_for(len(sequence.token_ids), self._limits.block_size)
             sequence.block_table = self._pool.allocate(needed)
             self._add_running(sequence)
@@ -252,9 +307,26 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence) -> bool:
         needed = num_blocks_for(len(sequence.token_ids), self._limits.block_size)
-        return needed + self.num_growing <= self._pool.num_free or (
-            not self.running and needed <= self._pool.num_free
-        )
+        if not self.running:
+            return needed <= self._pool.num_free
+        if needed + self.num_growing > self._pool.num_free:
+            return False
+        if sequence.num_preemptions == 0:
+            return True
+        # If it could outgrow the pool once more, computing it now would be for nothing.
+        growths, num_owned = self._growing()
+        own = self.room.expect(sequence.request, sequence.num_output_tokens)
+        return self.room.fits([*growths, own], num_owned)
+
+    def _growing(self) -> tuple[list[Growth], int]:
+        """Return how the sequences that decode here go on, and how many blocks they own."""
+        sequences = [one for one in self.running if one.decodes_here] + list(self.received)
+        growths = [self.room.expect(one.request, one.num_output_tokens) for one in sequences]
+        return growths, sum(one.num_owned_blocks for one in sequences)
+
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number
 
 
 def _schedule_tokens(sequence: Sequence, count: int) -> Chunk:

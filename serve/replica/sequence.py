@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from serve.replica.token_ids import TokenIds
 from serve.request import Request, Timeline
 
 # Placeholder in a block table for a block that is out of the window. It is never read or written.
 OUT_OF_WINDOW_BLOCK = 0
+
+
+class Queue(Enum):
+    """The queues of a scheduler."""
+
+    WAITING = "waiting"
+    RECEIVED = "received"
+    RUNNING = "running"
 
 
 @dataclass(eq=False, slots=True)
@@ -36,6 +45,7 @@ class Sequence:
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
     num_out_of_window_blocks: int = 0
+    queue: Queue | None = None  # set by the scheduler that has the sequence
     timeline: Timeline = field(default_factory=Timeline)
     num_prompt_tokens: int = field(init=False)
 
@@ -90,6 +100,11 @@ class Sequence:
         self.block_table[self.num_out_of_window_blocks : count] = placeholders
         self.num_out_of_window_blocks += len(dropped)
         return dropped
+
+    @property
+    def num_owned_blocks(self) -> int:
+        """How many blocks the sequence owns."""
+        return len(self.block_table) - self.num_out_of_window_blocks
 
     def take_blocks(self) -> list[int]:
         """Return the owned blocks, which the caller owns then, and empty the table."""
