@@ -25,9 +25,9 @@ class DecodeRoom:
         """Note the length of an answer that ended here, to expect others like it."""
         self._lengths.observe(num_output_tokens)
 
-    def expect(self, request: Request, num_output_tokens: int = 0) -> Growth:
+    def expect(self, request: Request, number: int, num_output_tokens: int = 0) -> Growth:
         """Return what a sequence with that many output tokens holds, and how it will go on."""
-        length = self._lengths.expect(num_output_tokens, request.sampling.max_tokens)
+        length = self._lengths.expect(num_output_tokens, request.sampling.max_tokens, number)
         num_steps = max(0, length - num_output_tokens)
         num_tokens = request.num_prompt_tokens + num_output_tokens
         if self._max_held_tokens is None:

@@ -11,6 +11,7 @@ Serving under SLA Guarantees" (ASPLOS 2025).
 from __future__ import annotations
 
 import bisect
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -19,7 +20,8 @@ MAX_LENGTHS = 1024  # how many of the last answers count
 # The answers that end first are the short ones, so the first few say nothing about the others.
 MIN_LENGTHS = 32
 FIRST_GUESS = 512  # tokens of an answer until then, if it may be that long
-_QUANTILE = 0.6  # of the answers that are longer than what is there already
+_LOWEST_QUANTILE = 0.2  # of the answers that are longer than what is there already
+_GOLDEN_RATIO = 0.6180339887498949
 
 
 class OutputLengths:
@@ -38,11 +40,12 @@ class OutputLengths:
         self._recent.append(length)
         bisect.insort(self._sorted, length)
 
-    def expect(self, num_tokens: int, max_tokens: int) -> int:
+    def expect(self, num_tokens: int, max_tokens: int, number: int = 0) -> int:
         """Return the length to expect of an answer that has ``num_tokens``, at most ``max_tokens``.
 
-        It is a quantile of the seen answers that are longer. If none is, the answer is expected to
-        grow by half, because it has outgrown what is known.
+        It is a quantile of the seen answers that are longer. Each sequence, by its ``number``, has
+        a quantile of its own, spread evenly, because a pool that expects all of them to end at
+        once takes too few. If no answer was longer, this one is expected to grow by half.
         """
         if len(self._recent) < MIN_LENGTHS:
             return min(max(FIRST_GUESS, num_tokens + num_tokens // 2), max_tokens)
@@ -50,7 +53,10 @@ class OutputLengths:
         num_longer = len(self._sorted) - num_shorter
         if num_longer == 0:
             return min(num_tokens + num_tokens // 2, max_tokens)
-        return min(self._sorted[num_shorter + int(num_longer * _QUANTILE)], max_tokens)
+        spread = number * _GOLDEN_RATIO % 1  # evenly in [0, 1), for any run of numbers
+        quantile = 1 - (1 - _LOWEST_QUANTILE) * spread
+        index = num_shorter + max(0, math.ceil(num_longer * quantile) - 1)
+        return min(self._sorted[index], max_tokens)
 
 
 class Growth(NamedTuple):

@@ -106,6 +106,9 @@ class Reserved(Protocol):
     def request(self) -> Request: ...
 
     @property
+    def number(self) -> int: ...
+
+    @property
     def blocks(self) -> list[int]: ...
 
 
@@ -186,9 +189,9 @@ class Scheduler:
             return False
         growths, num_owned = self._growing()
         for other in reserved:
-            growths.append(self.room.expect(other.request))
+            growths.append(self.room.expect(other.request, other.number))
             num_owned += len(other.blocks)
-        return self.room.fits([*growths, self.room.expect(request)], num_owned)
+        return self.room.fits([*growths, self.room.expect(request, 0)], num_owned)
 
     def schedule(self) -> Batch | None:
         """Plan the next step and allocate its blocks. Return None if nothing can run.
@@ -315,14 +318,15 @@ class Scheduler:
             return True
         # If it could outgrow the pool once more, computing it now would be for nothing.
         growths, num_owned = self._growing()
-        own = self.room.expect(sequence.request, sequence.num_output_tokens)
-        return self.room.fits([*growths, own], num_owned)
+        return self.room.fits([*growths, self._expect(sequence)], num_owned)
 
     def _growing(self) -> tuple[list[Growth], int]:
         """Return how the sequences that decode here go on, and how many blocks they own."""
         sequences = [one for one in self.running if one.decodes_here] + list(self.received)
-        growths = [self.room.expect(one.request, one.num_output_tokens) for one in sequences]
-        return growths, sum(one.num_owned_blocks for one in sequences)
+        return list(map(self._expect, sequences)), sum(one.num_owned_blocks for one in sequences)
+
+    def _expect(self, sequence: Sequence) -> Growth:
+        return self.room.expect(sequence.request, sequence.number, sequence.num_output_tokens)
 
 
 def _number(sequence: Sequence) -> int:
