@@ -26,8 +26,8 @@ from serve.protocol.messages import (
     ReplicaLoad,
     Report,
 )
+from serve.replica.limits import SchedulerLimits
 from serve.replica.replica import Replica, ReplicaSettings
-from serve.replica.scheduler import SchedulerLimits
 from serve.request import Request, SamplingParams, pack_ids
 from serve.topology import ReplicaInfo, Role
 

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from serve.replica.block_pool import BlockPool
 from serve.replica.growth import Growth, OutputLengths, peak_blocks
 from serve.request import Request
+
+
+class Reserved(Protocol):
+    """Blocks that are reserved for a request whose KV is on its way."""
+
+    @property
+    def request(self) -> Request: ...
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def blocks(self) -> list[int]: ...
 
 
 class DecodeRoom:

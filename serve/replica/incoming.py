@@ -37,7 +37,7 @@ from serve.protocol.messages import (
     Withdraw,
 )
 from serve.replica.block_pool import BlockPool
-from serve.replica.scheduler import SchedulerLimits
+from serve.replica.limits import SchedulerLimits
 from serve.replica.sequence import OUT_OF_WINDOW_BLOCK, Sequence
 from serve.replica.token_ids import TokenIds
 from serve.request import Request, Timeline

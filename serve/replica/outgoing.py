@@ -28,8 +28,8 @@ import itertools
 from dataclasses import dataclass, field
 
 from serve.protocol.messages import NUM_STAGING_SLOTS, Handover, Offer, Push, Send, Withdraw
+from serve.replica.limits import SchedulerLimits
 from serve.replica.ordered_queue import OrderedQueue
-from serve.replica.scheduler import SchedulerLimits
 from serve.replica.sequence import Sequence
 
 

@@ -40,11 +40,12 @@ from serve.protocol.messages import (
 from serve.replica.active_request import ActiveRequest
 from serve.replica.block_pool import BlockPool
 from serve.replica.incoming import IncomingTransfers, ReceivedSequence
+from serve.replica.limits import SchedulerLimits
 from serve.replica.load import measure_load
 from serve.replica.outgoing import OutgoingTransfers
 from serve.replica.output_processor import OutputProcessor
 from serve.replica.queue_order import QUEUE_ORDERS
-from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
+from serve.replica.scheduler import Batch, Scheduler
 from serve.replica.sequence import Sequence
 from serve.replica.step import build_step
 from serve.replica.timeline import record_start

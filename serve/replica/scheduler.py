@@ -25,53 +25,16 @@ import bisect
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
 
 from serve.model_config.kv_layout import num_blocks_for
 from serve.replica.block_pool import BlockPool
-from serve.replica.decode_room import DecodeRoom
+from serve.replica.decode_room import DecodeRoom, Reserved
 from serve.replica.growth import Growth
+from serve.replica.limits import SchedulerLimits
 from serve.replica.ordered_queue import OrderedQueue
 from serve.replica.queue_order import FCFS, QueueOrder
 from serve.replica.sequence import Queue, Sequence
 from serve.request import Request
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """The limits of a step, and the shape of the KV cache as far as scheduling needs it.
-
-    ``window`` is the largest sliding window of the model's layers, in tokens: a token at position
-    ``p`` reads positions ``> p - window``. It is None if some layer has no window.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    enable_chunked_prefill: bool
-    block_size: int
-    window: int | None = None
-
-    @property
-    def num_ahead(self) -> int:
-        """How many received sequences may wait for a place among those that run.
-
-        While a sequence ends, its successor is there already, and few blocks wait.
-        """
-        return max(1, self.max_num_seqs // 8)
-
-    @property
-    def max_held_tokens(self) -> int | None:
-        """Most tokens that one decoding sequence has blocks for, or None."""
-        # The window and the tokens of two steps, in blocks of which the ends need not be filled.
-        return None if self.window is None else max(self.window, 2) + 2 + 2 * self.block_size
-
-    def num_out_of_window_blocks(self, position: int) -> int:
-        """Count the leading blocks of a sequence that no token at ``position`` or later reads."""
-        if self.window is None:
-            return 0
-        # Always keep the token before, so that a prompt has at least one block to send to decode.
-        first_kept = position + 1 - max(self.window, 2)
-        return max(first_kept, 0) // self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +62,6 @@ class Batch:
     preempted: tuple[Sequence, ...]
 
 
-class Reserved(Protocol):
-    """Blocks that are reserved for a request whose KV is on its way."""
-
-    @property
-    def request(self) -> Request: ...
-
-    @property
-    def number(self) -> int: ...
-
-    @property
-    def blocks(self) -> list[int]: ...
-
-
 class Scheduler:
     """Continuous batching over one ``BlockPool``: running decodes first, then prefill chunks.
 
@@ -130,6 +80,8 @@ class Scheduler:
         self._pool = pool
         self._limits = limits
         self._num_decoding = 0  # running sequences that decode here
+        self._num_updates = 0
+        self._refused: tuple[str, int, int, int, int] | None = None  # see can_reserve
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV is to be computed here."""
@@ -172,10 +124,9 @@ class Scheduler:
     ) -> bool:
         """Return whether ``num_blocks`` may be reserved for an offer without causing preemption.
 
-        Waiting sequences come first, because they may have been preempted. No more sequences are
-        taken than can run, and a few that take the places of those that end. One block stays free
-        for every sequence that may grow and for every one of ``reserved``, and all of them must be
-        expected to fit until they end. If there are none, the offer may take the whole pool.
+        Waiting sequences come first, because they may have been preempted. No more are taken than
+        can run and a few ahead. One block stays free for every sequence that may grow, arrived or
+        ``reserved``, and all are expected to fit. If there are none, it may take the whole pool.
         """
         if self.waiting:
             return False
@@ -187,11 +138,17 @@ class Scheduler:
         num_taken = len(self.running) + len(self.received) + len(reserved)
         if num_taken >= self._limits.max_num_seqs + self._limits.num_ahead:
             return False
+        # Many events change nothing here, and counting costs a microsecond for each sequence.
+        state = (request.id, self._pool.num_free, num_taken, len(self.running), self._num_updates)
+        if state == self._refused:
+            return False
         growths, num_owned = self._growing()
         for other in reserved:
             growths.append(self.room.expect(other.request, other.number))
             num_owned += len(other.blocks)
-        return self.room.fits([*growths, self.room.expect(request, 0)], num_owned)
+        fits = self.room.fits([*growths, self.room.expect(request, 0)], num_owned)
+        self._refused = None if fits else state
+        return fits
 
     def schedule(self) -> Batch | None:
         """Plan the next step and allocate its blocks. Return None if nothing can run.
@@ -217,6 +174,7 @@ class Scheduler:
 
         The caller appends the sampled tokens to the sequences that have not ended.
         """
+        self._num_updates += 1
         for chunk in batch.chunks:
             sequence = chunk.sequence
             if chunk.num_preemptions == sequence.num_preemptions:
@@ -316,7 +274,7 @@ class Scheduler:
             return False
         if sequence.num_preemptions == 0:
             return True
-        # If it could outgrow the pool once more, computing it now would be for nothing.
+        # Otherwise it would outgrow the pool once more.
         growths, num_owned = self._growing()
         return self.room.fits([*growths, self._expect(sequence)], num_owned)
 

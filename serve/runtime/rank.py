@@ -39,8 +39,8 @@ from serve.protocol.messages import (
     ReplicaReady,
     Report,
 )
+from serve.replica.limits import SchedulerLimits
 from serve.replica.replica import Replica, ReplicaSettings
-from serve.replica.scheduler import SchedulerLimits
 from serve.runtime.failure import FirstFailure, JobFailed, RankFailed
 from serve.runtime.liveness import watch_silence
 from serve.tokenizer.tokenizer import Tokenizer, load_tokenizer

@@ -6,6 +6,7 @@ import random
 import sys
 import tracemalloc
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from serve.request import Request, SamplingParams, pack_ids
 from serve.topology import ReplicaInfo, Role
 
 
-def make_requests(count: int, prompt: int = 1, name: str = "r", **sampling: int) -> list[Request]:
+def make_requests(count: int, prompt: int = 1, name: str = "r", **sampling: Any) -> list[Request]:
     ids = pack_ids(range(prompt))
     return [
         Request(

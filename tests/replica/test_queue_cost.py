@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from serve.protocol.messages import Abort, Offer, Prefill, decode, encode
+from serve.replica.limits import SchedulerLimits
 from serve.replica.replica import Replica, ReplicaSettings
-from serve.replica.scheduler import SchedulerLimits
 from serve.request import Request, SamplingParams, pack_ids
 
 LIMITS = SchedulerLimits(8, 64, True, block_size=16)

@@ -8,9 +8,10 @@ import pytest
 
 from serve.protocol.messages import Prefill
 from serve.replica.block_pool import BlockPool
+from serve.replica.limits import SchedulerLimits
 from serve.replica.queue_order import QUEUE_ORDERS, QueueOrder
 from serve.replica.replica import Replica, ReplicaSettings
-from serve.replica.scheduler import Scheduler, SchedulerLimits
+from serve.replica.scheduler import Scheduler
 from serve.replica.sequence import Sequence
 from serve.replica.token_ids import TokenIds
 from serve.request import Request, SamplingParams, pack_ids

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.replica.block_pool import BlockPool
-from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
+from serve.replica.limits import SchedulerLimits
+from serve.replica.scheduler import Batch, Scheduler
 from serve.replica.sequence import Sequence
 from serve.replica.token_ids import TokenIds
 from serve.request import Request, SamplingParams, pack_ids

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from serve.protocol.messages import AnyMessage, Offer, Push
 from serve.replica.block_pool import BlockPool
 from serve.replica.growth import OutputLengths
-from serve.replica.scheduler import Batch, Chunk, Scheduler, SchedulerLimits
+from serve.replica.limits import SchedulerLimits
+from serve.replica.scheduler import Batch, Chunk, Scheduler
 from serve.replica.sequence import OUT_OF_WINDOW_BLOCK, Sequence
 from serve.replica.token_ids import TokenIds
 from serve.request import Request, SamplingParams, pack_ids

@@ -19,8 +19,8 @@ from serve.protocol.messages import (
     SampleRow,
     Step,
 )
+from serve.replica.limits import SchedulerLimits
 from serve.replica.replica import Actions, Replica, ReplicaSettings
-from serve.replica.scheduler import SchedulerLimits
 from serve.request import Request
 from serve.topology import FRONT_END_RANK
 

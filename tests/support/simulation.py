@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from serve.protocol.messages import NUM_STAGING_SLOTS, Abort, AnyMessage, Delta, Prefill, Report
+from serve.replica.limits import SchedulerLimits
 from serve.replica.replica import Actions, Replica, ReplicaSettings
-from serve.replica.scheduler import SchedulerLimits
 from serve.request import FinishReason, Request, SamplingParams, pack_ids
 from tests.support.fake_gpu import EOS, VOCAB_SIZE, FakeModel, FakeReplica, Wires
 
