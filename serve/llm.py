@@ -30,7 +30,7 @@ from serve.api.prompt_file import DEFAULT_MAX_TOKENS, FilePrompt, PromptFileErro
 from serve.api.sampling_params import sampling_from_keywords
 from serve.config.server import ConfigError, ServerConfig, parse_args
 from serve.dispatch.service import Stream
-from serve.request import FinishReason, Request, SamplingParams
+from serve.request import FinishReason, Request, SamplingParams, pack_ids
 from serve.runtime.failure import first_leaf
 from serve.runtime.join import join_job, report_start_error
 from serve.runtime.logs import start_logging
@@ -65,7 +65,13 @@ class LLM:
         die_with_parent()
         rank_info = read_rank_info(os.environ)
         config = _parse([*argv, *to_argv(options)], rank_info)
-        self.config = replace(config, max_waiting=sys.maxsize)  # no limit: a batch waits
+        # No limit: a batch waits.
+        self.config = replace(
+            config,
+            max_waiting=sys.maxsize,
+            max_waiting_tokens=sys.maxsize,
+            max_waiting_share=1.0,
+        )
         start_logging(self.config, rank_info)
         self._loop = uvloop.new_event_loop()
         self._closing = asyncio.Event()
@@ -154,7 +160,7 @@ class LLM:
         max_tokens = min(sampling.max_tokens, room)
         min_tokens = min(sampling.min_tokens, max_tokens)
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens)
-        return Request(id=uuid.uuid4().hex, prompt_ids=ids, sampling=sampling)
+        return Request(id=uuid.uuid4().hex, prompt=pack_ids(ids), sampling=sampling)
 
     def _encode(self, prompt: str) -> tuple[int, ...]:
         if self._front_end.tokenizer is None:
@@ -201,14 +207,14 @@ def _parse(argv: list[str], rank_info: RankInfo) -> ServerConfig:
 
 
 async def _collect(stream: Stream, bar: tqdm[Any]) -> Completion:
-    token_ids: tuple[int, ...] = ()
-    text = ""
+    token_ids: list[int] = []
+    texts: list[str] = []  # joined at the end, because adding to a tuple or text copies all of it
     async for output in stream:
         token_ids += output.token_ids
-        text += output.text
+        texts.append(output.text)
         if output.finish_reason is not None:
             bar.update()
-            return Completion(text, token_ids, output.finish_reason)
+            return Completion("".join(texts), tuple(token_ids), output.finish_reason)
     raise RuntimeError(f"request {stream.request.id} ended without a reason")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
+from collections.abc import Iterable
 from enum import StrEnum
 
 from msgspec import Struct
 
+ID_BYTES = 4  # of a packed token id
 MAX_TOKEN_RULES = 1024  # entries of logit_bias, and of stop_token_ids; for each a slot has memory
 
 
@@ -52,12 +56,43 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Return token ids as int32, little-endian: the form in which requests carry a prompt."""
+    packed = array("i", ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_ids(packed: bytes) -> memoryview[int]:
+    """Return a view of packed token ids: indexed, sliced and iterated like a tuple, not copied."""
+    if sys.byteorder == "big":
+        swapped = array("i", packed)
+        swapped.byteswap()
+        return memoryview(swapped)
+    return memoryview(packed).cast("i")
+
+
 class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One prompt and how to continue it. An API call for ``n`` choices is ``n`` requests."""
+    """One prompt and how to continue it. An API call for ``n`` choices is ``n`` requests.
+
+    ``prompt`` is packed by ``pack_ids``. A tuple takes up to 36 bytes for a token and a waiting
+    prompt may be long, so choices of one prompt share one ``bytes`` object of 4 bytes for a token.
+    """
 
     id: str
-    prompt_ids: tuple[int, ...]
+    prompt: bytes
     sampling: SamplingParams
+
+    @property
+    def prompt_ids(self) -> memoryview[int]:
+        """The token ids of the prompt, as a view of ``prompt``."""
+        return unpack_ids(self.prompt)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt) // ID_BYTES
 
 
 class Timeline(Struct, kw_only=True, omit_defaults=True):

@@ -49,7 +49,7 @@ from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
 from serve.model_config.kv_layout import num_blocks_for
 from serve.protocol.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.runtime.join import SWITCH_INTERVAL_S
 from serve.runtime.shutdown import exit_now
 from serve.topology import read_rank_info
@@ -201,7 +201,9 @@ def _step(num_sequences: int, context: int, blocks_each: int) -> Step:
     order = torch.randperm(num_sequences * blocks_each).view(num_sequences, -1).tolist()
     sequences = tuple(StepSequence(context - 1, (7,), tuple(table), True) for table in order)
     sampling = [SamplingParams(max_tokens=1, temperature=float(i % 2)) for i in range(2)]
-    requests = [Request(id=str(i), prompt_ids=(0,), sampling=one) for i, one in enumerate(sampling)]
+    requests = [
+        Request(id=str(i), prompt=pack_ids((0,)), sampling=one) for i, one in enumerate(sampling)
+    ]
     return Step(sequences, tuple(SampleRow(requests[i % 2], 0) for i in range(num_sequences)))
 
 

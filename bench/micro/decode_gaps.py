@@ -30,7 +30,7 @@ from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.service import Service, Stream
 from serve.model_config.kv_layout import num_blocks_for
 from serve.protocol.messages import AnyMessage, Report
-from serve.request import FinishReason, Request, SamplingParams
+from serve.request import FinishReason, Request, SamplingParams, pack_ids
 from serve.runtime.join import join_job
 from serve.runtime.rank import RankProcess
 from serve.runtime.shutdown import exit_now
@@ -92,7 +92,7 @@ class Load:
         return [
             Request(
                 id=f"r{i}",
-                prompt_ids=tuple(rng.choices(range(vocab_size), k=self.context)),
+                prompt=pack_ids(rng.choices(range(vocab_size), k=self.context)),
                 sampling=SamplingParams(
                     max_tokens=self.max_tokens, temperature=float(i % 2), seed=i, ignore_eos=True
                 ),

@@ -39,7 +39,7 @@ from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
 from serve.protocol.messages import SampleRow, Step, StepSequence
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.runtime.shutdown import exit_now
 from serve.sampling.slots import SamplingSlots
 from serve.topology import read_rank_info
@@ -87,9 +87,11 @@ class Engine:
             StepSequence(start, tuple(ids), tuple(table), True)
             for ids, table in zip(tokens, order, strict=True)
         ]
-        request = Request(id="random", prompt_ids=(0,), sampling=SamplingParams(max_tokens=1))
+        request = Request(id="random", prompt=pack_ids((0,)), sampling=SamplingParams(max_tokens=1))
         greedy = Request(
-            id="greedy", prompt_ids=(0,), sampling=SamplingParams(max_tokens=1, temperature=0.0)
+            id="greedy",
+            prompt=pack_ids((0,)),
+            sampling=SamplingParams(max_tokens=1, temperature=0.0),
         )
         rows = [SampleRow(request if i % 2 else greedy, 0) for i in range(batch)]
         return Step(tuple(sequences), tuple(rows))

@@ -26,6 +26,7 @@ from aiohttp import web
 
 from serve.api.app import create_app, run_app_on
 from serve.api.settings import ApiSettings
+from serve.dispatch.admission import QueueLimits
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service
@@ -114,12 +115,12 @@ async def start_ours(
 
     def send(rank: int, message: AnyMessage) -> None:
         if isinstance(message, Prefill):
-            ids.append(message.request.id)
+            ids.extend(choice.request_id for choice in message.choices)
             if len(ids) == num_streams:
                 all_open.set()
 
-    policy, waiting = "least-num-unfinished-tokens", 2 * num_streams
-    dispatcher = Dispatcher(topology.replicas, policy, waiting, time.monotonic)
+    policy, limits = "least-num-unfinished-tokens", QueueLimits(2 * num_streams, 1 << 30)
+    dispatcher = Dispatcher(topology.replicas, policy, limits, time.monotonic)
     metrics = Metrics("model")
     service = Service(dispatcher, send, metrics, time.monotonic)
     service.set_ready(MAX_MODEL_LEN)

@@ -31,7 +31,7 @@ from serve.config.server import ServerConfig, parse_args
 from serve.kv.cache import KVCache
 from serve.model.flash_attention import preferred_block_size
 from serve.protocol.messages import NUM_STAGING_SLOTS
-from serve.request import Request, SamplingParams, Timeline
+from serve.request import Request, SamplingParams, Timeline, pack_ids
 from serve.runtime.join import join_job
 from serve.runtime.rank import RankProcess
 from serve.runtime.server import work_until_dismissed
@@ -188,7 +188,7 @@ async def _ask(process: RankProcess, args: argparse.Namespace, timelines: list[T
         for i in range(args.requests + 1):
             prompt = tuple((i * 7919 + j * 31) % vocab_size for j in range(args.prompt_tokens))
             sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-            request = Request(id=f"r{i}", prompt_ids=prompt, sampling=sampling)
+            request = Request(id=f"r{i}", prompt=pack_ids(prompt), sampling=sampling)
             async for output in front_end.service.submit([request])[0]:
                 if output.timeline is not None and i > 0:  # the first one warms up
                     timelines.append(output.timeline)

@@ -31,7 +31,7 @@ import uvloop
 from bench.micro.front_end import MAX_MODEL_LEN, WORD, Feed, start_ours, tick
 from serve.config.server import ServerConfig, parse_args
 from serve.dispatch.service import Service
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.runtime.join import join_job
 from serve.runtime.shutdown import exit_now
 from serve.runtime.startup import serving_front_end
@@ -106,7 +106,7 @@ class _Engine:
         self._num_requests += 1
         request = Request(
             id=f"r{self._num_requests}",
-            prompt_ids=tuple(self._rng.choices(self._vocab, k=self._num_tokens)),
+            prompt=pack_ids(self._rng.choices(self._vocab, k=self._num_tokens)),
             sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
         )
         async for output in self._service.submit([request])[0]:

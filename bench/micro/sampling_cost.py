@@ -28,7 +28,8 @@ from serve.protocol.messages import SampleRow
 from serve.replica.scheduler import Batch, Chunk
 from serve.replica.sequence import Sequence as TokenSequence
 from serve.replica.step import build_step
-from serve.request import MAX_TOKEN_RULES, Request, SamplingParams
+from serve.replica.token_ids import TokenIds
+from serve.request import MAX_TOKEN_RULES, Request, SamplingParams, pack_ids
 from serve.sampling.sampler import sample
 from serve.sampling.slots import SamplingSlots
 from serve.topology import read_rank_info
@@ -93,8 +94,9 @@ def _rows(
     for number, ids in enumerate(tokens):
         sampling = SamplingParams(max_tokens=1 << 20, seed=number, **kind)
         prompt = tuple(ids[:num_prompt_tokens])
-        request = Request(id=str(number), prompt_ids=prompt, sampling=sampling)
-        sequences.append(TokenSequence(request, number, True, list(ids), num_pending=1))
+        request = Request(id=str(number), prompt=pack_ids(prompt), sampling=sampling)
+        token_ids = TokenIds(request.prompt, ids[num_prompt_tokens:])
+        sequences.append(TokenSequence(request, number, True, token_ids, num_pending=1))
 
     def plan() -> tuple[SampleRow, ...]:
         for sequence in sequences:

@@ -16,7 +16,7 @@ from serve.api.sampling_params import make_sampling_params
 from serve.api.schemas import GenerationRequest
 from serve.api.settings import Api
 from serve.api.validation import InvalidField
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids, unpack_ids
 
 MAX_REQUESTS = 512  # prompts times n, because each holds the event loop for about 15 us
 MAX_PROMPT_TOKENS = 1 << 23  # of all requests of a call together
@@ -37,12 +37,12 @@ class Call:
 
     head: Head
     body: GenerationRequest
-    prompts: tuple[tuple[int, ...], ...]
+    prompts: tuple[memoryview[int], ...]  # of token ids
     requests: tuple[Request, ...]
 
-    def prompt_of(self, index: int) -> tuple[int, ...]:
+    def prompt_of(self, index: int) -> list[int]:
         """Return the token ids of the prompt that choice ``index`` continues."""
-        return self.requests[index].prompt_ids
+        return self.requests[index].prompt_ids.tolist()
 
     def usage(self, num_completion_tokens: int) -> dict[str, int]:
         """Return the ``usage`` object. Each prompt counts once, for any ``n``."""
@@ -95,18 +95,22 @@ def make_call(
     api: Api,
 ) -> Call:
     """Make ``n`` requests of each prompt. The prompts are checked already."""
-    if body.n * sum(map(len, prompts)) > MAX_PROMPT_TOKENS:
-        raise ApiError(f"prompts times n exceed {MAX_PROMPT_TOKENS} tokens", param="prompt")
+    num_requests, num_tokens = body.n * len(prompts), body.n * sum(map(len, prompts))
+    limit = min(MAX_PROMPT_TOKENS, api.service.max_waiting_tokens)
+    # Like max_waiting: a call that can never be accepted is a 400. One prompt always can.
+    if num_tokens > limit and num_requests > 1:
+        raise ApiError(f"prompts times n exceed {limit} tokens", param="prompt")
     requests: list[Request] = []
-    for prompt_ids in prompts:
+    packed = [pack_ids(prompt_ids) for prompt_ids in prompts]
+    for prompt, prompt_ids in zip(packed, prompts, strict=True):
         seed = sampling.seed if body.seed is not None else api.seeds.getrandbits(63)
         room = api.service.max_model_len - len(prompt_ids)
-        requests += _choices(prompt_ids, sampling, body.n, seed, room)
-    return Call(head, body, tuple(prompts), tuple(requests))
+        requests += _choices(prompt, sampling, body.n, seed, room)
+    return Call(head, body, tuple(map(unpack_ids, packed)), tuple(requests))
 
 
 def _choices(
-    prompt_ids: tuple[int, ...], sampling: SamplingParams, n: int, seed: int, room: int
+    prompt: bytes, sampling: SamplingParams, n: int, seed: int, room: int
 ) -> list[Request]:
     """Return ``n`` requests that differ in their seed, of at most ``room`` new tokens each.
 
@@ -118,7 +122,7 @@ def _choices(
     return [
         Request(
             id=f"{unique}-{i}",
-            prompt_ids=prompt_ids,
+            prompt=prompt,
             sampling=replace(
                 sampling, max_tokens=max_tokens, min_tokens=min_tokens, seed=_wrap(seed + i)
             ),

@@ -220,6 +220,14 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     add("--max-waiting", type=_COUNT, default=4096, metavar="REQUESTS",
         help="Most requests that may wait for their first token. Further requests are refused "
         "with status 429. Default: %(default)s.")  # fmt: skip
+    add("--max-waiting-tokens", type=_COUNT, default=1 << 23, metavar="TOKENS",
+        help="Most prompt tokens that may wait for their first token; n choices of a prompt count "
+        "n times. Further requests are refused with status 429. When nothing waits, one prompt of "
+        "any length is accepted. Default: %(default)s, the most of one call.")  # fmt: skip
+    add("--max-waiting-share", type=_FRACTION, default=0.9, metavar="FRACTION",
+        help="Share of both limits that the requests of one client may take while no one else's "
+        "wait; beside others it gets less. The rest is for clients that come later. 1 sets no "
+        "limit per client. Default: %(default)s.")  # fmt: skip
 
 
 def _add_replicas(parser: argparse.ArgumentParser) -> None:

@@ -54,6 +54,8 @@ class ServerConfig:
     num_blocks: int | None  # None: as many as memory allows
     max_model_len: int | None  # None: as long as the model and the KV cache allow
     max_waiting: int
+    max_waiting_tokens: int
+    max_waiting_share: float
     kv_push_bytes: int
     kv_transport: KVTransport
     drain_timeout_s: float
@@ -134,8 +136,9 @@ def _configure(args: argparse.Namespace, world_size: int) -> ServerConfig:
 
 _UNCHANGED_OPTIONS = (
     "host", "port", "api_key", "dtype", "enable_chunked_prefill", "enforce_eager",
-    "block_size", "num_blocks", "max_waiting", "drain_timeout_s", "start_timeout_s",
-    "progress_timeout_s", "seed", "dispatch_policy", "schedule_policy", "log_level",
+    "block_size", "num_blocks", "max_waiting", "max_waiting_tokens", "max_waiting_share",
+    "drain_timeout_s", "start_timeout_s", "progress_timeout_s", "seed", "dispatch_policy",
+    "schedule_policy", "log_level",
 )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from serve.dispatch.admission import Admission, QueueLimits
+from serve.dispatch.choices import group_choices
 from serve.dispatch.output import Output
 from serve.dispatch.policies import POLICIES, Placement
 from serve.dispatch.replica_state import ReplicaState
@@ -34,10 +36,6 @@ class Outgoing(NamedTuple):
     message: AnyMessage
 
 
-class TooManyWaiting(Exception):
-    """More requests would wait for their first token than ``max_waiting`` allows."""
-
-
 @dataclass(eq=False, slots=True)
 class ActiveRequest:
     """One request that is not closed."""
@@ -45,6 +43,7 @@ class ActiveRequest:
     request: Request
     placement: Placement
     timeline: Timeline
+    client: str
     num_tokens: int = 0  # passed on to the client so far
     early: dict[int, Delta] = field(default_factory=dict)  # arrived before their turn, by index
 
@@ -56,15 +55,24 @@ class Dispatcher:
         self,
         replicas: Sequence[ReplicaInfo],
         policy: str,
-        max_waiting: int,
+        limits: QueueLimits,
         clock: Callable[[], float],
     ) -> None:
         self._states = [ReplicaState(info) for info in replicas]
         self._policy = POLICIES[policy]()
-        self.max_waiting = max_waiting
+        self._admission = Admission(limits)
         self._clock = clock
         self._active: dict[str, ActiveRequest] = {}
-        self.num_waiting = 0  # active requests without a first token
+
+    @property
+    def limits(self) -> QueueLimits:
+        """How many active requests may lack a first token."""
+        return self._admission.limits
+
+    @property
+    def num_waiting(self) -> int:
+        """Active requests without a first token."""
+        return self._admission.num_requests
 
     @property
     def num_active(self) -> int:
@@ -80,13 +88,22 @@ class Dispatcher:
         """Return the replicas as ``GET /cluster`` shows them."""
         return [state.describe() for state in self._states]
 
-    def dispatch(self, requests: Sequence[Request]) -> list[Outgoing]:
-        """Dispatch all of ``requests`` or, raising ``TooManyWaiting``, none."""
-        if self.num_waiting + len(requests) > self.max_waiting:
-            raise TooManyWaiting(
-                f"{self.num_waiting} requests wait for their first token, {self.max_waiting} may"
-            )
-        return [self._dispatch_one(request) for request in requests]
+    def dispatch(self, requests: Sequence[Request], client: str = "") -> list[Outgoing]:
+        """Dispatch all of ``requests`` or, raising ``TooManyWaiting``, none.
+
+        Each prompt travels once to each replica that prefills it, for any number of choices.
+        """
+        self._admission.check(requests, client)
+        outgoing: list[Outgoing] = []
+        for choices in group_choices(requests):
+            placed: dict[int, list[tuple[Request, int]]] = {}  # by prefill replica
+            for request in choices:
+                placement = self._place(request, client)
+                placed.setdefault(placement.prefill, []).append((request, placement.decode))
+            for replica, requests_there in placed.items():
+                leader = self._states[replica].info.leader
+                outgoing.append(Outgoing(leader, Prefill.of(*requests_there)))
+        return outgoing
 
     def close(self, request_id: str) -> list[Outgoing]:
         """Close a request and abort it on its replicas. Return nothing if it is closed already."""
@@ -138,17 +155,17 @@ class Dispatcher:
             )
         return outputs
 
-    def _dispatch_one(self, request: Request) -> Outgoing:
+    def _place(self, request: Request, client: str) -> Placement:
         placement = self._policy.choose(request, self._states)
-        active = ActiveRequest(request, placement, Timeline(arrived_s=self._clock()))
+        active = ActiveRequest(request, placement, Timeline(arrived_s=self._clock()), client)
         self._active[request.id] = active
-        self.num_waiting += 1
+        self._admission.add(request, client)
         prefill, decode = self._states[placement.prefill], self._states[placement.decode]
-        prefill.num_prefill_tokens += len(request.prompt_ids)
-        decode.num_decode_tokens += len(request.prompt_ids)
+        prefill.num_prefill_tokens += request.num_prompt_tokens
+        decode.num_decode_tokens += request.num_prompt_tokens
         for state in self._states_of(active):
             state.num_requests += 1
-        return Outgoing(prefill.info.leader, Prefill(request, placement.decode))
+        return placement
 
     def _states_of(self, active: ActiveRequest) -> list[ReplicaState]:
         return [self._states[replica] for replica in set(active.placement)]
@@ -181,15 +198,15 @@ class Dispatcher:
         )
 
     def _on_first_token(self, active: ActiveRequest) -> None:
-        self.num_waiting -= 1
-        prompt_length = len(active.request.prompt_ids)
+        self._admission.remove(active.request, active.client)
+        prompt_length = active.request.num_prompt_tokens
         self._states[active.placement.prefill].num_prefill_tokens -= prompt_length
 
     def _close(self, active: ActiveRequest) -> None:
         del self._active[active.request.id]
         if active.num_tokens == 0:
             self._on_first_token(active)
-        context = len(active.request.prompt_ids) + active.num_tokens
+        context = active.request.num_prompt_tokens + active.num_tokens
         self._states[active.placement.decode].num_decode_tokens -= context
         for state in self._states_of(active):
             state.num_requests -= 1

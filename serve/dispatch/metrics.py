@@ -197,7 +197,7 @@ class Metrics:
     def on_accepted(self, request: Request, now_s: float) -> None:
         """Count a request that was dispatched."""
         self._open[request.id] = _OpenRequest(request, now_s)
-        self._counters["prompt_tokens"].inc(len(request.prompt_ids))
+        self._counters["prompt_tokens"].inc(request.num_prompt_tokens)
         self._histograms["request_params_max_tokens"].observe(request.sampling.max_tokens)
 
     def on_rejected(self, reason: str, count: int) -> None:
@@ -240,7 +240,7 @@ class Metrics:
     ) -> None:
         self._success[reason].inc()
         observe = {name: child.observe for name, child in self._histograms.items()}
-        observe["request_prompt_tokens"](len(state.request.prompt_ids))
+        observe["request_prompt_tokens"](state.request.num_prompt_tokens)
         observe["request_generation_tokens"](state.num_tokens)
         observe["request_max_num_generation_tokens"](state.num_tokens)
         observe["e2e_request_latency_seconds"](now_s - state.arrived_s)

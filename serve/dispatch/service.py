@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from itertools import chain
+from io import StringIO
 from typing import Any
 
 from msgspec.structs import replace
 
-from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
+from serve.dispatch.admission import TooManyWaiting
+from serve.dispatch.dispatcher import Dispatcher, Outgoing
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.output import Output
 from serve.protocol.messages import AnyMessage, Report
@@ -39,6 +41,21 @@ class Unavailable(Exception):
         self.retry_after_s = retry_after_s
 
 
+class _Backlog:
+    """Unread outputs, joined. Adding costs what is added, however much is there."""
+
+    def __init__(self, first_index: int) -> None:
+        self.first_index = first_index
+        self.token_ids = array("i")
+        self.text = StringIO()
+
+    def add(self, outputs: Sequence[Output]) -> None:
+        """Join ``outputs``, in order."""
+        for output in outputs:
+            self.token_ids.extend(output.token_ids)
+            self.text.write(output.text)
+
+
 class Stream:
     """The outputs of one request, for one reader. It ends after the first ``finish_reason``.
 
@@ -48,6 +65,7 @@ class Stream:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.num_tokens = 0  # received so far, read or not
+        self._backlog: _Backlog | None = None  # unread outputs before those in ``_unread``
         self._unread: list[Output] = []
         self._ended = False
         self._changed = asyncio.Event()
@@ -60,8 +78,10 @@ class Stream:
         self.num_tokens += len(output.token_ids)
         # Join them, so that a reader that stopped does not collect an object for every token.
         if len(self._unread) == MAX_UNREAD:
-            merged = self.take()
-            self._unread = [merged] if merged is not None else []
+            if self._backlog is None:
+                self._backlog = _Backlog(self._unread[0].first_index)
+            self._backlog.add(self._unread)
+            self._unread = []
         self._unread.append(output)
         self._changed.set()
 
@@ -73,13 +93,15 @@ class Stream:
     def take(self) -> Output | None:
         """Return all unread outputs joined into one, or None if there are none."""
         unread, self._unread = self._unread, []
-        if len(unread) < 2:
+        if self._backlog is None and len(unread) < 2:
             return unread[0] if unread else None
+        backlog, self._backlog = self._backlog or _Backlog(unread[0].first_index), None
+        backlog.add(unread)
         return replace(
             unread[-1],
-            first_index=unread[0].first_index,
-            token_ids=tuple(chain.from_iterable(output.token_ids for output in unread)),
-            text="".join([output.text for output in unread]),
+            first_index=backlog.first_index,
+            token_ids=tuple(backlog.token_ids),
+            text=backlog.text.getvalue(),
         )
 
     def signal(self, changed: asyncio.Event) -> None:
@@ -149,7 +171,12 @@ class Service:
     @property
     def max_waiting(self) -> int:
         """How many active requests may lack a first token. ``submit`` never accepts more."""
-        return self._dispatcher.max_waiting
+        return self._dispatcher.limits.max_requests
+
+    @property
+    def max_waiting_tokens(self) -> int:
+        """How many prompt tokens they may have. ``submit`` accepts more only in a single prompt."""
+        return self._dispatcher.limits.max_tokens
 
     def set_ready(
         self, max_model_len: int, block_size: int = 0, num_blocks: Mapping[int, int] | None = None
@@ -179,9 +206,10 @@ class Service:
         if not self.ready:
             raise Unavailable("the server is starting")
 
-    def submit(self, requests: Sequence[Request]) -> list[Stream]:
+    def submit(self, requests: Sequence[Request], client: str = "") -> list[Stream]:
         """Accept all of ``requests`` or, raising ``Overloaded`` or ``Unavailable``, none.
 
+        ``client`` names whose share of the queue they take, for example by a hash of its key.
         Raises ``ValueError`` if two of them, or one and an active request, have the same id.
         """
         self.check_open()
@@ -189,7 +217,7 @@ class Service:
         if len(ids) < len(requests) or not ids.isdisjoint(self._streams):
             raise ValueError("a request with this id is active")
         try:
-            outgoing = self._dispatcher.dispatch(requests)
+            outgoing = self._dispatcher.dispatch(requests, client)
         except TooManyWaiting as error:
             self._metrics.on_rejected("overloaded", len(requests))
             raise Overloaded(str(error)) from None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from serve.engine.rank_setup import RankSetup
 from serve.model_config.config import ModelConfig
 from serve.protocol.messages import SampleRow, Step, StepSequence
-from serve.request import MAX_TOKEN_RULES, Request, SamplingParams
+from serve.request import MAX_TOKEN_RULES, Request, SamplingParams, pack_ids
 
 _NUM_OUTPUTS = 32  # output tokens of a row; torch uses another kernel to count up to 16
 
@@ -74,5 +74,5 @@ def _rows(count: int, model: ModelConfig) -> Iterator[SampleRow]:
     )
     token_ids = (0,) * (1 + _NUM_OUTPUTS)
     for number in range(count):
-        request = Request(id=f"warm-up {number}", prompt_ids=(0,), sampling=sampling)
+        request = Request(id=f"warm-up {number}", prompt=pack_ids((0,)), sampling=sampling)
         yield SampleRow(request, _NUM_OUTPUTS, model.eos_token_ids, token_ids)

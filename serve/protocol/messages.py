@@ -6,7 +6,7 @@ the others, its followers. Rank 0 also runs the HTTP server and the dispatcher.
 The life of a request, from prompt to last token (time runs down)::
 
     rank 0                prefill leader                decode leader
-      | Prefill ------------> |                              |
+      | Prefill ------------> |                              |  one for all choices of a prompt
       |                       | Offer ---------------------> |  the prompt has its blocks here
       |                       | <--------------------- Ready |  and there: the reservation begins
       | <------ Report(delta) |                              |  token 0
@@ -32,8 +32,9 @@ from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
-from serve.request import FinishReason, Request, Timeline
+from serve.request import FinishReason, Request, SamplingParams, Timeline
 
 
 class Message(Struct, frozen=True, tag=True, array_like=True, omit_defaults=True):
@@ -43,11 +44,45 @@ class Message(Struct, frozen=True, tag=True, array_like=True, omit_defaults=True
 # --- rank 0 -> replicas -----------------------------------------------------------------------
 
 
-class Prefill(Message, frozen=True):
-    """Prefill ``request``, then hand it over to ``decode_replica`` (its own id: decode it here)."""
+class Choice(Struct, frozen=True, array_like=True):
+    """What one answer to a prompt has of its own."""
 
-    request: Request
+    request_id: str
+    seed: int
     decode_replica: int
+
+
+class Prefill(Message, frozen=True):
+    """Prefill a prompt for each of ``choices``, then hand it over to the choice's decode replica.
+
+    The receiver's own id stands for decoding there. The choice's seed replaces that of
+    ``sampling``.
+    """
+
+    prompt: bytes  # see ``Request.prompt``
+    sampling: SamplingParams
+    choices: tuple[Choice, ...]
+
+    @classmethod
+    def of(cls, *placed: tuple[Request, int]) -> Prefill:
+        """Return the message for requests, each with its decode replica.
+
+        The requests differ in nothing but their id and seed.
+        """
+        first = placed[0][0]
+        choices = (Choice(request.id, request.sampling.seed, to) for request, to in placed)
+        return cls(first.prompt, first.sampling, tuple(choices))
+
+    @property
+    def requests(self) -> list[tuple[Request, int]]:
+        """Each request with its decode replica. All of them share the bytes of the prompt."""
+        return [
+            (self._request(choice.request_id, choice.seed), choice.decode_replica)
+            for choice in self.choices
+        ]
+
+    def _request(self, id: str, seed: int) -> Request:
+        return Request(id=id, prompt=self.prompt, sampling=replace(self.sampling, seed=seed))
 
 
 class Abort(Message, frozen=True):
@@ -190,7 +225,7 @@ class SampleRow(Struct, frozen=True, array_like=True):
     ``end_token_ids`` are the model's; like the stop tokens of the request, they must not be chosen
     before ``min_tokens``. ``token_ids`` has at least the prompt and the first ``output_index - 1``
     output tokens; the next one is the row's input, which the host may not know yet. It is the
-    sequence's own list, so it may grow during the step.
+    sequence's own, so it may grow during the step; a slice of it does not.
     """
 
     request: Request

@@ -22,7 +22,8 @@ the prompt and the model's window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from serve.model_config.kv_layout import num_blocks_for
@@ -36,8 +37,9 @@ from serve.protocol.messages import (
     Withdraw,
 )
 from serve.replica.block_pool import BlockPool
-from serve.replica.scheduler import SchedulerLimits
+from serve.replica.limits import SchedulerLimits
 from serve.replica.sequence import OUT_OF_WINDOW_BLOCK, Sequence
+from serve.replica.token_ids import TokenIds
 from serve.request import Request, Timeline
 
 
@@ -88,7 +90,7 @@ class IncomingTransfers:
         self._pool = pool
         self._limits = limits
         self._clock = clock
-        self._offers: dict[str, Offer] = {}  # oldest first
+        self._offers: OrderedDict[str, Offer] = OrderedDict()  # oldest first
         self._reservations: dict[str, Reservation] = {}
         self._pushes: dict[tuple[int, int], tuple[Reservation, Push]] = {}
 
@@ -96,6 +98,11 @@ class IncomingTransfers:
     def num_offered(self) -> int:
         """Offers without blocks."""
         return len(self._offers)
+
+    @property
+    def reservations(self) -> Collection[Reservation]:
+        """The reservations that have not ended."""
+        return self._reservations.values()
 
     @property
     def num_reserved(self) -> int:
@@ -106,18 +113,21 @@ class IncomingTransfers:
         """Queue an offer until blocks are reserved for it."""
         self._offers[offer.request.id] = offer
 
-    def reserve(self, fits: Callable[[int], bool], next_number: Callable[[], int]) -> list[Offer]:
-        """Reserve blocks for offers, oldest first, as long as ``fits(num_blocks)``.
+    def reserve(
+        self, fits: Callable[[Request, int], bool], next_number: Callable[[], int]
+    ) -> list[Offer]:
+        """Reserve blocks for offers, oldest first, as long as ``fits(request, num_blocks)``.
 
         Returns the offers to answer with Ready.
         """
         granted: list[Offer] = []
-        for offer in list(self._offers.values()):
-            length = len(offer.request.prompt_ids)
+        while self._offers:
+            offer = next(iter(self._offers.values()))
+            length = offer.request.num_prompt_tokens
             first = self._limits.num_out_of_window_blocks(length)
             # One position more than the prompt, so that the first decode step always has its block.
             needed = num_blocks_for(length + 1, self._limits.block_size) - first
-            if not fits(needed):
+            if not fits(offer.request, needed):
                 break
             del self._offers[offer.request.id]
             blocks = self._pool.allocate(needed)
@@ -184,9 +194,9 @@ class IncomingTransfers:
             request=reservation.request,
             number=reservation.number,
             decodes_here=True,
-            token_ids=[*reservation.request.prompt_ids, *handover.output_ids],
-            num_computed=len(reservation.request.prompt_ids),
-            num_scheduled=len(reservation.request.prompt_ids),
+            token_ids=TokenIds(reservation.request.prompt, handover.output_ids),
+            num_computed=reservation.request.num_prompt_tokens,
+            num_scheduled=reservation.request.num_prompt_tokens,
             block_table=[OUT_OF_WINDOW_BLOCK] * reservation.first_block + reservation.blocks,
             num_out_of_window_blocks=reservation.first_block,
             timeline=reservation.timeline,

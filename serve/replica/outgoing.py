@@ -6,6 +6,10 @@ The states of one prompt. Its sequence owns the blocks until they are freed::
        |                  |                                     ^
        +--- withdraw() ---+------ if a push is still unacked ---+
 
+A reserved prompt is in the queue of its link while it has blocks to push. It enters the queue when
+it becomes reserved, when a step has computed more of it, and at its handover. So the work of an
+event does not grow with the number of prompts that wait.
+
 A push is packed as soon as its ``Send`` entry is issued, on a stream of its own. In the order of
 the steps, a push of a busy replica would wait for whole prompts. So a block may be read until the
 push that carries it is acknowledged, and it is freed only then.
@@ -20,10 +24,12 @@ exactly these while the prompt is computed.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from serve.protocol.messages import NUM_STAGING_SLOTS, Handover, Offer, Push, Send, Withdraw
-from serve.replica.scheduler import SchedulerLimits
+from serve.replica.limits import SchedulerLimits
+from serve.replica.ordered_queue import OrderedQueue
 from serve.replica.sequence import Sequence
 
 
@@ -34,6 +40,7 @@ class OutgoingPrompt:
     sequence: Sequence
     decode_replica: int
     next_block: int  # index in the block table of the first block that is not pushed
+    number: int  # age of the offer
     ready: bool = False  # whether the decode replica has reserved blocks
     num_pushes: int = 0
     num_acknowledged: int = 0
@@ -52,7 +59,10 @@ class Link:
 
     next_number: int = 0
     unacknowledged: dict[int, OutgoingPrompt] = field(default_factory=dict)  # by push number
-    prompts: list[OutgoingPrompt] = field(default_factory=list)  # in the order of their offers
+    # With blocks to push, in the order of their offers.
+    pushable: OrderedQueue[OutgoingPrompt] = field(
+        default_factory=lambda: OrderedQueue(lambda prompt: prompt.number)
+    )
 
     @property
     def has_slot(self) -> bool:
@@ -92,6 +102,8 @@ class OutgoingTransfers:
         self._max_push_blocks = max_push_blocks
         self._links: dict[int, Link] = {}
         self._prompts: dict[str, OutgoingPrompt] = {}
+        self._numbers = itertools.count()
+        self._num_computed = 0  # prompts that wait only for their last push
         self._num_draining = 0  # closed, with a push that is not acknowledged
 
     def __len__(self) -> int:
@@ -104,21 +116,21 @@ class OutgoingTransfers:
     @property
     def num_sending(self) -> int:
         """Prompts that are computed but not sent to the end, and prompts that are draining."""
-        computed = sum(prompt.handover is not None for prompt in self._prompts.values())
-        return computed + self._num_draining
+        return self._num_computed + self._num_draining
 
     def offer(self, sequence: Sequence, decode_replica: int) -> Offer:
         """Return the offer of an admitted prompt, which requests blocks on the decode replica."""
         first_block = self._limits.num_out_of_window_blocks(sequence.num_prompt_tokens)
-        prompt = OutgoingPrompt(sequence, decode_replica, first_block)
-        self._prompts[sequence.id] = prompt
-        self._links.setdefault(decode_replica, Link()).prompts.append(prompt)
+        number = next(self._numbers)
+        self._prompts[sequence.id] = OutgoingPrompt(sequence, decode_replica, first_block, number)
+        self._links.setdefault(decode_replica, Link())
         return Offer(self._replica_id, sequence.request)
 
     def on_ready(self, request_id: str) -> None:
         """Note that the decode replica has reserved the blocks. Ignore unknown ids."""
         if prompt := self._prompts.get(request_id):
             prompt.ready = True
+            self._queue_if_pushable(prompt)
 
     def on_push_received(self, decode_replica: int, number: int) -> Sequence | None:
         """Free the staging slot of push ``number`` to ``decode_replica``.
@@ -134,7 +146,15 @@ class OutgoingTransfers:
 
     def hand_over(self, request_id: str, handover: Handover) -> None:
         """Allow the last push of a prompt: it is computed and token 0 is sampled."""
-        self._prompts[request_id].handover = handover
+        prompt = self._prompts[request_id]
+        prompt.handover = handover
+        self._num_computed += 1
+        self._queue_if_pushable(prompt)
+
+    def on_computed(self, request_id: str) -> None:
+        """Note that a step has computed more of a prompt. Ignore unknown ids."""
+        if prompt := self._prompts.get(request_id):
+            self._queue_if_pushable(prompt)
 
     def withdraw(self, request_id: str) -> Withdrawal | None:
         """End a transfer without a last push.
@@ -153,12 +173,17 @@ class OutgoingTransfers:
         """Return every push that can go now, in the order to announce and issue them."""
         plans: list[PushPlan] = []
         for decode_replica, link in self._links.items():
-            while link.has_slot:
-                prompt = next((p for p in link.prompts if self._num_pushable(p) > 0), None)
-                if prompt is None:
-                    break
+            while link.has_slot and link.pushable:
+                prompt = link.pushable.first
                 plans.append(self._push(decode_replica, link, prompt))
+                if self._num_pushable(prompt) <= 0:
+                    link.pushable.discard(prompt)
         return plans
+
+    def _queue_if_pushable(self, prompt: OutgoingPrompt) -> None:
+        queue = self._links[prompt.decode_replica].pushable
+        if prompt not in queue and self._num_pushable(prompt) > 0:
+            queue.add(prompt)
 
     def _num_pushable(self, prompt: OutgoingPrompt) -> int:
         """Return how many blocks the next push carries: computed, reserved and not yet pushed."""
@@ -191,5 +216,6 @@ class OutgoingTransfers:
     def _close(self, prompt: OutgoingPrompt) -> None:
         prompt.closed = True
         self._num_draining += prompt.is_being_read
+        self._num_computed -= prompt.handover is not None
         del self._prompts[prompt.sequence.id]
-        self._links[prompt.decode_replica].prompts.remove(prompt)
+        self._links[prompt.decode_replica].pushable.discard(prompt)

@@ -40,14 +40,16 @@ from serve.protocol.messages import (
 from serve.replica.active_request import ActiveRequest
 from serve.replica.block_pool import BlockPool
 from serve.replica.incoming import IncomingTransfers, ReceivedSequence
+from serve.replica.limits import SchedulerLimits
 from serve.replica.load import measure_load
 from serve.replica.outgoing import OutgoingTransfers
 from serve.replica.output_processor import OutputProcessor
 from serve.replica.queue_order import QUEUE_ORDERS
-from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
+from serve.replica.scheduler import Batch, Scheduler
 from serve.replica.sequence import Sequence
 from serve.replica.step import build_step
 from serve.replica.timeline import record_start
+from serve.replica.token_ids import TokenIds
 from serve.request import Request
 from serve.tokenizer.tokenizer import Tokenizer
 from serve.topology import FRONT_END_RANK
@@ -108,8 +110,9 @@ class Replica:
     def on_message(self, message: AnyMessage) -> Actions:
         """Handle a message of another rank."""
         match message:
-            case Prefill(request, decode_replica):
-                self._prefill(request, decode_replica)
+            case Prefill():
+                for request, decode_replica in message.requests:
+                    self._prefill(request, decode_replica)
             case Abort(request_id):
                 self._abort(request_id)
             case Offer():
@@ -146,6 +149,9 @@ class Replica:
         if self._in_flight:
             record_start(self._in_flight[0], self._clock())
         self._scheduler.update(batch)
+        for chunk in batch.chunks:
+            if not chunk.sequence.decodes_here:
+                self._outgoing.on_computed(chunk.sequence.id)
         sampled = [chunk.sequence for chunk in batch.chunks if chunk.sample]
         deltas: list[Delta] = []
         for sequence, token_id in zip(sampled, token_ids, strict=True):
@@ -197,7 +203,7 @@ class Replica:
             request=request,
             number=next(self._numbers),
             decodes_here=decode_replica == self._settings.replica_id,
-            token_ids=list(request.prompt_ids),
+            token_ids=TokenIds(request.prompt),
         )
         sequence.timeline.prefill_queued_s = self._clock()
         self._active[request.id] = self._outputs.start(sequence, decode_replica)
@@ -219,6 +225,8 @@ class Replica:
     def _take_token(self, active: ActiveRequest, token_id: int) -> Delta:
         processed = self._outputs.process(active, token_id)
         if processed.finished:
+            if active.sequence.decodes_here:
+                self._scheduler.room.on_ended(active.sequence.num_output_tokens)
             self._close(active)
         elif processed.handover is not None:
             self._scheduler.remove(active.sequence)
@@ -258,8 +266,8 @@ class Replica:
             if plan.last:
                 del self._active[plan.push.request_id]
 
-    def _can_reserve(self, num_blocks: int) -> bool:
-        return self._scheduler.can_reserve(num_blocks, num_reserved=self._incoming.num_reserved)
+    def _can_reserve(self, request: Request, num_blocks: int) -> bool:
+        return self._scheduler.can_reserve(request, num_blocks, self._incoming.reservations)
 
     def _send(self, replica_id: int, message: AnyMessage) -> None:
         self._actions.messages.append((self._settings.leader_of[replica_id], message))

@@ -22,36 +22,19 @@ cannot wait for each other in a circle.
 from __future__ import annotations
 
 import bisect
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from serve.model_config.kv_layout import num_blocks_for
 from serve.replica.block_pool import BlockPool
+from serve.replica.decode_room import DecodeRoom, Reserved
+from serve.replica.growth import Growth
+from serve.replica.limits import SchedulerLimits
+from serve.replica.ordered_queue import OrderedQueue
 from serve.replica.queue_order import FCFS, QueueOrder
-from serve.replica.sequence import Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """The limits of a step, and the shape of the KV cache as far as scheduling needs it.
-
-    ``window`` is the largest sliding window of the model's layers, in tokens: a token at position
-    ``p`` reads positions ``> p - window``. It is None if some layer has no window.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    enable_chunked_prefill: bool
-    block_size: int
-    window: int | None = None
-
-    def num_out_of_window_blocks(self, position: int) -> int:
-        """Count the leading blocks of a sequence that no token at ``position`` or later reads."""
-        if self.window is None:
-            return 0
-        # Always keep the token before, so that a prompt has at least one block to send to decode.
-        first_kept = position + 1 - max(self.window, 2)
-        return max(first_kept, 0) // self.block_size
+from serve.replica.sequence import Queue, Sequence
+from serve.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,53 +72,83 @@ class Scheduler:
     def __init__(
         self, pool: BlockPool, limits: SchedulerLimits, queue_order: QueueOrder = FCFS
     ) -> None:
-        self.waiting: deque[Sequence] = deque()  # sorted by ``queue_order``
-        self.received: deque[Sequence] = deque()
+        self.waiting = OrderedQueue(queue_order.key)
+        self.received: OrderedDict[Sequence, None] = OrderedDict()  # oldest first
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
+        self.room = DecodeRoom(pool, limits.block_size, limits.max_held_tokens)
         self._pool = pool
         self._limits = limits
-        self._queue_order = queue_order
+        self._num_decoding = 0  # running sequences that decode here
+        self._num_updates = 0
+        self._refused: tuple[str, int, int, int, int] | None = None  # see can_reserve
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV is to be computed here."""
-        bisect.insort(self.waiting, sequence, key=self._queue_order.key)
+        self.waiting.add(sequence)
+        sequence.queue = Queue.WAITING
 
     def add_received(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV was received into blocks that it owns."""
-        self.received.append(sequence)
+        self.received[sequence] = None
+        sequence.queue = Queue.RECEIVED
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of its queue. The caller is responsible for its blocks then.
 
         Raises ``ValueError`` if the sequence is in no queue.
         """
-        for queue in (self.running, self.waiting, self.received):
-            if sequence in queue:
-                queue.remove(sequence)
-                return
-        raise ValueError(f"sequence {sequence.id} is not scheduled here")
+        match sequence.queue:
+            case Queue.RUNNING:
+                del self.running[bisect.bisect_left(self.running, sequence.number, key=_number)]
+                self._num_decoding -= sequence.decodes_here
+            case Queue.WAITING:
+                self.waiting.remove(sequence)
+            case Queue.RECEIVED:
+                del self.received[sequence]
+            case None:
+                raise ValueError(f"sequence {sequence.id} is not scheduled here")
+        sequence.queue = None
 
     def holds(self, sequence: Sequence) -> bool:
         """Return whether the sequence is in one of the queues."""
-        return any(sequence in queue for queue in (self.running, self.waiting, self.received))
+        return sequence.queue is not None
 
     @property
     def num_growing(self) -> int:
         """Sequences that may need one more block at their next token."""
-        return sum(sequence.decodes_here for sequence in self.running) + len(self.received)
+        return self._num_decoding + len(self.received)
 
-    def can_reserve(self, num_blocks: int, *, num_reserved: int) -> bool:
+    def can_reserve(
+        self, request: Request, num_blocks: int, reserved: Collection[Reserved]
+    ) -> bool:
         """Return whether ``num_blocks`` may be reserved for an offer without causing preemption.
 
-        Waiting sequences come first, because they may have been preempted. One block stays free for
-        every sequence that may grow and for every one of the ``num_reserved`` reservations. If
-        there are none, the offer may take the whole pool.
+        Waiting sequences come first, because they may have been preempted. No more are taken than
+        can run and a few ahead. One block stays free for every sequence that may grow, arrived or
+        ``reserved``, and all are expected to fit. If there are none, it may take the whole pool.
         """
         if self.waiting:
             return False
-        num_kept_free = self.num_growing + num_reserved
-        return num_blocks + num_kept_free <= self._pool.num_free
+        num_growing = self.num_growing + len(reserved)
+        if num_blocks + num_growing > self._pool.num_free:
+            return False
+        if num_growing == 0:
+            return True
+        num_taken = len(self.running) + len(self.received) + len(reserved)
+        if num_taken >= self._limits.max_num_seqs + self._limits.num_ahead:
+            return False
+        # Many events change nothing here, and counting costs a microsecond for each sequence.
+        state = (request.id, self._pool.num_free, num_taken, len(self.running), self._num_updates)
+        if state == self._refused:
+            return False
+        growths, num_owned = self._growing()
+        for other in reserved:
+            growths.append(self.room.expect(other.request, other.number))
+            num_owned += len(other.blocks)
+        fits = self.room.fits([*growths, self.room.expect(request, 0)], num_owned)
+        self._refused = None if fits else state
+        return fits
 
     def schedule(self) -> Batch | None:
         """Plan the next step and allocate its blocks. Return None if nothing can run.
@@ -161,6 +174,7 @@ class Scheduler:
 
         The caller appends the sampled tokens to the sequences that have not ended.
         """
+        self._num_updates += 1
         for chunk in batch.chunks:
             sequence = chunk.sequence
             if chunk.num_preemptions == sequence.num_preemptions:
@@ -174,15 +188,17 @@ class Scheduler:
         # Steps in flight start at ``num_computed`` or later, so they do not read these blocks.
         count = self._limits.num_out_of_window_blocks(sequence.num_computed)
         # The blocks of a sequence that has ended are not the scheduler's to free.
-        if count > sequence.num_out_of_window_blocks and sequence in self.running:
+        if count > sequence.num_out_of_window_blocks and sequence.queue is Queue.RUNNING:
             self._pool.free(sequence.drop_out_of_window_blocks(count))
 
     def _start_received(self) -> None:
         while self.received and len(self.running) < self._limits.max_num_seqs:
-            self._add_running(self.received.popleft())
+            self._add_running(self.received.popitem(last=False)[0])
 
     def _add_running(self, sequence: Sequence) -> None:
-        bisect.insort(self.running, sequence, key=lambda other: other.number)
+        bisect.insort(self.running, sequence, key=_number)
+        self._num_decoding += sequence.decodes_here
+        sequence.queue = Queue.RUNNING
 
     def _schedule_decodes(self, preempted: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -201,7 +217,7 @@ class Scheduler:
         if sequence.num_tokens <= len(sequence.block_table) * self._limits.block_size:
             return True
         while self._pool.num_free == 0:
-            victim = self.received[-1] if self.received else self.running[-1]
+            victim = next(reversed(self.received)) if self.received else self.running[-1]
             self._preempt(victim)
             preempted.append(victim)
             if victim is sequence:
@@ -233,7 +249,7 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], budget: int) -> list[Sequence]:
         admitted: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._limits.max_num_seqs:
-            sequence = self.waiting[0]
+            sequence = self.waiting.first
             if sequence.num_pending:  # preempted while a step in flight samples its next token
                 break
             whole = not self._limits.enable_chunked_prefill
@@ -242,7 +258,7 @@ class Scheduler:
                 break
             if not self._fits(sequence):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             needed = num_blocks_for(len(sequence.token_ids), self._limits.block_size)
             sequence.block_table = self._pool.allocate(needed)
             self._add_running(sequence)
@@ -252,9 +268,27 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence) -> bool:
         needed = num_blocks_for(len(sequence.token_ids), self._limits.block_size)
-        return needed + self.num_growing <= self._pool.num_free or (
-            not self.running and needed <= self._pool.num_free
-        )
+        if not self.running:
+            return needed <= self._pool.num_free
+        if needed + self.num_growing > self._pool.num_free:
+            return False
+        if sequence.num_preemptions == 0:
+            return True
+        # Otherwise it would outgrow the pool once more.
+        growths, num_owned = self._growing()
+        return self.room.fits([*growths, self._expect(sequence)], num_owned)
+
+    def _growing(self) -> tuple[list[Growth], int]:
+        """Return how the sequences that decode here go on, and how many blocks they own."""
+        sequences = [one for one in self.running if one.decodes_here] + list(self.received)
+        return list(map(self._expect, sequences)), sum(one.num_owned_blocks for one in sequences)
+
+    def _expect(self, sequence: Sequence) -> Growth:
+        return self.room.expect(sequence.request, sequence.number, sequence.num_output_tokens)
+
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number
 
 
 def _schedule_tokens(sequence: Sequence, count: int) -> Chunk:

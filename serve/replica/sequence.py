@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
+from serve.replica.token_ids import TokenIds
 from serve.request import Request, Timeline
 
 # Placeholder in a block table for a block that is out of the window. It is never read or written.
 OUT_OF_WINDOW_BLOCK = 0
+
+
+class Queue(Enum):
+    """The queues of a scheduler."""
+
+    WAITING = "waiting"
+    RECEIVED = "received"
+    RUNNING = "running"
 
 
 @dataclass(eq=False, slots=True)
@@ -27,7 +37,7 @@ class Sequence:
     request: Request
     number: int
     decodes_here: bool
-    token_ids: list[int]
+    token_ids: TokenIds
     num_computed: int = 0
     num_scheduled: int = 0
     num_pending: int = 0
@@ -35,7 +45,12 @@ class Sequence:
     num_preemptions: int = 0
     block_table: list[int] = field(default_factory=list)
     num_out_of_window_blocks: int = 0
+    queue: Queue | None = None  # set by the scheduler that has the sequence
     timeline: Timeline = field(default_factory=Timeline)
+    num_prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = self.request.num_prompt_tokens
 
     @property
     def id(self) -> str:
@@ -43,19 +58,14 @@ class Sequence:
         return self.request.id
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_ids)
-
-    @property
     def num_tokens(self) -> int:
         """Length, including a token that is being sampled."""
-        return len(self.token_ids) + self.num_pending
+        return self.num_prompt_tokens + len(self.token_ids.output) + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:
         """Known output tokens, sampled on any replica."""
-        return len(self.token_ids) - len(self.request.prompt_ids)
+        return len(self.token_ids.output)
 
     @property
     def next_output_index(self) -> int:
@@ -65,7 +75,7 @@ class Sequence:
     @property
     def output_ids(self) -> tuple[int, ...]:
         """The known output tokens."""
-        return tuple(self.token_ids[self.num_prompt_tokens :])
+        return tuple(self.token_ids.output)
 
     @property
     def num_remaining(self) -> int:
@@ -90,6 +100,11 @@ class Sequence:
         self.block_table[self.num_out_of_window_blocks : count] = placeholders
         self.num_out_of_window_blocks += len(dropped)
         return dropped
+
+    @property
+    def num_owned_blocks(self) -> int:
+        """How many blocks the sequence owns."""
+        return len(self.block_table) - self.num_out_of_window_blocks
 
     def take_blocks(self) -> list[int]:
         """Return the owned blocks, which the caller owns then, and empty the table."""

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
+from serve.dispatch.admission import QueueLimits
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service
@@ -55,9 +56,10 @@ class FrontEnd:
         self._process = process
         self._replicas = process.topology.replicas
         self.metrics = Metrics(config.served_model_names[0])
-        dispatcher = Dispatcher(
-            self._replicas, config.dispatch_policy, config.max_waiting, time.monotonic
+        limits = QueueLimits(
+            config.max_waiting, config.max_waiting_tokens, config.max_waiting_share
         )
+        dispatcher = Dispatcher(self._replicas, config.dispatch_policy, limits, time.monotonic)
         self.service = Service(dispatcher, process.channel.send, self.metrics, time.monotonic)
         self.tokenizer: Tokenizer | None = None  # None when the server runs without
         self.num_blocks: dict[int, int] = {}  # KV blocks by id of the replicas that are ready

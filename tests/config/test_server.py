@@ -39,6 +39,7 @@ def test_defaults(model: Path) -> None:
     assert (config.block_size, config.num_blocks, config.max_model_len) == (None, None, None)
     assert config.kv_push_bytes == 256 * 2**20
     assert (config.max_waiting, config.drain_timeout_s, config.seed) == (4096, 25.0, 0)
+    assert (config.max_waiting_tokens, config.max_waiting_share) == (1 << 23, 0.9)
     assert config.chat_template is None
     assert config.dispatch_policy == "least-num-unfinished-tokens"
     assert config.dispatch_policy in POLICIES
@@ -102,6 +103,9 @@ def test_built_in_model_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--num-blocks 7", "num_blocks", 7),
         ("--max-model-len 128", "max_model_len", 128),
         ("--max-waiting 1", "max_waiting", 1),
+        ("--max-waiting-tokens 1", "max_waiting_tokens", 1),
+        ("--max-waiting-share 0.5", "max_waiting_share", 0.5),
+        ("--max-waiting-share 1", "max_waiting_share", 1.0),
         ("--kv-push-bytes 1000", "kv_push_bytes", 1000),
         ("--kv-push-bytes 64KiB", "kv_push_bytes", 64 * 2**10),
         ("--kv-push-bytes 256MiB", "kv_push_bytes", 256 * 2**20),
@@ -149,6 +153,9 @@ def test_accepted(model: Path, text: str, field: str, value: object) -> None:
         ("--num-blocks 0", "--num-blocks"),
         ("--max-model-len 129", "--max-model-len 129 exceeds the model's 128"),
         ("--max-waiting 0", "--max-waiting"),
+        ("--max-waiting-tokens 0", "--max-waiting-tokens"),
+        ("--max-waiting-share 0", "--max-waiting-share: 0 is not a fraction"),
+        ("--max-waiting-share 1.1", "fraction above 0 and at most 1"),
         ("--kv-push-bytes 0", "between 1 byte and"),
         ("--kv-push-bytes 256MB", "--kv-push-bytes: '256MB' is not a number of bytes"),
         ("--kv-push-bytes -5", "--kv-push-bytes"),

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
+from serve.dispatch.admission import QueueLimits, TooManyWaiting
+from serve.dispatch.dispatcher import Dispatcher, Outgoing
 from serve.dispatch.policies import POLICIES, DispatchPolicy, Placement
 from serve.dispatch.replica_state import ReplicaState
 from serve.protocol.messages import Abort, Delta, Prefill, ReplicaLoad, Report
-from serve.request import FinishReason, Request, SamplingParams, Timeline
+from serve.request import FinishReason, Request, SamplingParams, Timeline, pack_ids
 from serve.topology import ReplicaInfo, Role
 
 # Leaders are ranks 0 and 2.
@@ -36,7 +37,7 @@ class Clock:
 
 def make_request(id: str = "a", prompt: int = 5) -> Request:
     sampling = SamplingParams(max_tokens=8)
-    return Request(id=id, prompt_ids=tuple(range(prompt)), sampling=sampling)
+    return Request(id=id, prompt=pack_ids(range(prompt)), sampling=sampling)
 
 
 def make_dispatcher(
@@ -45,7 +46,7 @@ def make_dispatcher(
     clock: Clock | None = None,
 ) -> Dispatcher:
     policy = "least-num-unfinished-tokens"
-    return Dispatcher(replicas, policy, max_waiting, clock or Clock())
+    return Dispatcher(replicas, policy, QueueLimits(max_waiting, 1 << 20), clock or Clock())
 
 
 def report(replica_id: int, *deltas: Delta, **load: int) -> Report:
@@ -69,14 +70,16 @@ def counts(dispatcher: Dispatcher) -> list[tuple[int, int, int]]:
 def test_a_request_goes_to_the_prefill_leader_and_names_its_decode_replica() -> None:
     dispatcher = make_dispatcher()
     request = make_request()
-    assert dispatcher.dispatch([request]) == [Outgoing(PREFILL_LEADER, Prefill(request, DECODE))]
+    assert dispatcher.dispatch([request]) == [
+        Outgoing(PREFILL_LEADER, Prefill.of((request, DECODE)))
+    ]
     assert (dispatcher.num_active, dispatcher.num_waiting) == (1, 1)
 
 
 def test_a_colocated_request_stays_with_one_replica() -> None:
     dispatcher = make_dispatcher(COLOCATED)
     request = make_request()
-    assert dispatcher.dispatch([request]) == [Outgoing(0, Prefill(request, 0))]
+    assert dispatcher.dispatch([request]) == [Outgoing(0, Prefill.of((request, 0)))]
     assert counts(dispatcher) == [(5, 5, 1)]
     assert dispatcher.close("a") == [Outgoing(0, Abort("a"))]
     assert counts(dispatcher) == [(0, 0, 0)]
@@ -106,7 +109,7 @@ def test_a_registered_policy_chooses_and_gets_reports_and_ends(
 ) -> None:
     policy = RecordingPolicy()
     monkeypatch.setitem(POLICIES, "recording", lambda: policy)
-    dispatcher = Dispatcher(DISAGGREGATED, "recording", 8, Clock())
+    dispatcher = Dispatcher(DISAGGREGATED, "recording", QueueLimits(8, 1 << 20), Clock())
     dispatcher.dispatch([make_request("a"), make_request("b"), make_request("c")])
     dispatcher.on_report(report(PREFILL, delta(0, finish_reason=FinishReason.STOP)))
     dispatcher.close("b")
@@ -149,7 +152,8 @@ def test_too_many_are_refused_all_or_none() -> None:
     assert (dispatcher.num_active, dispatcher.num_waiting) == (2, 2)
     assert counts(dispatcher) == before
     dispatcher.on_report(report(PREFILL, delta(0)))  # one request fewer waits, none has ended
-    assert len(dispatcher.dispatch([make_request("c"), make_request("d")])) == 2
+    dispatcher.dispatch([make_request("c"), make_request("d")])
+    assert (dispatcher.num_active, dispatcher.num_waiting) == (4, 3)
 
 
 def test_an_abort_closes_a_request_and_goes_to_both_replicas_once() -> None:

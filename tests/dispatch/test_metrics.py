@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.output import Output
 from serve.protocol.messages import ReplicaLoad, Report
-from serve.request import FinishReason, Request, SamplingParams, Timeline
+from serve.request import FinishReason, Request, SamplingParams, Timeline, pack_ids
 
 HISTOGRAMS = (
     "e2e_request_latency_seconds", "time_to_first_token_seconds", "inter_token_latency_seconds",
@@ -63,7 +63,7 @@ def metrics() -> Metrics:
     sampling = SamplingParams(max_tokens=7)
     metrics.on_ready(0, 100, 16)
     metrics.on_call(2, 1)
-    metrics.on_accepted(Request(id="a", prompt_ids=(1, 2, 3, 4), sampling=sampling), 10.0)
+    metrics.on_accepted(Request(id="a", prompt=pack_ids((1, 2, 3, 4)), sampling=sampling), 10.0)
     metrics.on_output(output(0, 1), 10.5)
     metrics.on_output(output(1, 1), 10.6)
     timeline = Timeline(
@@ -145,7 +145,7 @@ def test_labelled_values_after_one_request(metrics: Metrics) -> None:
 
 def test_an_aborted_request_counts_once_and_is_forgotten(metrics: Metrics) -> None:
     sampling = SamplingParams(max_tokens=7)
-    metrics.on_accepted(Request(id="a", prompt_ids=(1,), sampling=sampling), 20.0)
+    metrics.on_accepted(Request(id="a", prompt=pack_ids((1,)), sampling=sampling), 20.0)
     metrics.on_output(output(0, 0, FinishReason.ABORT), 21.0)
     assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
     assert value(metrics, "vllm:time_to_first_token_seconds_count") == 1

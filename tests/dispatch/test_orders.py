@@ -10,11 +10,12 @@ from functools import partial
 
 import pytest
 
-from serve.dispatch.dispatcher import Dispatcher, Outgoing, TooManyWaiting
+from serve.dispatch.admission import QueueLimits, TooManyWaiting
+from serve.dispatch.dispatcher import Dispatcher, Outgoing
 from serve.dispatch.output import Output
 from serve.dispatch.policies import POLICIES
 from serve.protocol.messages import Abort, Delta, Prefill, ReplicaLoad, Report
-from serve.request import FinishReason, Request, SamplingParams, Timeline
+from serve.request import FinishReason, Request, SamplingParams, Timeline, pack_ids
 from serve.topology import ReplicaInfo, Role
 
 ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "M": Role.MIXED}
@@ -51,7 +52,7 @@ class Cluster:
         infos = [ReplicaInfo(i, ROLES[role], (i,), 1, 1) for i, role in enumerate(shape)]
         self.rng = random.Random(seed)
         self.now_s = 0.0
-        self.dispatcher = Dispatcher(infos, policy, MAX_WAITING, self.clock)
+        self.dispatcher = Dispatcher(infos, policy, QueueLimits(MAX_WAITING, 1 << 20), self.clock)
         self.peers = [Peer(info.id) for info in infos]
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[Output]] = {}
@@ -71,7 +72,7 @@ class Cluster:
         group = [
             Request(
                 id=f"r{len(self.requests) + i}",
-                prompt_ids=tuple(range(self.rng.randint(1, 20))),
+                prompt=pack_ids(range(self.rng.randint(1, 20))),
                 sampling=SamplingParams(max_tokens=self.rng.choice([1, 1, 2, 3, 8])),
             )
             for i in range(self.rng.randint(1, 3))
@@ -102,8 +103,8 @@ class Cluster:
         if isinstance(message, Abort):
             peer.jobs.pop(message.request_id, None)
         else:
-            request = message.request
-            peer.jobs[request.id] = Job(request, message.decode_replica)
+            for request, decode_replica in message.requests:
+                peer.jobs[request.id] = Job(request, decode_replica)
 
     def take_over(self, peer: Peer) -> None:
         job = peer.handed.popleft()

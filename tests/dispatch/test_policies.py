@@ -10,7 +10,7 @@ import pytest
 
 from serve.dispatch.policies import POLICIES, DispatchPolicy, Placement
 from serve.dispatch.replica_state import ReplicaState
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.topology import ReplicaInfo, Role
 
 ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "M": Role.MIXED}
@@ -27,7 +27,7 @@ def make_states(shape: str, tokens: Sequence[tuple[int, int]] = ()) -> list[Repl
 
 def choose(policy: DispatchPolicy, states: Sequence[ReplicaState], prompt: int = 4) -> Placement:
     sampling = SamplingParams(max_tokens=8)
-    request = Request(id="r", prompt_ids=tuple(range(prompt)), sampling=sampling)
+    request = Request(id="r", prompt=pack_ids(range(prompt)), sampling=sampling)
     return policy.choose(request, states)
 
 

@@ -9,12 +9,14 @@ import pytest
 
 from serve.dispatch.service import Output, Overloaded, Stream, Unavailable, read_all
 from serve.protocol.messages import Delta
-from serve.request import FinishReason, Request, SamplingParams
+from serve.request import FinishReason, Request, SamplingParams, pack_ids
 from tests.support.fake_service import FIRST_ID, FakeCluster, make_delta, texts
 
 
 def make_request(id: str, max_tokens: int = 4) -> Request:
-    return Request(id=id, prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=max_tokens))
+    return Request(
+        id=id, prompt=pack_ids((1, 2, 3)), sampling=SamplingParams(max_tokens=max_tokens)
+    )
 
 
 def make_output(index: int, count: int = 1, reason: FinishReason | None = None) -> Output:

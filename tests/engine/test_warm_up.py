@@ -19,7 +19,7 @@ from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
 from serve.protocol.messages import SampleRow, Step, StepSequence
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from tests.support.families import VARIANTS, write_variant
 
 
@@ -47,7 +47,7 @@ def test_every_product_of_a_model_is_found(variant: str, tmp_path: Path) -> None
     model = build_model(config, tp, torch.float32, "cpu")
     load_weights(model, str(tmp_path), "auto", 0)
     runner = Runner(model, KVCache(config.kv_layout(16, 4, 1, 0), 2, torch.float32, "cpu"), tp, 2)
-    request = Request(id="r", prompt_ids=(0,), sampling=SamplingParams(max_tokens=1))
+    request = Request(id="r", prompt=pack_ids((0,)), sampling=SamplingParams(max_tokens=1))
     sequences = tuple(StepSequence(0, (1, 2, 3), (block,), True) for block in range(2))
     with Issued() as issued, Products() as products:
         runner.run(Step(sequences, (SampleRow(request, 0),) * 2))

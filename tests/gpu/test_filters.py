@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serve.protocol.messages import SampleRow
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling.placed_rows import PlacedRows
 from serve.sampling.sampler import apply_filters, sample
 from serve.sampling.slots import SamplingSlots
@@ -41,7 +41,7 @@ _numbers = itertools.count()
 
 def make_row(**sampling: Any) -> SampleRow:
     params = SamplingParams(max_tokens=1, **sampling)
-    return SampleRow(Request(id=str(next(_numbers)), prompt_ids=(0,), sampling=params), 0)
+    return SampleRow(Request(id=str(next(_numbers)), prompt=pack_ids((0,)), sampling=params), 0)
 
 
 def place(rows: list[SampleRow]) -> PlacedRows:
@@ -207,7 +207,7 @@ def test_tokens_are_those_of_the_reference(
             min_tokens=rng.choice([0, 10, 11]),
         )
         ids = tuple(rng.randrange(vocab_size) for _ in range(20))
-        request = Request(id=str(index), prompt_ids=ids[:11], sampling=sampling)
+        request = Request(id=str(index), prompt=pack_ids(ids[:11]), sampling=sampling)
         rows.append(SampleRow(request, 10, (5, 6), ids))
     logits = (torch.randn(len(rows), vocab_size) * 3).to(dtype)
     input_ids = torch.randint(vocab_size, (len(rows),))

@@ -15,7 +15,7 @@ from serve.model.forward_batch import AttentionMetadata, DecodeSplits, build_for
 from serve.model.kernels import ops
 from serve.model.kernels.head_norms import HeadNorms
 from serve.protocol.messages import SampleRow, Step, StepSequence
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling.sampler import sample
 from serve.sampling.slots import SamplingSlots
 
@@ -352,7 +352,7 @@ def test_plain_rows_are_sampled_as_the_reference_does(
         SampleRow(
             Request(
                 id=str(output_index),
-                prompt_ids=(1,),
+                prompt=pack_ids((1,)),
                 sampling=SamplingParams(
                     max_tokens=1, temperature=temperature, seed=seeded.randrange(-(2**63), 2**63)
                 ),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from serve.protocol.messages import AnyMessage, Offer, Prefill, Push, Ready, Report
-from serve.request import FinishReason, Request, SamplingParams
+from serve.request import FinishReason, Request, SamplingParams, pack_ids
 from tests.support.simulation import Cluster, random_request
 
 VICTIM = "victim"
@@ -48,7 +48,9 @@ STAGES: dict[str, Callable[[Seen], bool]] = {
 
 def belongs(message: AnyMessage) -> bool:
     match message:
-        case Prefill(request, _) | Offer(_, request):
+        case Prefill():
+            return any(choice.request_id == VICTIM for choice in message.choices)
+        case Offer(_, request):
             return request.id == VICTIM
         case Ready(request_id):
             return request_id == VICTIM
@@ -94,7 +96,7 @@ def test_abort(stage: str, first: str, seed: int) -> None:
     others = [random_request(rng, i, max_total=40) for i in range(6)]
     victim = Request(
         id=VICTIM,
-        prompt_ids=tuple(rng.randrange(1000) for _ in range(30)),
+        prompt=pack_ids(rng.randrange(1000) for _ in range(30)),
         sampling=SamplingParams(max_tokens=20, ignore_eos=True),
     )
     for request in [*others[:3], victim, *others[3:]]:

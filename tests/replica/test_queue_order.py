@@ -8,23 +8,25 @@ import pytest
 
 from serve.protocol.messages import Prefill
 from serve.replica.block_pool import BlockPool
+from serve.replica.limits import SchedulerLimits
 from serve.replica.queue_order import QUEUE_ORDERS, QueueOrder
 from serve.replica.replica import Replica, ReplicaSettings
-from serve.replica.scheduler import Scheduler, SchedulerLimits
+from serve.replica.scheduler import Scheduler
 from serve.replica.sequence import Sequence
-from serve.request import Request, SamplingParams
+from serve.replica.token_ids import TokenIds
+from serve.request import Request, SamplingParams, pack_ids
 
 LENGTHS = (9, 3, 7, 1, 5)
 
 
 def make_request(number: int, length: int) -> Request:
     sampling = SamplingParams(max_tokens=1)
-    return Request(id=f"s{number}", prompt_ids=tuple(range(length)), sampling=sampling)
+    return Request(id=f"s{number}", prompt=pack_ids(range(length)), sampling=sampling)
 
 
 def make_sequence(number: int, length: int = 4) -> Sequence:
     request = make_request(number, length)
-    return Sequence(request, number, True, list(request.prompt_ids))
+    return Sequence(request, number, True, TokenIds(request.prompt))
 
 
 BY_LENGTH = QueueOrder("the shortest first", lambda sequence: (sequence.num_prompt_tokens,))
@@ -66,7 +68,7 @@ def test_a_replica_uses_the_order_registered_under_its_policy(
     settings = ReplicaSettings(0, (0,), 16, limits, 2, (), schedule_policy=policy)
     replica = Replica(settings, None, lambda: 0.0)
     for number, length in enumerate(LENGTHS):
-        replica.on_message(Prefill(make_request(number, length), 0))
+        replica.on_message(Prefill.of((make_request(number, length), 0)))
     admitted = []
     while (step := replica.next_step()) is not None:
         admitted += [len(sequence.token_ids) for sequence in step.sequences]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from serve.replica.growth import OutputLengths
 from tests.support.simulation import storm
 
 SHAPES = [(0, 1), (0, 2), (1, 1), (2, 1), (1, 2), (2, 2), (3, 2)]
@@ -30,6 +31,14 @@ def test_whole_prompts(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pools_that_hold_one_context_only(shape: tuple[int, int]) -> None:
+    storm(5, shape, abort_rate=0.005, num_blocks=15)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_answers_that_outgrow_what_is_expected(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OutputLengths, "expect", lambda self, num_tokens, *others: num_tokens)
     cluster = storm(5, shape, abort_rate=0.005, num_blocks=15)
     assert cluster.max_preemptions > 0
 

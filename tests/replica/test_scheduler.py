@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.replica.block_pool import BlockPool
-from serve.replica.scheduler import Batch, Scheduler, SchedulerLimits
+from serve.replica.limits import SchedulerLimits
+from serve.replica.scheduler import Batch, Scheduler
 from serve.replica.sequence import Sequence
-from serve.request import Request, SamplingParams
+from serve.replica.token_ids import TokenIds
+from serve.request import Request, SamplingParams, pack_ids
 
 
 def make_sequence(number: int, prompt: int, output: int, decodes_here: bool = True) -> Sequence:
     request = Request(
         id=f"s{number}",
-        prompt_ids=tuple(range(prompt)),
+        prompt=pack_ids(range(prompt)),
         sampling=SamplingParams(max_tokens=output),
     )
-    return Sequence(request, number, decodes_here, list(request.prompt_ids))
+    return Sequence(request, number, decodes_here, TokenIds(request.prompt))
 
 
 def finish_step(scheduler: Scheduler, pool: BlockPool, batch: Batch) -> list[Sequence]:
@@ -135,13 +138,47 @@ def test_decodes_go_on_beside_a_long_prompt() -> None:
     assert short.num_output_tokens == 1 + -(-60 // 7)
 
 
+@dataclass
+class Arriving:
+    """A reservation, as the scheduler sees it."""
+
+    request: Request
+    blocks: list[int]
+    number: int = 2
+
+
 def test_a_reservation_leaves_the_blocks_that_running_sequences_may_need() -> None:
     pool = BlockPool(4)
     scheduler = Scheduler(pool, SchedulerLimits(8, 64, True, block_size=4))
-    assert scheduler.can_reserve(4, num_reserved=0), "an offer may take the whole idle pool"
-    scheduler.add(make_sequence(0, 4, 9))
-    assert not scheduler.can_reserve(1, num_reserved=0), "waiting sequences come first"
+    offered = make_sequence(1, 3, 1).request
+    assert scheduler.can_reserve(offered, 4, []), "an offer may take the whole idle pool"
+    scheduler.add(make_sequence(0, 4, 2))
+    assert not scheduler.can_reserve(offered, 1, []), "waiting sequences come first"
     scheduler.schedule()
-    assert scheduler.can_reserve(2, num_reserved=0)
-    assert not scheduler.can_reserve(3, num_reserved=0)
-    assert not scheduler.can_reserve(2, num_reserved=1)
+    assert scheduler.can_reserve(offered, 2, [])
+    assert not scheduler.can_reserve(offered, 3, [])
+    assert not scheduler.can_reserve(offered, 2, [Arriving(offered, [])])
+
+
+def test_a_reservation_leaves_the_blocks_that_answers_are_expected_to_take() -> None:
+    pool = BlockPool(8)
+    scheduler = Scheduler(pool, SchedulerLimits(8, 64, True, block_size=4))
+    scheduler.add(make_sequence(0, 4, 20))  # 6 blocks at its end
+    scheduler.schedule()
+    assert pool.num_free == 7
+    assert scheduler.can_reserve(make_sequence(1, 4, 1).request, 2, [])
+    assert not scheduler.can_reserve(make_sequence(1, 4, 12).request, 2, [])
+    arriving = [Arriving(make_sequence(2, 4, 12).request, pool.allocate(1))]
+    assert not scheduler.can_reserve(make_sequence(1, 4, 1).request, 2, arriving)
+
+
+@pytest.mark.parametrize(("max_num_seqs", "num_ahead"), [(1, 1), (8, 1), (32, 4), (256, 32)])
+def test_no_more_is_reserved_than_can_run_and_a_few_ahead(
+    max_num_seqs: int, num_ahead: int
+) -> None:
+    scheduler = Scheduler(BlockPool(10_000), SchedulerLimits(max_num_seqs, 64, True, block_size=4))
+    request = make_sequence(0, 3, 1).request
+    reserved: list[Arriving] = []
+    while scheduler.can_reserve(request, 1, reserved):
+        reserved.append(Arriving(request, [0]))
+    assert len(reserved) == max_num_seqs + num_ahead

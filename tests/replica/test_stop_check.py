@@ -12,7 +12,8 @@ from serve.protocol.messages import Delta
 from serve.replica.output_processor import OutputProcessor
 from serve.replica.sequence import Sequence
 from serve.replica.stop_check import find_eos_token_ids
-from serve.request import FinishReason, Request, SamplingParams
+from serve.replica.token_ids import TokenIds
+from serve.request import FinishReason, Request, SamplingParams, pack_ids
 from tests.support.checkpoints import write_llama_checkpoint
 from tests.tokenizer.test_tokenizer import smollm2
 
@@ -27,9 +28,11 @@ def _run(
     tokenizer = smollm2()
     output_ids = [*tokenizer.encode(text), *after]
     params = SamplingParams(**({"max_tokens": len(output_ids)} | sampling))
-    request = Request(id="r", prompt_ids=(5, 6), sampling=params)
+    request = Request(id="r", prompt=pack_ids((5, 6)), sampling=params)
     processor = OutputProcessor(tokenizer, eos, lambda: 0.0)
-    sequence = Sequence(request, number=0, decodes_here=move_after == 0, token_ids=[5, 6])
+    sequence = Sequence(
+        request, number=0, decodes_here=move_after == 0, token_ids=TokenIds(request.prompt)
+    )
     active = processor.start(sequence, decode_replica=0)
     shown = ""
     for count, token_id in enumerate(output_ids, 1):

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from serve.protocol.messages import AnyMessage, Offer, Push
 from serve.replica.block_pool import BlockPool
-from serve.replica.scheduler import Batch, Chunk, Scheduler, SchedulerLimits
+from serve.replica.growth import OutputLengths
+from serve.replica.limits import SchedulerLimits
+from serve.replica.scheduler import Batch, Chunk, Scheduler
 from serve.replica.sequence import OUT_OF_WINDOW_BLOCK, Sequence
-from serve.request import Request, SamplingParams
+from serve.replica.token_ids import TokenIds
+from serve.request import Request, SamplingParams, pack_ids
 from tests.support.simulation import Cluster, storm
 
 BLOCK_SIZE = 4
@@ -28,12 +31,12 @@ def make_limits(
 
 def make_request(prompt: int, output: int, number: int = 0) -> Request:
     sampling = SamplingParams(max_tokens=output, ignore_eos=True)
-    return Request(id=f"s{number}", prompt_ids=tuple(range(prompt)), sampling=sampling)
+    return Request(id=f"s{number}", prompt=pack_ids(range(prompt)), sampling=sampling)
 
 
 def make_sequence(prompt: int, output: int, number: int = 0) -> Sequence:
     request = make_request(prompt, output, number)
-    return Sequence(request, number, True, list(request.prompt_ids))
+    return Sequence(request, number, True, TokenIds(request.prompt))
 
 
 # --- which blocks -----------------------------------------------------------------------------
@@ -253,7 +256,8 @@ def test_pools_that_hold_one_context_only(shape: tuple[int, int], window: int) -
     storm(5, shape, abort_rate=0.005, window=window, num_blocks=15, max_push_blocks=1)
 
 
-def test_preemption_happens_in_a_tight_windowed_pool() -> None:
+def test_preemption_happens_in_a_tight_windowed_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OutputLengths, "expect", lambda self, num_tokens, *others: num_tokens)
     cluster = storm(5, (1, 1), abort_rate=0.0, window=33, num_blocks=15)
     assert cluster.max_preemptions > 0
 

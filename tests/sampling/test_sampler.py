@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serve.protocol.messages import SampleRow
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling import sampler
 from serve.sampling.slots import SamplingSlots
 
@@ -51,7 +51,7 @@ def _row(
     index = index or len(output_ids)
     min_tokens = index + 1 if banned_ids else 0
     params = SamplingParams(max_tokens=10**6, min_tokens=min_tokens, **sampling)
-    request = Request(id=f"r{next(_numbers)}", prompt_ids=prompt_ids, sampling=params)
+    request = Request(id=f"r{next(_numbers)}", prompt=pack_ids(prompt_ids), sampling=params)
     return SampleRow(request, index, banned_ids, [*prompt_ids, *output_ids])
 
 

@@ -19,7 +19,8 @@ from serve.protocol.messages import SampleRow
 from serve.replica.scheduler import Batch, Chunk
 from serve.replica.sequence import Sequence
 from serve.replica.step import build_step
-from serve.request import Request, SamplingParams
+from serve.replica.token_ids import TokenIds
+from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling import token_rules
 from serve.sampling.sampler import sample
 from serve.sampling.slots import SamplingSlots
@@ -39,7 +40,7 @@ def rng() -> random.Random:
 
 def _request(name: object, **sampling: Any) -> Request:
     params = SamplingParams(max_tokens=10**6, **sampling)
-    return Request(id=str(name), prompt_ids=(3, 4, 5), sampling=params)
+    return Request(id=str(name), prompt=pack_ids((3, 4, 5)), sampling=params)
 
 
 def _random_request(rng: random.Random, name: object) -> Request:
@@ -213,7 +214,12 @@ def _steady_step(num_rows: int, prompt_length: int, **sampling: Any) -> Callable
     prompt = tuple(range(3, 3 + prompt_length))
     params = [SamplingParams(max_tokens=10**6, seed=i, **sampling) for i in range(num_rows)]
     sequences = [
-        Sequence(Request(id=str(i), prompt_ids=prompt, sampling=one), i, True, [*prompt])
+        Sequence(
+            Request(id=str(i), prompt=pack_ids(prompt), sampling=one),
+            i,
+            True,
+            TokenIds(pack_ids(prompt)),
+        )
         for i, one in enumerate(params)
     ]
     slots = SamplingSlots(num_rows, CPU)

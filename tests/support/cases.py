@@ -20,7 +20,7 @@ from serve.dispatch.service import Service, Stream
 from serve.engine.loading import find_routes
 from serve.engine.rank_setup import RankSetup
 from serve.protocol.messages import AnyMessage, ReplicaLoad, Report
-from serve.request import FinishReason, Request, SamplingParams
+from serve.request import FinishReason, Request, SamplingParams, pack_ids
 from serve.runtime.rank import RankProcess
 from serve.runtime.server import work_until_dismissed
 from serve.runtime.startup import serving_front_end
@@ -100,7 +100,7 @@ async def _run_clients(process: RankProcess, jobs: list[Job], results: list[Case
         await front_end.get_ready()
         service = front_end.service
         requests = [
-            Request(id=f"job-{i}", prompt_ids=job.prompt_ids, sampling=job.sampling)
+            Request(id=f"job-{i}", prompt=pack_ids(job.prompt_ids), sampling=job.sampling)
             for i, job in enumerate(jobs)
         ]
         streams = service.submit(requests)

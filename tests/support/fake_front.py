@@ -68,6 +68,8 @@ class FakeService:
         self.ready, self.draining = True, False
         self.max_model_len = max_model_len
         self.max_active = self.max_waiting = 1000
+        self.max_waiting_tokens = 1 << 23
+        self.clients: list[str] = []  # of each call
         self.auto = auto
         self.active: dict[str, Stream] = {}
         self.requests: list[Request] = []  # all that were submitted
@@ -75,8 +77,9 @@ class FakeService:
         self.aborted: asyncio.Queue[str] = asyncio.Queue()  # only those that were active
         self._texts: dict[str, Detokenizer] = {}
 
-    def submit(self, requests: Sequence[Request]) -> list[Stream]:
+    def submit(self, requests: Sequence[Request], client: str = "") -> list[Stream]:
         self.check_open()
+        self.clients.append(client)
         if len(self.active) + len(requests) > self.max_active:
             raise Overloaded("too many wait", 2.5)
         streams = [self._open(request) for request in requests]

@@ -19,6 +19,7 @@ from aiohttp import web
 from serve.api.app import create_app, run_app_on
 from serve.api.settings import ApiSettings
 from serve.config.model_source import default_model
+from serve.dispatch.admission import QueueLimits
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service
@@ -67,6 +68,8 @@ class FakeCluster:
         num_prefill: int = 1,
         num_decode: int = 1,
         max_waiting: int = 4096,
+        max_waiting_tokens: int = 1 << 23,
+        max_waiting_share: float = 1.0,
         ready: bool = True,
         api_key: str | None = None,
         max_body_bytes: int = 1 << 20,
@@ -74,9 +77,8 @@ class FakeCluster:
         specs = [ReplicaSpec(1)] * (num_prefill + num_decode)
         self.topology = build_topology(specs, num_prefill, mixed=False)
         self.metrics = Metrics(MODEL)
-        self.dispatcher = Dispatcher(
-            self.topology.replicas, "round-robin", max_waiting, time.monotonic
-        )
+        limits = QueueLimits(max_waiting, max_waiting_tokens, max_waiting_share)
+        self.dispatcher = Dispatcher(self.topology.replicas, "round-robin", limits, time.monotonic)
         self.service = Service(self.dispatcher, self.send, self.metrics, time.monotonic)
         settings = ApiSettings(
             served_model_names=(MODEL, ALIAS),
@@ -101,10 +103,12 @@ class FakeCluster:
     def send(self, rank: int, message: AnyMessage) -> None:
         """Take a message that rank 0 would send on the control channel."""
         match message:
-            case Prefill(request, decode_replica):
-                self.seen.append(request)
-                self.active[request.id] = Progress(request, decode_replica, end_at=self.stop_at)
-                self._start(self.active[request.id], rank)
+            case Prefill():
+                for request, decode_replica in message.requests:
+                    self.seen.append(request)
+                    progress = Progress(request, decode_replica, end_at=self.stop_at)
+                    self.active[request.id] = progress
+                    self._start(progress, rank)
             case Abort(request_id):
                 if self.active.pop(request_id, None) is not None:
                     self.aborted.append(request_id)

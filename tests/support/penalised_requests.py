@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from serve.protocol.messages import SampleRow
-from serve.request import Request, SamplingParams
+from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling.slots import SamplingSlots
 
 
@@ -51,7 +51,7 @@ def random_case(rng: random.Random, number: int, vocab_size: int) -> Case:
         frequency_penalty=rng.choice([0.0, -0.4]),
         repetition_penalty=rng.choice([1.0, 1.3, 0.8]),
     )
-    request = Request(id=str(number), prompt_ids=prompt, sampling=sampling)
+    request = Request(id=str(number), prompt=pack_ids(prompt), sampling=sampling)
     return Case(request, [*prompt, *rng.choices(prompt, k=rng.choice([0, 0, 1, 5]))])
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from serve.protocol.messages import NUM_STAGING_SLOTS, Abort, AnyMessage, Delta, Prefill, Report
+from serve.replica.limits import SchedulerLimits
 from serve.replica.replica import Actions, Replica, ReplicaSettings
-from serve.replica.scheduler import SchedulerLimits
-from serve.request import FinishReason, Request, SamplingParams
+from serve.request import FinishReason, Request, SamplingParams, pack_ids
 from tests.support.fake_gpu import EOS, VOCAB_SIZE, FakeModel, FakeReplica, Wires
 
 
@@ -79,7 +79,7 @@ class Cluster:
         self.places[request.id] = (prefill, decode)
         self.answers[request.id] = {}
         self.endings[request.id] = []
-        self._post(0, prefill + 1, Prefill(request, decode))
+        self._post(0, prefill + 1, Prefill.of((request, decode)))
 
     def abort(self, request_id: str) -> None:
         if self.endings[request_id]:
@@ -209,7 +209,7 @@ def random_request(rng: random.Random, number: int, max_total: int) -> Request:
     length = rng.randint(1, max_total - 1)
     return Request(
         id=f"r{number}",
-        prompt_ids=tuple(rng.randrange(VOCAB_SIZE) for _ in range(length)),
+        prompt=pack_ids(rng.randrange(VOCAB_SIZE) for _ in range(length)),
         sampling=SamplingParams(
             max_tokens=rng.randint(1, max_total - length),
             ignore_eos=rng.random() < 0.5,
