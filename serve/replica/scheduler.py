@@ -138,7 +138,7 @@ class Scheduler:
         num_taken = len(self.running) + len(self.received) + len(reserved)
         if num_taken >= self._limits.max_num_seqs + self._limits.num_ahead:
             return False
-        # Many events change nothing here, and counting costs a microsecond for each sequence.
+        # Most events change nothing here, and counting takes a while.
         state = (request.id, self._pool.num_free, num_taken, len(self.running), self._num_updates)
         if state == self._refused:
             return False
@@ -274,8 +274,7 @@ class Scheduler:
             return False
         if sequence.num_preemptions == 0:
             return True
-        # Otherwise it would outgrow the pool once more.
-        growths, num_owned = self._growing()
+        growths, num_owned = self._growing()  # or it would outgrow the pool once more
         return self.room.fits([*growths, self._expect(sequence)], num_owned)
 
     def _growing(self) -> tuple[list[Growth], int]:
