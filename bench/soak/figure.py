@@ -46,7 +46,10 @@ def draw(samples: Sequence[Sample], phases: Sequence[Phase], title: str, path: P
                 axes.axvspan(
                     phase.start_s, phase.end_s, color=_FLOOD_COLOUR, alpha=0.15, linewidth=0
                 )
-        probe.set(xlabel="time since the start of the run [s]; floods are shaded", xlim=(0, None))
+        probe.set(
+            xlabel="time since the start of the run [s]; floods are shaded",
+            xlim=(0, samples[-1].time_s),
+        )
         names = [f"rank {rank}, replica {roles.get(rank, '')}".rstrip() for rank in ranks]
         if names:
             add_legend(figure, names, [curve_style(index) for index in range(len(names))])

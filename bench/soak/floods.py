@@ -7,15 +7,16 @@ come from an address of their own where the server is on this host.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import socket
+import struct
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from bench.soak.answers import Answer, Checker, WrongAnswer
 from bench.soak.client import Refused, Target, check_status, read_error
@@ -24,11 +25,11 @@ from bench.soak.tally import Tally
 from bench.soak.traffic import FAILURES
 
 FLOOD_STALL_S = 120.0
-_HOLD_S = 3.0  # how long idle connections are held
 _FEW_TOKENS = 3
 _COPIES = 3  # of each large body
 _SLOW_CHOICES, _SLOW_TOKENS = 16, 200  # answers of about a megabyte, beyond any socket's buffer
 _BURST_N = 4
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close() resets the connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Flooder:
     body_bytes: int
     num_half_open: int
     num_slow: int
+    hold_s: float  # how long idle connections are held
 
     async def run(self, tally: Tally, rng: random.Random) -> None:
         """Send every flood once, in random order."""
@@ -65,7 +67,7 @@ async def _large_bodies(flooder: Flooder, outcomes: Counter[str], rng: random.Ra
         (CHAT, {"messages": [{"role": "user", "content": long_text}], "max_tokens": 1}),
         ("/tokenize", {"prompt": long_text}),
     ]
-    encoded = [(path, json.dumps(body).encode()) for path, body in bodies] * _COPIES
+    encoded = [(path, msgspec.json.encode(body)) for path, body in bodies] * _COPIES
     async with flooder.target.session(flood=True) as session:
         await asyncio.gather(
             *(_outcome(outcomes, _post_large(session, path, body)) for path, body in encoded)
@@ -98,7 +100,7 @@ async def _slow_readers(flooder: Flooder, outcomes: Counter[str], rng: random.Ra
     requests = []
     for _ in range(flooder.num_slow):
         body = greedy(rng, _SLOW_TOKENS, _SLOW_CHOICES) | {"stream": True}
-        data = json.dumps(body).encode()
+        data = msgspec.json.encode(body)
         requests.append(flooder.target.head(COMPLETIONS, len(data)) + data)
     await _hold(flooder, outcomes, requests)
 
@@ -113,7 +115,7 @@ async def _hold(flooder: Flooder, outcomes: Counter[str], requests: list[bytes])
             sockets.append(one)
             one.setblocking(False)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             if (address := flooder.target.flood_address) is not None:
                 one.bind(address)
             try:
@@ -122,7 +124,7 @@ async def _hold(flooder: Flooder, outcomes: Counter[str], requests: list[bytes])
                 outcomes["held"] += 1
             except OSError:
                 outcomes["not taken"] += 1
-        await asyncio.sleep(_HOLD_S)
+        await asyncio.sleep(flooder.hold_s)
     finally:
         for one in sockets:
             one.close()

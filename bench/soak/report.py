@@ -68,6 +68,8 @@ class Report:
                     f"threads {old.num_threads} and {new.num_threads}",
                 )
             )
+        if not before.ranks:
+            rows.append(("ranks", "not sampled, because their processes are not known"))
         for name, sample in (("before", before), ("after", after)):
             free = [f"{one['num_free_blocks']} of {one['num_blocks']}" for one in sample.replicas]
             rows.append((f"free blocks {name}", ", ".join(free)))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -30,7 +29,13 @@ from bench.soak.report import Report, read_metrics
 from bench.soak.server import MAX_WAITING, log_path, soak_job
 from bench.soak.tally import Tally
 from bench.soak.traffic import Traffic
-from bench.soak.verdict import find_leaks, find_log_errors, find_missing, measure_growth
+from bench.soak.verdict import (
+    find_growth,
+    find_leaks,
+    find_log_errors,
+    find_missing,
+    measure_growth,
+)
 
 REST_S = 60.0
 _REST_INTERVAL_S = 0.5
@@ -49,7 +54,9 @@ class Options:
     body_bytes: int = 3 << 20
     half_open: int = 300
     slow_readers: int = 4
-    max_mib_per_1000: float = 1.0
+    hold_s: float = 3.0
+    max_mib_per_1000: float = 2.0
+    max_rise_mib: float = 512.0
 
 
 class Soak:
@@ -74,7 +81,8 @@ class Soak:
         samples = [before, *monitor.samples, after]
         growth = measure_growth(samples, tally.phases)
         wrong = [f"{tally.num_wrong} wrong answers"] if tally.num_wrong else []
-        leaks = find_leaks(before, after, growth, options.max_mib_per_1000)
+        leaks = find_leaks(before, after)
+        leaks += find_growth(growth, options.max_mib_per_1000, options.max_rise_mib)
         return Report(
             options=asdict(options),
             duration_s=duration_s,
@@ -107,6 +115,7 @@ class Soak:
             options.body_bytes,
             options.half_open,
             options.slow_readers,
+            options.hold_s,
         )
         for number in range(options.flood_every, options.requests, options.flood_every):
             await self._tally.reached(number)
@@ -120,7 +129,7 @@ class Soak:
             sample = await self._monitor.sample(session)
             rested = at_rest(sample.replicas) and all(one["num_blocks"] for one in sample.replicas)
             if before is not None:
-                rested = not find_leaks(before, sample, (), 0.0)
+                rested = not find_leaks(before, sample)
             if rested or self._tally.now_s > deadline_s:
                 return sample
             await asyncio.sleep(_REST_INTERVAL_S)
@@ -135,20 +144,25 @@ class Soak:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.url is None and args.pid is not None:
+        parser.error("--pid belongs to --url")
+    if args.url is not None and args.server_options:
+        parser.error("the server at --url takes no options")
     options = Options(**{name: getattr(args, name) for name in _HELP})
     print(f"seed {options.seed}", flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         url, pid = args.url, args.pid
         if url is None:
-            args.output.mkdir(parents=True, exist_ok=True)
             job = soak_job(args.output, args.ranks, args.server_options)
             url = stack.enter_context(job).base_urls[0]
         pids = find_ranks(pid) if pid is not None or args.url is None else {}
         soak = Soak(Target(url.rstrip("/"), args.api_key), pids, options)
         report = asyncio.run(soak.run())
-    if args.url is None:
-        report = report.with_failures(find_log_errors(log_path(args.output).read_text()))
+        if args.url is None:  # read before the end, because torchrun reports its SIGTERM
+            report = report.with_failures(find_log_errors(log_path(args.output).read_text()))
     report.write(args.output / "soak.json")
     (args.output / "soak.md").write_text(report.table() + "\n", encoding="utf-8")
     draw(report.samples, report.phases, report.title(), args.figure or args.output / "soak.png")
@@ -187,5 +201,7 @@ _HELP = {
     "body_bytes": "size of a flood's bodies",
     "half_open": "connections with half a head",
     "slow_readers": "clients that ask for a stream and do not read it",
-    "max_mib_per_1000": "memory that a rank may grow by per 1000 requests",
+    "hold_s": "how long these connections are held",
+    "max_mib_per_1000": "memory that a rank may grow by per 1000 requests, floods left out",
+    "max_rise_mib": "memory that a rank may use beyond what it used at first, floods included",
 }

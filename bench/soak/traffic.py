@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Sequence
 
@@ -17,7 +16,10 @@ from bench.soak.tally import Tally
 STALL_S = 60.0  # a request that takes longer counts as hung
 MAX_WRONG = 100  # after as many the run ends, because the server is broken or gone
 
-FAILURES = (WrongAnswer, aiohttp.ClientError, OSError, TimeoutError, json.JSONDecodeError)
+# How a request can fail. The last three come of an answer without the fields that it must have.
+FAILURES = (
+    WrongAnswer, aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError
+)  # fmt: skip
 _WEIGHTS = {"whole": 40, "streamed": 30, "dropped": 12, "hung up": 8, "malformed": 10}
 
 

@@ -49,9 +49,7 @@ def measure_growth(samples: Sequence[Sample], phases: Sequence[Phase]) -> list[G
     return found
 
 
-def find_leaks(
-    start: Sample, end: Sample, growth: Sequence[Growth], max_mib_per_1000: float
-) -> list[str]:
+def find_leaks(start: Sample, end: Sample) -> list[str]:
     """Compare the idle server after the run with the idle server before it."""
     found = []
     if not at_rest(end.replicas):
@@ -64,7 +62,17 @@ def find_leaks(
     before = {one.rank: one for one in start.ranks}
     for after in end.ranks:
         found += _grown(before[after.rank], after)
+    return found
+
+
+def find_growth(
+    growth: Sequence[Growth], max_mib_per_1000: float, max_rise_mib: float
+) -> list[str]:
+    """Return the ranks whose memory grew with the requests, or rose too far at any time."""
+    found = []
     for one in growth:
+        if (rise := one.peak_mib - one.start_mib) > max_rise_mib:
+            found.append(f"rank {one.rank} used {rise:.0f} MiB more than at first")
         slope = one.mib_per_1000_requests
         if slope is not None and slope > max_mib_per_1000:
             found.append(
