@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from bench.load.plot_style import add_legend, curve_style, new_figure, styled
-from bench.soak.monitor import RankSample, Sample
-from bench.soak.tally import Phase
+from bench.soak.monitor import Probe, RankSample, Sample
+from bench.soak.report import Report
 
 _DPI = 100
 _MIB = 2**20
@@ -20,13 +20,14 @@ _FLOOD_COLOUR = "#d9572b"
 Line = tuple[list[float], list[float]]  # times [s] and values
 
 
-def draw(samples: Sequence[Sample], phases: Sequence[Phase], title: str, path: Path) -> None:
+def draw(report: Report, path: Path) -> None:
     """Write the figure as PNG. Floods are shaded."""
+    samples = report.samples
     path.parent.mkdir(parents=True, exist_ok=True)
     ranks = sorted({one.rank for sample in samples for one in sample.ranks})
     roles = {one["id"]: one["role"] for sample in samples for one in sample.replicas}
     with styled():
-        figure = new_figure(title, 9.0)
+        figure = new_figure(report.title(), 9.0)
         columns = figure.subplots(5, 1, sharex=True)
         memory, fds, blocks, rate, probe = columns
         for index, rank in enumerate(ranks):
@@ -35,14 +36,14 @@ def draw(samples: Sequence[Sample], phases: Sequence[Phase], title: str, path: P
         for index, replica in enumerate(sorted(roles)):
             blocks.plot(*_free_blocks(samples, replica), **curve_style(index))
         rate.plot(*_rates(samples), **curve_style(0))
-        probe.plot(*_probes(samples), **curve_style(0))
+        probe.plot(*_probes(report.probes), **curve_style(0))
         _label(memory, "resident memory of each rank", "MiB")
         _label(fds, "open file descriptors of each rank", "count")
         _label(blocks, "free KV blocks of each replica", "blocks")
         _label(rate, "requests answered", "requests/s")
         _label(probe, "latency of a small request", "s")
         for axes in columns:
-            for phase in phases:
+            for phase in report.phases:
                 axes.axvspan(
                     phase.start_s, phase.end_s, color=_FLOOD_COLOUR, alpha=0.15, linewidth=0
                 )
@@ -86,6 +87,6 @@ def _rates(samples: Sequence[Sample]) -> Line:
     return times_s, values
 
 
-def _probes(samples: Sequence[Sample]) -> Line:
-    found = [(s.time_s, s.probe_s) for s in samples if s.probe_s is not None]
+def _probes(probes: Sequence[Probe]) -> Line:
+    found = [(p.time_s, p.latency_s) for p in probes if p.latency_s is not None]
     return [time_s for time_s, _ in found], [value for _, value in found]

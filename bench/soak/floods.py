@@ -26,6 +26,7 @@ from bench.soak.traffic import FAILURES
 
 FLOOD_STALL_S = 120.0
 _FEW_TOKENS = 3
+_NEW_CLIENT_S = 20.0  # for the request of a client without a connection
 _COPIES = 3  # of each large body
 _SLOW_CHOICES, _SLOW_TOKENS = 16, 200  # answers of about a megabyte, beyond any socket's buffer
 _BURST_N = 4
@@ -124,10 +125,23 @@ async def _hold(flooder: Flooder, outcomes: Counter[str], requests: list[bytes])
                 outcomes["held"] += 1
             except OSError:
                 outcomes["not taken"] += 1
-        await asyncio.sleep(flooder.hold_s)
+        await asyncio.gather(asyncio.sleep(flooder.hold_s), _ask_newly(flooder.target, outcomes))
     finally:
         for one in sockets:
             one.close()
+
+
+async def _ask_newly(target: Target, outcomes: Counter[str]) -> None:
+    """Send a request as somebody else who has no connection yet; it must be answered."""
+    body = greedy(random.Random(1), _FEW_TOKENS)
+    try:
+        async with asyncio.timeout(_NEW_CLIENT_S), target.session() as session:
+            status = await _post_checked(session, body)
+    except Refused as refused:
+        status = str(refused.status)
+    except FAILURES as error:
+        raise WrongAnswer(f"a new client got {type(error).__name__}: {error}") from None
+    outcomes[f"new client {status}"] += 1
 
 
 async def _many_choices(flooder: Flooder, outcomes: Counter[str], rng: random.Random) -> None:

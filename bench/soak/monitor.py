@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,8 @@ from bench.soak.recipes import COMPLETIONS
 from bench.soak.tally import Tally
 
 INTERVAL_S = 1.0
-_TIMEOUT_S = 20.0
+_CLUSTER_S = 2.0
+_PROBE_S = 20.0
 _PROBE = {"prompt": [1, 2, 3], "max_tokens": 1, "temperature": 0.0}
 _REPLICA_FIELDS = (
     "id", "role", "num_blocks", "num_free_blocks",
@@ -44,7 +45,14 @@ class Sample:
     num_done: int
     ranks: tuple[RankSample, ...]
     replicas: tuple[Mapping[str, Any], ...]  # of GET /cluster; empty if it did not answer
-    probe_s: float | None  # a small request; None if it was refused or did not answer
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One small request beside the traffic."""
+
+    time_s: float
+    latency_s: float | None  # None: it was refused or not answered
 
 
 class Monitor:
@@ -52,16 +60,24 @@ class Monitor:
 
     def __init__(self, target: Target, pids: Mapping[int, int], tally: Tally) -> None:
         self.samples: list[Sample] = []
+        self.probes: list[Probe] = []
         self._target, self._tally = target, tally
         self._processes = {rank: psutil.Process(pid) for rank, pid in pids.items()}
 
     async def run(self) -> None:
-        """Append a sample every ``INTERVAL_S``."""
-        async with self._target.session() as session:
-            while True:
-                begun_s = self._tally.now_s
-                self.samples.append(await self.sample(session))
-                await asyncio.sleep(max(0.0, begun_s + INTERVAL_S - self._tally.now_s))
+        """Append a sample and a probe every ``INTERVAL_S``, neither waiting for the other."""
+        async with self._target.session() as session, asyncio.TaskGroup() as group:
+            group.create_task(self._repeat(lambda: self._add_sample(session)))
+            group.create_task(self._repeat(lambda: self._add_probe(session)))
+
+    async def _repeat(self, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            begun_s = self._tally.now_s
+            await work()
+            await asyncio.sleep(max(0.0, begun_s + INTERVAL_S - self._tally.now_s))
+
+    async def _add_sample(self, session: aiohttp.ClientSession) -> None:
+        self.samples.append(await self.sample(session))
 
     async def sample(self, session: aiohttp.ClientSession) -> Sample:
         """Return the state of now."""
@@ -71,27 +87,26 @@ class Monitor:
             for rank, process in self._processes.items()
             if (sample := _sample_rank(rank, process)) is not None
         )
-        replicas = await self._read_cluster(session)
-        return Sample(time_s, num_done, ranks, replicas, await self._probe(session))
+        return Sample(time_s, num_done, ranks, await self._read_cluster(session))
 
     async def _read_cluster(self, session: aiohttp.ClientSession) -> tuple[dict[str, Any], ...]:
         with suppress(aiohttp.ClientError, OSError, TimeoutError):
-            async with asyncio.timeout(_TIMEOUT_S), session.get("/cluster") as response:
+            async with asyncio.timeout(_CLUSTER_S), session.get("/cluster") as response:
                 if response.status == 200:
                     found = (await response.json())["replicas"]
                     return tuple({name: one[name] for name in _REPLICA_FIELDS} for one in found)
         return ()
 
-    async def _probe(self, session: aiohttp.ClientSession) -> float | None:
-        begun_s = self._tally.now_s
+    async def _add_probe(self, session: aiohttp.ClientSession) -> None:
+        begun_s, latency_s = self._tally.now_s, None
         with suppress(aiohttp.ClientError, OSError, TimeoutError):
             async with (
-                asyncio.timeout(_TIMEOUT_S),
+                asyncio.timeout(_PROBE_S),
                 session.post(COMPLETIONS, json=_PROBE) as response,
             ):
                 await response.read()
-                return self._tally.now_s - begun_s if response.status == 200 else None
-        return None
+                latency_s = self._tally.now_s - begun_s if response.status == 200 else None
+        self.probes.append(Probe(begun_s, latency_s))
 
 
 def _sample_rank(rank: int, process: psutil.Process) -> RankSample | None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.soak.monitor import Sample
+from bench.soak.monitor import Probe, Sample
 from bench.soak.tally import Phase
 from bench.soak.verdict import Growth
 
@@ -29,6 +29,7 @@ class Report:
     growth: Sequence[Growth]
     failures: Sequence[str]  # empty: the soak was passed
     samples: Sequence[Sample]  # idle before the run, during it, idle after it
+    probes: Sequence[Probe]
 
     @property
     def num_requests(self) -> int:
@@ -56,7 +57,7 @@ class Report:
             ("time", f"{self.duration_s:.0f} s"),
         ]
         rows += [(f"flood: {name}", _counts(c)) for name, c in self.flood_statuses.items()]
-        rows.append(("latency of a small request", _probes(self.samples)))
+        rows.append(("latency of a small request", _probes(self.probes)))
         for old, new, one in zip(before.ranks, after.ranks, self.growth, strict=False):
             slope = one.mib_per_1000_requests
             grown = "not known" if slope is None else f"{slope:+.2f} MiB per 1000 requests"
@@ -91,12 +92,12 @@ def _counts(counter: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counter.items()))
 
 
-def _probes(samples: Sequence[Sample]) -> str:
-    found = sorted(sample.probe_s for sample in samples if sample.probe_s is not None)
+def _probes(probes: Sequence[Probe]) -> str:
+    found = sorted(probe.latency_s for probe in probes if probe.latency_s is not None)
     if not found:
         return "never answered"
-    missed = len(samples) - len(found)
+    missed = len(probes) - len(found)
     return (
         f"{found[len(found) // 2] * 1e3:.0f} ms in the median, {found[-1]:.2f} s at most, "
-        f"{missed} of {len(samples)} refused or not answered"
+        f"{missed} of {len(probes)} refused or not answered"
     )

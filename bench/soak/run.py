@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import aiohttp
+import uvloop
 
 from bench.soak.answers import Checker
 from bench.soak.client import Target
@@ -55,7 +56,7 @@ class Options:
     half_open: int = 300
     slow_readers: int = 4
     hold_s: float = 3.0
-    max_mib_per_1000: float = 2.0
+    max_mib_per_1000: float = 1.0
     max_rise_mib: float = 512.0
 
 
@@ -93,6 +94,7 @@ class Soak:
             growth=growth,
             failures=[*wrong, *tally.wrong, *leaks, *missing],
             samples=samples,
+            probes=monitor.probes,
         )
 
     async def _send(self) -> None:
@@ -160,12 +162,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             url = stack.enter_context(job).base_urls[0]
         pids = find_ranks(pid) if pid is not None or args.url is None else {}
         soak = Soak(Target(url.rstrip("/"), args.api_key), pids, options)
-        report = asyncio.run(soak.run())
+        report = uvloop.run(soak.run())
         if args.url is None:  # read before the end, because torchrun reports its SIGTERM
             report = report.with_failures(find_log_errors(log_path(args.output).read_text()))
     report.write(args.output / "soak.json")
     (args.output / "soak.md").write_text(report.table() + "\n", encoding="utf-8")
-    draw(report.samples, report.phases, report.title(), args.figure or args.output / "soak.png")
+    draw(report, args.figure or args.output / "soak.png")
     print(report.table())
     return 1 if report.failures else 0
 

@@ -25,13 +25,16 @@ LIMITS = (
     "--max-waiting", str(MAX_WAITING),
 )  # fmt: skip
 
+# A soft limit below what a flood opens: the server must raise it to the hard limit, or count.
+_FEW_FILES = ("sh", "-c", 'ulimit -S -n "$0" && exec "$@"', "256")
+
 
 def soak_job(folder: Path, num_ranks: int, options: Sequence[str]) -> ServerJob:
     """Return the job, not yet started. Its log and its model go into ``folder``."""
     model = write_model(folder / "model")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ranks = ["--nproc-per-node", str(num_ranks), "-m", "serve.launch", "--port", PORT]
-    command = (*torchrun, *ranks, "--model", str(model), *LIMITS, *options)
+    command = (*_FEW_FILES, *torchrun, *ranks, "--model", str(model), *LIMITS, *options)
     env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     launch = Launch(command, ROOT, None, env)
     return ServerJob(Configuration("soak", num_ranks, (launch,)), folder)

@@ -14,7 +14,7 @@ from bench.soak.answers import Answer, Checker, WrongAnswer
 from bench.soak.client import Target
 from bench.soak.figure import draw
 from bench.soak.floods import FLOODS, Flooder
-from bench.soak.monitor import RankSample, Sample
+from bench.soak.monitor import Probe, RankSample, Sample
 from bench.soak.recipes import COMPLETIONS, Recipe, draw_recipes
 from bench.soak.report import Report, read_metrics
 from bench.soak.run import main
@@ -142,7 +142,10 @@ async def test_a_right_server_passes_traffic_and_floods(url: str, cluster: FakeC
     assert tally.num_done == tally.kinds.total() == tally.statuses.total() == 250
     assert {phase.name for phase in tally.phases} == set(tally.flood_statuses) == set(FLOODS)
     assert tally.flood_statuses["n = 128"] == {"200": 6}
-    assert tally.flood_statuses["half-open connections"] == {"held": 5}
+    assert tally.flood_statuses["half-open connections"] == {
+        "held": 5,
+        "new client 200": 1,
+    }
     # All are too long for the context, but the one of a field that is not ours and /tokenize.
     assert tally.flood_statuses["large bodies"] == {"200": 6, "400": 9}
     await cluster.until(lambda: cluster.service.num_active == 0)
@@ -186,7 +189,7 @@ REPLICA = {
     "id": 0, "role": "mixed", "num_blocks": 100, "num_free_blocks": 100,
     "num_waiting": 0, "num_running": 0, "num_receiving": 0, "num_sending": 0,
 }  # fmt: skip
-IDLE = Sample(time_s=0.0, num_done=0, ranks=(RANK,), replicas=(REPLICA,), probe_s=0.01)
+IDLE = Sample(time_s=0.0, num_done=0, ranks=(RANK,), replicas=(REPLICA,))
 
 
 def run_of(mib_per_1000: float, flood_mib: float = 0.0) -> tuple[list[Sample], list[Phase]]:
@@ -272,8 +275,6 @@ def test_errors_in_the_log_are_found() -> None:
 
 def test_figure_and_report(tmp_path: Path) -> None:
     samples, phases = run_of(0.0, 200.0)
-    draw(samples, phases, "20000 requests", tmp_path / "soak.png")
-    assert 10_000 < (tmp_path / "soak.png").stat().st_size < 150_000
     tally = Tally()
     report = Report(
         options={},
@@ -285,7 +286,10 @@ def test_figure_and_report(tmp_path: Path) -> None:
         growth=measure_growth(samples, phases),
         failures=[],
         samples=samples,
+        probes=[Probe(float(second), random.Random(second).random()) for second in range(200)],
     )
+    draw(report, tmp_path / "soak.png")
+    assert 10_000 < (tmp_path / "soak.png").stat().st_size < 150_000
     assert report.table().endswith("passed")
     failed = report.with_failures(["a leak"])
     assert failed.table().endswith("FAILED: a leak")
