@@ -15,6 +15,8 @@ from bench.soak.monitor import Probe, Sample
 from bench.soak.tally import Phase
 from bench.soak.verdict import Growth
 
+_BEGIN, _END = "<!-- soak -->", "<!-- end of soak -->"
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -49,7 +51,7 @@ class Report:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
 
     def table(self) -> str:
-        """Return the main figures in Markdown, and the failures."""
+        """Return the main figures in Markdown."""
         before, after = self.samples[0], self.samples[-1]
         rows = [
             ("requests", f"{self.num_requests} ({_counts(self.kinds)})"),
@@ -74,9 +76,20 @@ class Report:
         for name, sample in (("before", before), ("after", after)):
             free = [f"{one['num_free_blocks']} of {one['num_blocks']}" for one in sample.replicas]
             rows.append((f"free blocks {name}", ", ".join(free)))
-        lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
-        lines += [f"FAILED: {failure}" for failure in self.failures] or ["passed"]
-        return "\n".join(lines)
+        return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+    def outcome(self) -> str:
+        """Return the failures, one a line."""
+        return "\n".join(f"FAILED: {failure}" for failure in self.failures) or "passed"
+
+
+def put_table(document: str, table: str) -> str:
+    """Return ``document`` with another table. Raises ``ValueError`` if it has no place for one."""
+    before, begin, rest = document.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"there are no lines {_BEGIN} and {_END}")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def read_metrics(exposition: str) -> dict[str, float]:

@@ -1,10 +1,11 @@
 """Run: ``python -m bench.soak`` sends mixed requests with floods in between and looks for leaks.
 
     python -m bench.soak --output soak --figure docs/figures/soak.png
+        --document docs/operations.md
 
 Without --url it starts a server with a tiny random model on the CPU. It writes soak.json, the
-server's log and the figure, prints a table, and ends with status 1 if an answer was wrong or
-anything leaked.
+server's log and the figure, prints a table and puts it into the document. It ends with status 1 if
+an answer was wrong or anything leaked.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bench.soak.figure import draw
 from bench.soak.floods import Flooder
 from bench.soak.monitor import Monitor, Sample, at_rest, find_ranks
 from bench.soak.recipes import draw_recipes
-from bench.soak.report import Report, read_metrics
+from bench.soak.report import Report, put_table, read_metrics
 from bench.soak.server import MAX_WAITING, log_path, soak_job
 from bench.soak.tally import Tally
 from bench.soak.traffic import Traffic
@@ -154,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the server at --url takes no options")
     options = Options(**{name: getattr(args, name) for name in _HELP})
     print(f"seed {options.seed}", flush=True)
+    if args.document is not None:
+        put_table(args.document.read_text(encoding="utf-8"), "")  # raises before the run
     args.output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         url, pid = args.url, args.pid
@@ -166,9 +169,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.url is None:  # read before the end, because torchrun reports its SIGTERM
             report = report.with_failures(find_log_errors(log_path(args.output).read_text()))
     report.write(args.output / "soak.json")
-    (args.output / "soak.md").write_text(report.table() + "\n", encoding="utf-8")
     draw(report, args.figure or args.output / "soak.png")
-    print(report.table())
+    if args.document is not None:
+        text = put_table(args.document.read_text(encoding="utf-8"), report.table())
+        args.document.write_text(text, encoding="utf-8")
+    print(report.table(), report.outcome(), sep="\n\n")
     return 1 if report.failures else 0
 
 
@@ -181,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     add, defaults = parser.add_argument, Options()
     add("--output", type=Path, required=True, help="folder for soak.json and the server's log")
     add("--figure", type=Path, help="the figure's path; None: soak.png in the folder")
+    add("--document", type=Path, help="a Markdown file with a place for the table")
     add("--url", help="a running server; None: start one on the CPU")
     add("--pid", type=int, help="process id of its torchrun, to sample its ranks")
     add("--api-key", help="the key of that server")

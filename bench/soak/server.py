@@ -32,6 +32,7 @@ _FEW_FILES = ("sh", "-c", 'ulimit -S -n "$0" && exec "$@"', "256")
 def soak_job(folder: Path, num_ranks: int, options: Sequence[str]) -> ServerJob:
     """Return the job, not yet started. Its log and its model go into ``folder``."""
     model = write_model(folder / "model")
+    log_path(folder).unlink(missing_ok=True)  # of an earlier soak; the job appends
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ranks = ["--nproc-per-node", str(num_ranks), "-m", "serve.launch", "--port", PORT]
     command = (*_FEW_FILES, *torchrun, *ranks, "--model", str(model), *LIMITS, *options)

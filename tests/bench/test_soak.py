@@ -16,7 +16,7 @@ from bench.soak.figure import draw
 from bench.soak.floods import FLOODS, Flooder
 from bench.soak.monitor import Probe, RankSample, Sample
 from bench.soak.recipes import COMPLETIONS, Recipe, draw_recipes
-from bench.soak.report import Report, read_metrics
+from bench.soak.report import Report, put_table, read_metrics
 from bench.soak.run import main
 from bench.soak.tally import Phase, Tally
 from bench.soak.traffic import MAX_WRONG, Traffic
@@ -290,18 +290,28 @@ def test_figure_and_report(tmp_path: Path) -> None:
     )
     draw(report, tmp_path / "soak.png")
     assert 10_000 < (tmp_path / "soak.png").stat().st_size < 150_000
-    assert report.table().endswith("passed")
+    assert report.outcome() == "passed"
     failed = report.with_failures(["a leak"])
-    assert failed.table().endswith("FAILED: a leak")
+    assert failed.outcome() == "FAILED: a leak"
     failed.write(tmp_path / "soak.json")
     written = json.loads((tmp_path / "soak.json").read_bytes())
     assert written["failures"] == ["a leak"]
     assert len(written["samples"]) == 201
 
 
+def test_the_table_replaces_the_documents_table() -> None:
+    document = "before\n<!-- soak -->\nold\n<!-- end of soak -->\nafter\n"
+    found = put_table(document, "new")
+    assert found == document.replace("old", "new")
+    assert put_table(found, "old") == document
+    with pytest.raises(ValueError, match="no lines"):
+        put_table("before\n<!-- soak -->\n", "new")
+
+
 @pytest.mark.slow
 def test_a_short_soak_of_a_real_server_passes(tmp_path: Path) -> None:
-    options = ["--requests", "300", "--flood-every", "200", "--body-bytes", str(1 << 16)]
+    options = ["--requests", "300", "--flood-every", "200"]
+    options += ["--body-bytes", str(1 << 16), "--half-open", "50"]
     assert main(["--output", str(tmp_path), *options]) == 0
     written = json.loads((tmp_path / "soak.json").read_bytes())
     assert sum(written["kinds"].values()) == 300
