@@ -14,7 +14,7 @@ import argparse
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,6 +78,8 @@ class Soak:
             await self._send()
             duration_s = tally.now_s
             sampling.cancel()
+            with suppress(asyncio.CancelledError):  # another error means that samples are missing
+                await sampling
             after = await self._rest(session, before)
             missing = find_missing(await self._metrics(session), metrics)
         samples = [before, *monitor.samples, after]
@@ -114,11 +116,11 @@ class Soak:
         options = self._options
         flooder = Flooder(
             self._target,
-            options.max_waiting,
-            options.body_bytes,
-            options.half_open,
-            options.slow_readers,
-            options.hold_s,
+            max_waiting=options.max_waiting,
+            body_bytes=options.body_bytes,
+            num_half_open=options.half_open,
+            num_slow=options.slow_readers,
+            hold_s=options.hold_s,
         )
         for number in range(options.flood_every, options.requests, options.flood_every):
             await self._tally.reached(number)
@@ -168,13 +170,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = uvloop.run(soak.run())
         if args.url is None:  # read before the end, because torchrun reports its SIGTERM
             report = report.with_failures(find_log_errors(log_path(args.output).read_text()))
-    report.write(args.output / "soak.json")
-    draw(report, args.figure or args.output / "soak.png")
-    if args.document is not None:
-        text = put_table(args.document.read_text(encoding="utf-8"), report.table())
-        args.document.write_text(text, encoding="utf-8")
-    print(report.table(), report.outcome(), sep="\n\n")
+    _write(report, args.output, args.figure or args.output / "soak.png", args.document)
     return 1 if report.failures else 0
+
+
+def _write(report: Report, folder: Path, figure: Path, document: Path | None) -> None:
+    report.write(folder / "soak.json")
+    draw(report, figure)
+    if document is not None:
+        text = put_table(document.read_text(encoding="utf-8"), report.table())
+        document.write_text(text, encoding="utf-8")
+    print(report.table(), report.outcome(), sep="\n\n")
 
 
 def _parser() -> argparse.ArgumentParser:
