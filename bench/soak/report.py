@@ -54,6 +54,7 @@ class Report:
         """Return the main figures in Markdown."""
         before, after = self.samples[0], self.samples[-1]
         rows = [
+            ("options", ", ".join(f"{name} {value:g}" for name, value in self.options.items())),
             ("requests", f"{self.num_requests} ({_counts(self.kinds)})"),
             ("status", _counts(self.statuses)),
             ("time", f"{self.duration_s:.0f} s"),

@@ -57,7 +57,7 @@ class Options:
     half_open: int = 300
     slow_readers: int = 4
     hold_s: float = 3.0
-    max_mib_per_1000: float = 1.0
+    max_mib_per_1000: float = 2.0
     max_rise_mib: float = 512.0
 
 
