@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,12 @@ TINY_POOLS = (
     "--max-num-batched-tokens", "16", "--max-num-seqs", "8", "--kv-push-bytes", "8KiB",
 )  # fmt: skip
 
+# Every limit on what clients may ask for, so tight that the storm meets it. Each new limit of the
+# server belongs here.
+LIMITS = (
+    "--max-waiting", "64",
+)  # fmt: skip
+
 MALFORMED: list[tuple[bytes, int]] = [
     (b"", 400),
     (b"{", 400),
@@ -46,6 +54,10 @@ MALFORMED: list[tuple[bytes, int]] = [
 ]
 
 
+class Refused(Exception):
+    """The server was full and said so."""
+
+
 @dataclass(frozen=True, slots=True)
 class Storm:
     """What the clients send and the tokens that they should get."""
@@ -55,7 +67,10 @@ class Storm:
     expected: Sequence[tuple[int, ...]]  # MAX_TOKENS greedy tokens of each prompt
 
     async def one(self, rng: random.Random) -> str:
-        """Send one request of a random kind, check its answer and return how it ended."""
+        """Send one request of a random kind, check its answer and return how it ended.
+
+        Raises ``Refused`` if the server is full.
+        """
         kind = rng.choices(
             (self.whole, self.streamed, self.dropped, self.hung_up, self.malformed),
             (40, 25, 15, 10, 10),
@@ -70,7 +85,9 @@ class Storm:
         """Wait for a whole answer: greedy or sampled, sometimes with several choices."""
         index, count = self._draw(rng)
         n, temperature = rng.choice((1, 1, 1, 3)), rng.choice((0.0, 0.0, 1.0))
-        answer = await self.client.ask(self.prompts[index], count, n=n, temperature=temperature)
+        body = greedy_body(self.prompts[index], count) | {"n": n, "temperature": temperature}
+        async with self._post(body) as response:
+            answer = await response.json()
         assert answer["usage"]["completion_tokens"] == n * count
         assert [choice["index"] for choice in answer["choices"]] == list(range(n))
         for choice in answer["choices"]:
@@ -101,9 +118,7 @@ class Storm:
         body = greedy_body(self.prompts[index], count) | {"stream": True}
         tokens: list[int] = []
         reasons: list[str] = []
-        url = f"{self.client.url}/v1/completions"
-        async with self.client.session.post(url, json=body) as response:
-            assert response.status == 200
+        async with self._post(body) as response:
             async for event in events(response):
                 choice = event["choices"][0]
                 tokens += choice["token_ids"]
@@ -112,6 +127,18 @@ class Storm:
                     response.close()
                     break
         return tokens, reasons
+
+    @asynccontextmanager
+    async def _post(self, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a completion. Raises ``Refused`` if the server is full."""
+        url = f"{self.client.url}/v1/completions"
+        async with self.client.session.post(url, json=body) as response:
+            if response.status == 429:
+                assert int(response.headers["Retry-After"]) >= 1
+                assert (await response.json())["error"]["code"] == 429
+                raise Refused
+            assert response.status == 200, await response.text()
+            yield response
 
     async def hung_up(self, rng: random.Random) -> str:
         """Hang up after sending a request, before the answer or after its first bytes."""
@@ -156,15 +183,44 @@ def expected(model: Path, prompts: list[list[int]]) -> list[tuple[int, ...]]:
     return [reference_greedy(reference, prompt, MAX_TOKENS) for prompt in prompts]
 
 
+class Turns:
+    """Lets a client that was refused try again when a request of another has ended."""
+
+    def __init__(self) -> None:
+        self._num_in_flight = 0
+        self._ended = asyncio.Condition()
+
+    async def take(self, send: Callable[[], Awaitable[str]]) -> str:
+        """Call ``send`` until it is not refused, and return what it returns."""
+        while True:
+            self._num_in_flight += 1
+            try:
+                end = await send()
+            except Refused:
+                self._num_in_flight -= 1
+                async with self._ended:
+                    if self._num_in_flight:  # without others the next try is one round trip later
+                        await self._ended.wait()
+                continue
+            self._num_in_flight -= 1
+            async with self._ended:
+                self._ended.notify()
+            return end
+
+
 async def rage(storm: Storm, seed: int, num_requests: int) -> Counter[str]:
     """Send up to ``NUM_CLIENTS`` requests at a time; the first failure ends the storm."""
     print(f"seed={seed}")
     counts: Counter[str] = Counter()
+    turns = Turns()
     numbers = iter(range(num_requests))
 
     async def client() -> None:
         for number in numbers:
-            counts[await storm.one(random.Random(f"{seed} {number}"))] += 1
+            counts[await turns.take(partial(send_one, number))] += 1
+
+    async def send_one(number: int) -> str:
+        return await storm.one(random.Random(f"{seed} {number}"))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(NUM_CLIENTS):
@@ -189,7 +245,7 @@ async def run_storm(
     options: Sequence[str],
     num_requests: int,
 ) -> None:
-    with serving("--model", str(model), *options, num_ranks=4) as server:
+    with serving("--model", str(model), *options, *LIMITS, num_ranks=4) as server:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:
             client = Client(session, server.url)
@@ -200,6 +256,7 @@ async def run_storm(
             replicas = await check_rest(client)
             assert all(replica["num_free_blocks"] == 48 for replica in replicas)
             assert await client.metric("vllm:num_preemptions_total") > 0, "pools were never full"
+            assert await client.metric("serve:requests_rejected_total") > 0, "none was refused"
         assert " ERROR " not in server.log
         assert "Traceback" not in server.log
 
