@@ -138,7 +138,8 @@ def _api_settings(config: ServerConfig) -> ApiSettings:
         model_path=config.model,
         vocab_size=config.model_config.vocab_size,
         created=int(time.time()),
-        api_key=config.api_key,
+        api_keys=config.api_keys,
+        http=config.http,
         seed=config.seed,
         sampling=config.sampling_defaults,
     )

@@ -28,7 +28,7 @@ def test_defaults(model: Path) -> None:
     assert config.model == config.tokenizer == str(model)
     assert config.model_config.num_heads == 8
     assert config.served_model_names == ("tiny-llama",)
-    assert (config.host, config.port, config.api_key) == ("127.0.0.1", 8000, None)
+    assert (config.host, config.port, config.api_keys) == ("127.0.0.1", 8000, ())
     assert (config.dtype, config.load_format) == ("auto", "safetensors")
     assert config.replica_specs == (ReplicaSpec(1), ReplicaSpec(1))
     assert config.partition_id == 1
@@ -91,7 +91,8 @@ def test_built_in_model_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--host 0.0.0.0", "host", "0.0.0.0"),
         ("--port 0", "port", 0),
         ("--port 65535", "port", 65535),
-        ("--api-key s3cret", "api_key", "s3cret"),
+        ("--api-key s3cret", "api_keys", ("s3cret",)),
+        ("--api-key a b --api-key c", "api_keys", ("a", "b", "c")),
         ("--dtype bfloat16", "dtype", "bfloat16"),
         ("--load-format safetensors", "load_format", "safetensors"),
         ("--load-format dummy", "load_format", "dummy"),
