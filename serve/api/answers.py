@@ -11,7 +11,6 @@ from serve.api.call import Call
 from serve.api.encoding import json_list
 from serve.dispatch.output import Output
 
-
 _BYTES_OF_AN_ID = 7
 
 

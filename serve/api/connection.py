@@ -123,7 +123,7 @@ class Connection(web.RequestHandler):
             self._body.stop()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp always closes
-        """Keep the connection while answers are due, and find out whether the client still reads."""
+        """Keep the connection while answers are due, and find out whether the client reads."""
         if self._wire is None or self._num_due == 0 or self._in_body:
             return False
         if not self._probe_s:

@@ -1,4 +1,4 @@
-"""Answers to what is refused before it is a request: bad HTTP, late headers, too many connections."""
+"""Answers to what is refused before it is a request: bad HTTP, late headers, too many clients."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def _tokenize(body: TokenizeRequest, api: Api) -> dict[str, Any]:
     tokenizer = need_tokenizer(api, "tokenize")
     special = body.add_special_tokens
     if body.messages is not None:
-        token_ids = render_messages(body, api, add_special_tokens=special or False)
+        token_ids = encode(tokenizer, render_messages(body, api), special or False)
     else:
         token_ids = encode(tokenizer, body.prompt or "", special is None or special)
     strings = [tokenizer.id_to_token(i) for i in token_ids] if body.return_token_strs else None

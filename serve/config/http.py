@@ -1,4 +1,4 @@
-"""The limits of HTTP: bodies, connections and their deadlines, and whose word on addresses counts."""
+"""The limits of HTTP: bodies, connections and their deadlines, and proxies that are trusted."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from serve.api.settings import ApiSettings
 from serve.config.server import ServerConfig
 from serve.dispatch.service import Service
 from serve.runtime.failure import JobFailed, RankFailed
+from serve.runtime.open_files import fit_connections, raise_open_files_limit
 from serve.runtime.rank import RankProcess, join_job
 from serve.runtime.shutdown import StopSignals
 from serve.runtime.startup import FrontEnd, serving_front_end
@@ -139,7 +140,7 @@ def _api_settings(config: ServerConfig) -> ApiSettings:
         vocab_size=config.model_config.vocab_size,
         created=int(time.time()),
         api_keys=config.api_keys,
-        http=config.http,
+        http=fit_connections(config.http, raise_open_files_limit()),
         seed=config.seed,
         sampling=config.sampling_defaults,
     )
