@@ -68,10 +68,10 @@ class ByteBudget:
         try:
             await turn
         except asyncio.CancelledError:
-            if self._by_arrival.pop(waiter.arrival, None) is None:  # admitted in the same turn
-                self._give_back(num_bytes)
-            else:
+            if turn.cancelled():
                 self._admit()  # it may have been the one that the others waited for
+            else:  # admitted in the same turn of the event loop
+                self._give_back(num_bytes)
             raise
         return Lease(self, num_bytes)
 
@@ -90,12 +90,18 @@ class ByteBudget:
         return self.in_use == 0 or self.in_use + num_bytes <= self.num_bytes
 
     def _next(self) -> _Waiter | None:
-        if not self._by_arrival:
+        while (oldest := next(iter(self._by_arrival.values()), None)) is not None:
+            if not oldest.turn.cancelled():
+                break
+            del self._by_arrival[oldest.arrival]
+        if oldest is None:
             self._waiting.clear()
             return None
-        oldest = next(iter(self._by_arrival.values()))
         if self._granted - oldest.granted_before > _MAX_OVERTAKEN * self.num_bytes:
             return oldest
-        while self._waiting[0].arrival not in self._by_arrival:
+        while True:
+            smallest = self._waiting[0]
+            if smallest.arrival in self._by_arrival and not smallest.turn.cancelled():
+                return smallest
+            self._by_arrival.pop(smallest.arrival, None)
             heapq.heappop(self._waiting)
-        return self._waiting[0]

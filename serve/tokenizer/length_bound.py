@@ -36,6 +36,7 @@ _CUT = re.compile(r"\S ")
 # Canonical composition makes at most 1 byte of 4: U+212A (3 bytes) is K, and U+1FBE with two marks
 # (7 bytes) is U+0390 (2 bytes).
 _BYTES_BEFORE_NORMALIZER = {"NFC": 4}
+_NOT_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no text has
 _KEEPS_TEXT = ("ByteLevel", "Metaspace", "Digits")
 
 
@@ -90,6 +91,8 @@ def read_length_bound(backend: tokenizers.Tokenizer, pieces: Sequence[bytes]) ->
     added = backend.get_added_tokens_decoder()
     dropped = _dropped_bytes(backend)
     longest = None if dropped is None else _longest_piece(backend, pieces)
+    if dropped and backend.normalizer is not None:  # it may make dropped bytes of others
+        longest = None
     return LengthBound(longest, _tokens_of_a_cut(pieces, added), dropped or b"")
 
 
@@ -142,7 +145,7 @@ def _splitter_keeps_text(state: dict[str, Any] | None) -> bool:
         case None:
             return True
         case {"type": "Split" | "Punctuation", "behavior": behavior}:
-            return behavior != "Removed"
+            return bool(behavior != "Removed")
         case {"type": "Sequence", "pretokenizers": list(parts)}:
             return all(_splitter_keeps_text(part) for part in parts)
     return bool(state["type"] in _KEEPS_TEXT)
@@ -162,7 +165,8 @@ def _dropped_bytes(backend: tokenizers.Tokenizer) -> bytes | None:
         return None if model.fuse_unk else b""
     if _is_byte_level(_state(backend.pre_tokenizer)):
         alphabet = byte_alphabet().items()
-        return bytes(byte for char, byte in alphabet if backend.token_to_id(char) is None)
+        missing = {byte for char, byte in alphabet if backend.token_to_id(char) is None}
+        return bytes(sorted(missing - _NOT_UTF8))
     return None
 
 
