@@ -131,6 +131,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         error = from_exception(raised)
         body = error_object(str(error), error.status, error.param)
         response = json_response(body, error.status, error.headers)
+        if error.headers is not None and "Connection" in error.headers:
+            response.force_close()
     finally:
         if (lease := request.get(LEASE)) is not None:
             lease.release()
