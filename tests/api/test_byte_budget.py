@@ -109,8 +109,10 @@ async def test_random_crowds_stay_within_the_budget(seed: int) -> None:
         size = rng.randint(1, 1500)
         lease = await budget.acquire(size)
         assert budget.in_use <= 1000 or budget.in_use == size
-        await asyncio.sleep(0)
-        lease.release()
+        try:
+            await asyncio.sleep(0)
+        finally:
+            lease.release()
         num_done += 1
 
     tasks = [asyncio.create_task(body()) for _ in range(300)]

@@ -87,7 +87,11 @@ BAD_HTTP: dict[str, tuple[bytes, int, str]] = {
     "many headers": (HEAD + b"X-A: 1\r\n" * 200 + b"\r\n", 431, "more than 128 headers"),
     "tls": (b"\x16\x03\x01\x02\x00\x01", 400, "HTTPS"),
     "no host": (b"GET /ping HTTP/1.1\r\n\r\n", 400, "Host"),
-    "chunk size": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\nabc\r\n", 400, "not valid HTTP"),
+    "chunk size": (
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\nabc\r\n",
+        400,
+        "not valid HTTP",
+    ),
     "encoding": (HEAD + b"Content-Encoding: compress\r\nContent-Length: 2\r\n\r\n{}", 415, "gzip"),
 }
 
