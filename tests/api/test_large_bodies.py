@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import aiohttp
 import pytest
@@ -20,6 +20,15 @@ def tokenizer() -> Tokenizer:
     return load_test_tokenizer()
 
 
+async def post(cluster: FakeCluster, path: str, **ask: Any) -> tuple[int, dict[str, Any]]:
+    async with (
+        serving(cluster.app) as url,
+        aiohttp.ClientSession(url) as http,
+        http.post(path, **ask) as response,
+    ):
+        return response.status, await response.json()
+
+
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 async def test_a_text_that_cannot_fit_is_not_tokenised(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, path: str
@@ -32,13 +41,12 @@ async def test_a_text_that_cannot_fit_is_not_tokenised(
         return encode(self, text, add_special_tokens)
 
     monkeypatch.setattr(Tokenizer, "encode", count)
-    text = "word " * 150_000
+    text = "word " * 40_000
     body = {"prompt": text, "messages": [{"role": "user", "content": text}]}
     cluster = FakeCluster(tokenizer)
-    async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
-        async with http.post(path, json=body) as response:
-            error = (await response.json())["error"]
-    assert response.status == 400
+    status, answer = await post(cluster, path, json=body)
+    error = answer["error"]
+    assert status == 400
     assert "maximum context length is 512 tokens" in error["message"]
     assert "at least " in error["message"]
     assert sum(encoded) == 0
@@ -48,9 +56,7 @@ async def test_a_text_that_cannot_fit_is_not_tokenised(
 async def test_unknown_fields_are_skipped(tokenizer: Tokenizer) -> None:
     body = b'{"x": [' + b",".join([b"[]"] * 300_000) + b'], "prompt": [5, 6], "max_tokens": 2}'
     cluster = FakeCluster(tokenizer)
-    async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
-        async with http.post(COMPLETIONS, data=body) as response:
-            answer = await response.json()
+    status, answer = await post(cluster, COMPLETIONS, data=body)
     assert answer["usage"]["completion_tokens"] == 2
     assert cluster.seen[0].prompt_ids == (5, 6)
     assert cluster.app[API].pool.budget.in_use == 0
@@ -59,18 +65,16 @@ async def test_unknown_fields_are_skipped(tokenizer: Tokenizer) -> None:
 async def test_a_refused_field_is_found_in_a_large_body(tokenizer: Tokenizer) -> None:
     body = {"x": "y" * 100_000, "prompt": "a", "logprobs": 3}
     cluster = FakeCluster(tokenizer)
-    async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
-        async with http.post(COMPLETIONS, json=body) as response:
-            error = (await response.json())["error"]
-    assert (response.status, error["param"]) == (400, "logprobs")
+    status, answer = await post(cluster, COMPLETIONS, json=body)
+    error = answer["error"]
+    assert (status, error["param"]) == (400, "logprobs")
 
 
 async def test_a_body_over_the_limit_is_not_read(tokenizer: Tokenizer) -> None:
     cluster = FakeCluster(tokenizer, limits=HttpLimits(max_body_bytes=100_000))
-    async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
-        async with http.post(COMPLETIONS, data=b"x" * 100_001) as response:
-            error = (await response.json())["error"]
-    assert response.status == 413
+    status, answer = await post(cluster, COMPLETIONS, data=b"x" * 100_001)
+    error = answer["error"]
+    assert status == 413
     assert "100000 bytes (--max-body-bytes)" in error["message"]
 
 
@@ -92,10 +96,7 @@ async def test_small_requests_do_not_wait_for_the_budget(tokenizer: Tokenizer) -
 async def test_long_lists_are_whole_in_answers(tokenizer: Tokenizer) -> None:
     text = " hello" * 9000
     cluster = FakeCluster(tokenizer)
-    async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
-        body = {"prompt": text, "return_token_strs": True}
-        async with http.post("/tokenize", json=body) as response:
-            answer = json.loads(await response.read())
+    _, answer = await post(cluster, "/tokenize", json={"prompt": text, "return_token_strs": True})
     assert answer["tokens"] == tokenizer.encode(text)
     assert len(answer["token_strs"]) == answer["count"] == 9000
 
@@ -117,9 +118,8 @@ async def test_other_fields_of_messages_reach_the_template(tokenizer: Tokenizer)
     api.tokenizer = Recording.__new__(Recording)
     for name, value in vars(tokenizer).items():
         setattr(api.tokenizer, name, value)
-    async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
-        async with http.post(CHAT, json={"messages": [message], "max_tokens": 1}) as response:
-            assert response.status == 200
+    status, answer = await post(cluster, CHAT, json={"messages": [message], "max_tokens": 1})
+    assert status == 200
     assert seen == [
         {
             "role": "tool", "content": "4", "name": "sum", "tool_call_id": "c1",
