@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -153,7 +154,7 @@ async def _client(url: str, num_bodies: int, num_bytes: int, num_streams: int) -
 
 
 async def _probe(
-    http: aiohttp.ClientSession, gaps: _Gaps, until: asyncio.Future[object]
+    http: aiohttp.ClientSession, gaps: _Gaps, until: asyncio.Future[Any]
 ) -> dict[str, float]:
     """Time small requests and /metrics one after another until ``until`` is done."""
     small, metrics = [], []

@@ -56,7 +56,7 @@ async def test_a_text_that_cannot_fit_is_not_tokenised(
 async def test_unknown_fields_are_skipped(tokenizer: Tokenizer) -> None:
     body = b'{"x": [' + b",".join([b"[]"] * 300_000) + b'], "prompt": [5, 6], "max_tokens": 2}'
     cluster = FakeCluster(tokenizer)
-    status, answer = await post(cluster, COMPLETIONS, data=body)
+    _, answer = await post(cluster, COMPLETIONS, data=body)
     assert answer["usage"]["completion_tokens"] == 2
     assert cluster.seen[0].prompt_ids == (5, 6)
     assert cluster.app[API].pool.budget.in_use == 0
@@ -118,7 +118,7 @@ async def test_other_fields_of_messages_reach_the_template(tokenizer: Tokenizer)
     api.tokenizer = Recording.__new__(Recording)
     for name, value in vars(tokenizer).items():
         setattr(api.tokenizer, name, value)
-    status, answer = await post(cluster, CHAT, json={"messages": [message], "max_tokens": 1})
+    status, _ = await post(cluster, CHAT, json={"messages": [message], "max_tokens": 1})
     assert status == 200
     assert seen == [
         {
