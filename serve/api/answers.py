@@ -8,7 +8,10 @@ from typing import Any, Protocol
 import msgspec
 
 from serve.api.call import Call
+from serve.api.encoding import json_list
 from serve.dispatch.output import Output
+
+_BYTES_OF_AN_ID = 7
 
 
 @dataclass(slots=True)
@@ -28,6 +31,15 @@ class Collected:
         self._texts.append(output.text)
         if output.finish_reason is not None:
             self.end = output
+
+
+def answer_bytes(call: Call, choices: list[Collected]) -> int:
+    """Return about how many bytes of JSON the answer takes."""
+    num_ids = 0
+    if call.body.return_token_ids:
+        num_ids = sum(len(request.prompt_ids) for request in call.requests)
+        num_ids += sum(len(choice.token_ids) for choice in choices)
+    return sum(len(choice.text) for choice in choices) + _BYTES_OF_AN_ID * num_ids
 
 
 class Format(Protocol):
@@ -120,8 +132,8 @@ def _object(call: Call, kind: str, choices: list[Collected], body: Any) -> dict[
             "stop_reason": end.stop_reason if end else None,
         }
         if call.body.return_token_ids:
-            entry["prompt_token_ids"] = call.prompt_of(index)
-            entry["token_ids"] = collected.token_ids
+            entry["prompt_token_ids"] = json_list(call.prompt_of(index))
+            entry["token_ids"] = json_list(collected.token_ids)
         if end is not None:
             entry |= _timeline(call, end)
         entries.append(entry)
@@ -143,7 +155,7 @@ def _chunk(
         entry |= _timeline(call, output)
     if call.body.return_token_ids:
         if output.first_index == 0:
-            entry["prompt_token_ids"] = call.prompt_of(index)
+            entry["prompt_token_ids"] = json_list(call.prompt_of(index))
         entry["token_ids"] = output.token_ids
     return _head(call, kind) | {"choices": [entry]}
 

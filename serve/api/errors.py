@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import math
 import uuid
@@ -12,6 +11,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from serve.api.byte_budget import Lease
+from serve.api.client_identity import valid_key
 from serve.api.settings import API
 from serve.api.validation import InvalidField
 from serve.dispatch.service import Overloaded, Unavailable
@@ -24,6 +25,7 @@ _OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics", "/cluster")
 ID = web.RequestKey("id", str)  # of the request: the client's, or a random one
 NAMED = web.RequestKey("named", bool)  # whether the client chose it in a header
 STREAMING = web.RequestKey("streaming", bool)  # whether the status has been sent
+LEASE = web.RequestKey("lease", Lease)  # what the body occupies of the byte budget
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -32,7 +34,9 @@ _TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
@@ -54,6 +58,10 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.headers = status, param, headers
+
+
+class BodyStalled(web.RequestPayloadError):
+    """A client has stopped sending its body; the text names the limit."""
 
 
 def error_object(message: str, status: int, param: str | None = None) -> dict[str, Any]:
@@ -123,6 +131,11 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         error = from_exception(raised)
         body = error_object(str(error), error.status, error.param)
         response = json_response(body, error.status, error.headers)
+        if error.headers is not None and "Connection" in error.headers:
+            response.force_close()
+    finally:
+        if (lease := request.get(LEASE)) is not None:
+            lease.release()
     if not response.prepared:
         response.headers["X-Request-Id"] = request[ID]
     return response
@@ -130,11 +143,15 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer 401 without the API key, except on the paths that report the server's state."""
-    key = request.app[API].settings.api_key
-    if key is not None and request.path not in _OPEN_PATHS:
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        same = hmac.compare_digest(token.encode("utf-8", "surrogateescape"), key.encode())
-        if not same or scheme.lower() != "bearer":
-            raise ApiError("the API key is missing or wrong", status=401)
+    """Answer 401 without a valid API key, except on the paths that report the server's state."""
+    keys = request.app[API].settings.api_keys
+    if keys and request.path not in _OPEN_PATHS and valid_key(request.headers, keys) is None:
+        challenge = 'Bearer realm="serve"'
+        if "Authorization" in request.headers:
+            challenge += ', error="invalid_token"'
+        raise ApiError(
+            "the API key is missing or wrong",
+            status=401,
+            headers={"WWW-Authenticate": challenge},
+        )
     return await handler(request)

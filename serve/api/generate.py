@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from aiohttp import web
 
-from serve.api.answers import ChatFormat, Collected, CompletionFormat, Format
-from serve.api.body import in_thread_if_large, read_request
+from serve.api.answers import ChatFormat, Collected, CompletionFormat, Format, answer_bytes
+from serve.api.body import read_request, work_on_body
 from serve.api.call import Call, make_call, make_head, max_prompts, read_sampling
+from serve.api.client_identity import client_of
 from serve.api.errors import ApiError, json_response
 from serve.api.prompts import read_messages, read_prompts
 from serve.api.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
@@ -48,17 +49,19 @@ async def _make_call(
     api = http.app[API]
     head = make_head(http, body, api, id_prefix)
     sampling = read_sampling(body, api)
-    return await in_thread_if_large(http, lambda: make_call(head, body, sampling, read(), api))
+    return await work_on_body(http, lambda: make_call(head, body, sampling, read(), api))
 
 
 async def _answer(http: web.Request, api: Api, call: Call, form: Format) -> web.StreamResponse:
     """Submit the requests and answer. Afterwards abort those that have not ended."""
-    streams = api.service.submit(call.requests)
+    streams = api.service.submit(call.requests, client=client_of(http))
     api.metrics.on_call(call.body.n, len(call.prompts))
     try:
         if call.body.stream:
             return await stream_answer(http, call, form, streams)
-        return json_response(form.response(call, await _collect(streams)))
+        choices = await _collect(streams)
+        size = answer_bytes(call, choices)
+        return await api.pool.run(size, lambda: json_response(form.response(call, choices)))
     finally:
         for request in call.requests:
             api.service.abort(request.id)  # has no effect on requests that have ended

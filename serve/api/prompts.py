@@ -1,7 +1,7 @@
 """Turn prompts and messages into token ids, and check their lengths against the context.
 
 The time that these functions take grows with the body. Handlers call them through
-``body.in_thread_if_large``.
+``body.work_on_body``.
 """
 
 from __future__ import annotations
@@ -44,6 +44,19 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[in
         raise ApiError(str(error), param="prompt") from None
 
 
+def encode_prompt(api: Api, text: str, add_special_tokens: bool, param: str) -> list[int]:
+    """Return the token ids of ``text``; 400 before it is tokenised if it cannot fit the context."""
+    tokenizer = need_tokenizer(api, "a prompt as text")
+    longest = api.service.max_model_len
+    try:
+        least = tokenizer.least_tokens(text, longest)
+    except ValueError as error:
+        raise ApiError(str(error), param="prompt") from None
+    if least >= longest:
+        raise _too_long(longest, f"at least {least}", param)
+    return encode(tokenizer, text, add_special_tokens)
+
+
 def read_prompts(body: CompletionRequest, api: Api, max_prompts: int) -> list[tuple[int, ...]]:
     """Return the token ids of each prompt in ``prompt``, of which there may be ``max_prompts``."""
     values = _as_list(body.prompt)
@@ -56,22 +69,20 @@ def read_prompts(body: CompletionRequest, api: Api, max_prompts: int) -> list[tu
     prompts = []
     for value in values:
         if isinstance(value, str):
-            tokenizer = need_tokenizer(api, "a prompt as text")
-            value = encode(tokenizer, value, body.add_special_tokens)
+            value = encode_prompt(api, value, body.add_special_tokens, "prompt")
         prompts.append(_check_prompt(value, api, "prompt"))
     return prompts
 
 
 def read_messages(body: ChatCompletionRequest, api: Api) -> tuple[int, ...]:
     """Return the token ids of ``messages``, rendered with the chat template."""
-    token_ids = render_messages(body, api, body.add_special_tokens)
+    text = render_messages(body, api)
+    token_ids = encode_prompt(api, text, body.add_special_tokens, "messages")
     return _check_prompt(token_ids, api, "messages")
 
 
-def render_messages(
-    body: ChatCompletionRequest | TokenizeRequest, api: Api, add_special_tokens: bool
-) -> list[int]:
-    """Return the token ids of ``messages``, which may be too long for the context."""
+def render_messages(body: ChatCompletionRequest | TokenizeRequest, api: Api) -> str:
+    """Return ``messages`` in the chat template, which may be too long for the context."""
     tokenizer = need_tokenizer(api, "chat")
     if not tokenizer.has_chat_template:
         raise ApiError("the model has no chat template; start the server with --chat-template")
@@ -79,12 +90,11 @@ def render_messages(
     _check_template_options(options)
     messages = _template_messages(body.messages)
     try:
-        text = tokenizer.render_chat(
+        return tokenizer.render_chat(
             messages, add_generation_prompt=body.add_generation_prompt, **options
         )
     except (ValueError, TypeError) as error:
         raise ApiError(f"the chat template refuses: {error}", param="messages") from None
-    return encode(tokenizer, text, add_special_tokens)
 
 
 def are_token_ids(value: Any, num_ids: int) -> bool:
@@ -119,14 +129,18 @@ def _check_prompt(token_ids: list[Any], api: Api, param: str) -> tuple[int, ...]
         raise ApiError("the prompt must not be empty", param=param)
     longest = api.service.max_model_len
     if len(token_ids) >= longest:
-        raise ApiError(
-            f"This model's maximum context length is {longest} tokens. However, your prompt "
-            f"contains {len(token_ids)} input tokens and one more is needed for the answer.",
-            param=param,
-        )
+        raise _too_long(longest, str(len(token_ids)), param)
     if not are_token_ids(token_ids, api.settings.vocab_size):
         raise _invalid_id(token_ids, api.settings.vocab_size, param)
     return tuple(token_ids)
+
+
+def _too_long(longest: int, count: str, param: str) -> ApiError:
+    return ApiError(
+        f"This model's maximum context length is {longest} tokens. However, your prompt "
+        f"contains {count} input tokens and one more is needed for the answer.",
+        param=param,
+    )
 
 
 def _invalid_id(token_ids: list[Any], vocab_size: int, param: str) -> ApiError:
@@ -148,7 +162,7 @@ def _check_template_options(options: Mapping[str, Any]) -> None:
 
 
 def _template_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return the messages in the form that chat templates expect: role, and content as text."""
+    """Return the messages as chat templates expect them: content is text, other fields stay."""
     if not isinstance(messages, list) or not messages:
         raise ApiError("messages must be a list with at least one message", param="messages")
     return [_template_message(index, message) for index, message in enumerate(messages)]
@@ -164,7 +178,10 @@ def _template_message(index: int, value: Any) -> dict[str, Any]:
     if message.tool_calls:
         raise ApiError("tool_calls are not supported by this server", param="messages")
     role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": _text(message.content)}
+    # Templates take other fields, such as name, as they are. null means that there is no field.
+    fields = {name: field for name, field in value.items() if field is not None}
+    fields.pop("tool_calls", None)  # empty
+    return fields | {"role": role, "content": _text(message.content)}
 
 
 def _text(content: str | list[TextPart]) -> str:

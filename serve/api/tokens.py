@@ -6,7 +6,8 @@ from typing import Any
 
 from aiohttp import web
 
-from serve.api.body import in_thread_if_large, read_request
+from serve.api.body import read_request, work_on_body
+from serve.api.encoding import json_list
 from serve.api.errors import ApiError, json_response
 from serve.api.models import check_model
 from serve.api.prompts import are_token_ids, encode, need_tokenizer, render_messages
@@ -21,7 +22,7 @@ async def tokenize(http: web.Request) -> web.Response:
     api = http.app[API]
     body = await read_request(http, TokenizeRequest)
     check_model(body.model, api)
-    return json_response(await in_thread_if_large(http, lambda: _tokenize(body, api)))
+    return await work_on_body(http, lambda: json_response(_tokenize(body, api)))
 
 
 async def detokenize(http: web.Request) -> web.Response:
@@ -29,22 +30,22 @@ async def detokenize(http: web.Request) -> web.Response:
     api = http.app[API]
     body = await read_request(http, DetokenizeRequest)
     check_model(body.model, api)
-    return json_response(await in_thread_if_large(http, lambda: _detokenize(body, api)))
+    return await work_on_body(http, lambda: json_response(_detokenize(body, api)))
 
 
 def _tokenize(body: TokenizeRequest, api: Api) -> dict[str, Any]:
     tokenizer = need_tokenizer(api, "tokenize")
     special = body.add_special_tokens
     if body.messages is not None:
-        token_ids = render_messages(body, api, add_special_tokens=special or False)
+        token_ids = encode(tokenizer, render_messages(body, api), special or False)
     else:
         token_ids = encode(tokenizer, body.prompt or "", special is None or special)
     strings = [tokenizer.id_to_token(i) for i in token_ids] if body.return_token_strs else None
     return {
         "count": len(token_ids),
         "max_model_len": api.service.max_model_len,
-        "tokens": token_ids,
-        "token_strs": strings,
+        "tokens": json_list(token_ids),
+        "token_strs": None if strings is None else json_list(strings),
     }
 
 

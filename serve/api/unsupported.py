@@ -73,6 +73,9 @@ _IS_UNUSED: dict[str, Callable[[Any], bool]] = {
 }
 
 
+UNSUPPORTED = frozenset(_IS_UNUSED)
+
+
 def refuse_unsupported(fields: Mapping[str, Any]) -> None:
     """Raise ``InvalidField`` for the first field that needs an unsupported feature."""
     for name in sorted(_IS_UNUSED.keys() & fields.keys()):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
-from typing import Literal, NoReturn, TypeVar, get_args
+from typing import Literal, NoReturn, get_args
 
+from serve.config.http import add_http_limits
 from serve.config.model_source import LoadFormat
+from serve.config.option_types import num_bytes as _num_bytes
+from serve.config.option_types import number as _number
 from serve.dispatch.policies import POLICIES
 from serve.model_config.fields import DTYPES
 from serve.replica.queue_order import QUEUE_ORDERS
@@ -26,9 +28,6 @@ KV_PUSH_BYTES = 256 * 2**20
 PREFILL_BATCHED_TOKENS = 8192
 DECODE_BATCHED_TOKENS = 2048
 MIXED_BATCHED_TOKENS = 2048
-
-_BYTE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_MAX_BYTES = 2**40
 
 _DESCRIPTION = """\
 Serve a large language model over the OpenAI API, with prefill and decode on different ranks.
@@ -56,8 +55,6 @@ exit status:
   itself exits with 1 after any failure of a rank and prints its own report.
 """
 
-Number = TypeVar("Number", int, float)
-
 
 class _Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` that reports a mistake by raising ``ValueError`` with one line."""
@@ -73,21 +70,6 @@ def option_name(name: str) -> str:
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=8, width=96)
-
-
-def _number(
-    kind: Callable[[str], Number], name: str, check: Callable[[Number], bool]
-) -> Callable[[str], Number]:
-    def parse(text: str) -> Number:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
-        if not check(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {name}")
-        return value
-
-    return parse
 
 
 _COUNT = _number(int, "a whole number of at least 1", lambda value: value >= 1)
@@ -136,19 +118,6 @@ def _mode(text: str) -> str:
     return _MODE_SYNONYMS.get(text, text)
 
 
-def _num_bytes(text: str) -> int:
-    found = re.fullmatch(r"([0-9]+) ?([a-z]*)", text.lower())
-    unit = _BYTE_UNITS.get(found[2]) if found else None
-    if not found or unit is None:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of bytes (as in 268435456, 256MiB or 1GiB)"
-        )
-    value = int(found[1]) * unit
-    if not 1 <= value <= _MAX_BYTES:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 byte and 1024GiB")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all options. It raises ``ValueError`` with one line for a mistake.
 
@@ -164,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_model(parser)
     _add_http(parser)
+    add_http_limits(parser)
     _add_replicas(parser)
     _add_limits(parser)
     _add_memory(parser)
@@ -211,9 +181,9 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
         help="Address to listen on. 0.0.0.0 listens on all. Default: %(default)s.")  # fmt: skip
     add("--port", type=_PORT, default=8000,
         help="TCP port. 0 picks a free one and logs it. Default: %(default)s.")  # fmt: skip
-    add("--api-key", type=_token, metavar="KEY",
-        help="Key that clients must send as 'Authorization: Bearer KEY'. Default: no key is "
-        "needed.")  # fmt: skip
+    add("--api-key", type=_token, nargs="+", action="extend", metavar="KEY",
+        help="Keys of which clients must send one as 'Authorization: Bearer KEY'. Default: no "
+        "key is needed.")  # fmt: skip
     add("--served-model-name", type=_word, nargs="+", action="extend", metavar="NAME",
         help="Names of the model in the API. An answer carries the name in its request, or the "
         "first one. Default: the hub id, or the last part of the path.")  # fmt: skip

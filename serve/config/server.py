@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve.config.http import HttpLimits, http_limits
 from serve.config.limits import PHASE_LIMITS, PhaseLimits, checked_max_model_len, phase_limits
 from serve.config.model_source import (
     DEFAULT_NAME,
@@ -41,7 +42,8 @@ class ServerConfig:
     served_model_names: tuple[str, ...]
     host: str
     port: int
-    api_key: str | None
+    api_keys: tuple[str, ...]  # empty: no key is needed
+    http: HttpLimits
     dtype: str  # auto, or one of serve.model_config.fields.DTYPES
     load_format: LoadFormat  # never auto
     replica_specs: tuple[ReplicaSpec, ...]
@@ -118,6 +120,8 @@ def _configure(args: argparse.Namespace, world_size: int) -> ServerConfig:
         model_config=model_config,
         tokenizer=find_tokenizer(args.tokenizer, source),
         served_model_names=_served_names(args, source),
+        api_keys=tuple(args.api_key or ()),
+        http=http_limits(args),
         load_format=resolve_load_format(source, args.load_format),
         replica_specs=specs,
         partition_id=partition_id,
@@ -135,7 +139,7 @@ def _configure(args: argparse.Namespace, world_size: int) -> ServerConfig:
 
 
 _UNCHANGED_OPTIONS = (
-    "host", "port", "api_key", "dtype", "enable_chunked_prefill", "enforce_eager",
+    "host", "port", "dtype", "enable_chunked_prefill", "enforce_eager",
     "block_size", "num_blocks", "max_waiting", "max_waiting_tokens", "max_waiting_share",
     "drain_timeout_s", "start_timeout_s", "progress_timeout_s", "seed", "dispatch_policy",
     "schedule_policy", "log_level",

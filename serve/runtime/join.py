@@ -26,9 +26,10 @@ SWITCH_INTERVAL_S = 1e-4
 
 # What may differ between ranks: where things are on a host, and what only rank 0 uses.
 _HOST_OPTIONS = frozenset((
-    "model", "model_config", "tokenizer", "served_model_names", "host", "port", "api_key",
+    "model", "model_config", "tokenizer", "served_model_names", "host", "port", "api_keys", "http",
     "sampling_defaults", "chat_template", "log_level", "notes", "dtype", "block_size",
-    "max_waiting", "drain_timeout_s", "start_timeout_s", "dispatch_policy",
+    "max_waiting", "max_waiting_tokens", "max_waiting_share", "drain_timeout_s",
+    "start_timeout_s", "dispatch_policy", "warnings",
 ))  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from serve.dispatch.service import Service
 from serve.protocol.messages import AnyMessage, StopRequest
 from serve.runtime.failure import JobFailed, RankFailed, first_leaf
 from serve.runtime.join import join_job
+from serve.runtime.open_files import fit_connections, raise_open_files_limit
 from serve.runtime.rank import RankProcess
 from serve.runtime.shutdown import StopSignals
 from serve.runtime.startup import FrontEnd, serving_front_end
@@ -152,7 +153,8 @@ def _api_settings(config: ServerConfig) -> ApiSettings:
         model_path=config.model,
         vocab_size=config.model_config.vocab_size,
         created=int(time.time()),
-        api_key=config.api_key,
+        api_keys=config.api_keys,
+        http=fit_connections(config.http, raise_open_files_limit()),
         seed=config.seed,
         sampling=config.sampling_defaults,
     )

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve.tokenizer.byte_alphabet import byte_alphabet
 from serve.tokenizer.files import load_fast
+from serve.tokenizer.length_bound import read_length_bound
 
 if TYPE_CHECKING:
     import tokenizers
@@ -71,6 +73,7 @@ class Tokenizer:
             if added.special:
                 visible[token_id] = b""
         self._pieces = {False: tuple(pieces), True: tuple(visible)}
+        self._bound = read_length_bound(backend, pieces)
         self._leading_spaces = spelling.leading_spaces
         self.vocab_size = len(pieces)
         self.eos_token_id: int | None = fast.eos_token_id
@@ -85,6 +88,16 @@ class Tokenizer:
         batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = batch[0].ids
         return ids
+
+    def least_tokens(self, text: str, enough: int) -> int:
+        """Return how many tokens ``text`` has at least, at a cost that ``enough`` bounds.
+
+        The answer is exact enough to tell whether there are ``enough``, but 0 where no bound is
+        known. Raises ``ValueError`` as ``encode`` does.
+        """
+        return self._bound.least_tokens(
+            text, enough, lambda part: len(self.encode(part, add_special_tokens=False))
+        )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``. Invalid UTF-8 and ids without a token become U+FFFD."""
@@ -179,18 +192,7 @@ def _read_template(directory: Path) -> str | None:
 # --- the bytes of a token -----------------------------------------------------------------------
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for.
-
-    Printable Latin-1 characters stand for themselves. The characters from U+0100 on stand for the
-    other bytes.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
+_ALPHABET = byte_alphabet()
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 

@@ -27,6 +27,7 @@ from bench.soak.verdict import (
     find_missing,
     measure_growth,
 )
+from serve.request import Request, SamplingParams, pack_ids
 from tests.support.fake_service import FakeCluster
 
 MIB = 2**20
@@ -162,7 +163,11 @@ async def test_answers_that_change_are_found(url: str, cluster: FakeCluster) -> 
 
 
 async def test_a_refusal_without_a_flood_is_found(url: str, cluster: FakeCluster) -> None:
-    cluster.dispatcher.num_waiting = cluster.dispatcher.max_waiting
+    cluster.hold_at = 0
+    one = SamplingParams(max_tokens=1)
+    count = cluster.dispatcher.limits.max_requests
+    waiting = [Request(id=f"w{i}", prompt=pack_ids((1,)), sampling=one) for i in range(count)]
+    cluster.service.submit(waiting)
     tally = Tally()
     await traffic_to(url, tally, Checker()).run(40, 4)
     refused = tally.statuses["429"]
@@ -171,7 +176,8 @@ async def test_a_refusal_without_a_flood_is_found(url: str, cluster: FakeCluster
         await traffic_to(url, tally, Checker()).run(40, 4)
     assert tally.statuses["429"] == 2 * refused
     assert tally.num_wrong == refused
-    cluster.dispatcher.num_waiting = 0
+    for request in waiting:
+        cluster.service.abort(request.id)
 
 
 async def test_a_server_that_is_gone_ends_the_traffic() -> None:

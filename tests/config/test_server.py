@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.config.http import HttpLimits
 from serve.config.limits import PhaseLimits
 from serve.config.options import build_parser
 from serve.config.server import ConfigError, parse_args
@@ -28,7 +29,7 @@ def test_defaults(model: Path) -> None:
     assert config.model == config.tokenizer == str(model)
     assert config.model_config.num_heads == 8
     assert config.served_model_names == ("tiny-llama",)
-    assert (config.host, config.port, config.api_key) == ("127.0.0.1", 8000, None)
+    assert (config.host, config.port, config.api_keys) == ("127.0.0.1", 8000, ())
     assert (config.dtype, config.load_format) == ("auto", "safetensors")
     assert config.replica_specs == (ReplicaSpec(1), ReplicaSpec(1))
     assert config.partition_id == 1
@@ -45,6 +46,27 @@ def test_defaults(model: Path) -> None:
     assert config.dispatch_policy in POLICIES
     assert config.schedule_policy == "fcfs"
     assert config.log_level == "info"
+
+
+def test_limits_of_http(model: Path) -> None:
+    limits = parse(model).http
+    assert limits == HttpLimits()
+    assert [limits.body_bytes(n) for n in (0, 8192, 131_072, 1 << 20)] == [
+        4 << 20,
+        4 << 20,
+        8 << 20,
+        32 << 20,
+    ]
+    text = (
+        "--max-body-bytes 1MiB --trusted-proxies 10.0.0.0/8 ::1 --allowed-origins * "
+        "--max-connections 7 --max-connections-per-address 3 --keep-alive-timeout-s 9"
+    )
+    limits = parse(model, text).http
+    assert limits.body_bytes(1 << 20) == 1 << 20
+    assert [str(network) for network in limits.trusted_proxies] == ["10.0.0.0/8", "::1/128"]
+    assert limits.allowed_origins == ("*",)
+    assert (limits.max_connections, limits.max_connections_per_address) == (7, 3)
+    assert limits.keep_alive_timeout_s == 9.0
 
 
 @pytest.mark.parametrize(("world_size", "partition_id"), [(2, 1), (3, 1), (4, 2), (8, 4), (9, 4)])
@@ -92,7 +114,8 @@ def test_built_in_model_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--host 0.0.0.0", "host", "0.0.0.0"),
         ("--port 0", "port", 0),
         ("--port 65535", "port", 65535),
-        ("--api-key s3cret", "api_key", "s3cret"),
+        ("--api-key s3cret", "api_keys", ("s3cret",)),
+        ("--api-key a b --api-key c", "api_keys", ("a", "b", "c")),
         ("--dtype bfloat16", "dtype", "bfloat16"),
         ("--load-format safetensors", "load_format", "safetensors"),
         ("--load-format dummy", "load_format", "dummy"),
@@ -162,6 +185,11 @@ def test_accepted(model: Path, text: str, field: str, value: object) -> None:
         ("--kv-push-bytes 9999999GiB", "between 1 byte and"),
         ("--drain-timeout-s -1", "--drain-timeout-s"),
         ("--drain-timeout-s inf", "--drain-timeout-s"),
+        ("--header-timeout-s 0", "--header-timeout-s: 0 is not a number of seconds above 0"),
+        ("--max-connections 0", "--max-connections: 0 is not a whole number"),
+        ("--max-header-bytes 10", "--max-header-bytes: 10 is not a number of bytes (256 to"),
+        ("--trusted-proxies 10.0.0.1/8", "--trusted-proxies: '10.0.0.1/8' is not an address"),
+        ("--allowed-origins chat.example.com", "--allowed-origins: 'chat.example.com' is not"),
         ("--seed -1", "--seed: -1 is not a seed"),
         ("--seed 9223372036854775808", "is not a seed"),
         ("--dispatch-policy random", "--dispatch-policy: invalid choice"),

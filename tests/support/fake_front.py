@@ -30,6 +30,9 @@ class FakeTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
+    def least_tokens(self, text: str, enough: int) -> int:
+        return len(text.encode())
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return b"".join(self.pieces(True)[i] if i < VOCAB_SIZE else UNKNOWN for i in ids).decode(
             "utf-8", "replace"

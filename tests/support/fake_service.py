@@ -18,6 +18,7 @@ from aiohttp import web
 
 from serve.api.app import create_app, run_app_on
 from serve.api.settings import ApiSettings
+from serve.config.http import HttpLimits
 from serve.config.model_source import default_model
 from serve.dispatch.admission import QueueLimits
 from serve.dispatch.dispatcher import Dispatcher
@@ -73,20 +74,21 @@ class FakeCluster:
         ready: bool = True,
         api_key: str | None = None,
         max_body_bytes: int = 1 << 20,
+        limits: HttpLimits | None = None,
     ) -> None:
         specs = [ReplicaSpec(1)] * (num_prefill + num_decode)
         self.topology = build_topology(specs, num_prefill, mixed=False)
         self.metrics = Metrics(MODEL)
-        limits = QueueLimits(max_waiting, max_waiting_tokens, max_waiting_share)
-        self.dispatcher = Dispatcher(self.topology.replicas, "round-robin", limits, time.monotonic)
+        queue = QueueLimits(max_waiting, max_waiting_tokens, max_waiting_share)
+        self.dispatcher = Dispatcher(self.topology.replicas, "round-robin", queue, time.monotonic)
         self.service = Service(self.dispatcher, self.send, self.metrics, time.monotonic)
         settings = ApiSettings(
             served_model_names=(MODEL, ALIAS),
             model_path="/models/m",
             vocab_size=VOCAB_SIZE,
             created=7,
-            api_key=api_key,
-            max_body_bytes=max_body_bytes,
+            api_keys=(api_key,) if api_key else (),
+            http=limits or HttpLimits(max_body_bytes=max_body_bytes),
         )
         self.app = create_app(self.service, tokenizer, self.metrics, settings)
         self.hold_at: int | None = None  # tokens after which requests wait for ``release``
