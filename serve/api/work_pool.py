@@ -2,7 +2,7 @@
 
     up to 4 KiB     at once, on the event loop
     up to 64 KiB    in threads of their own, so that they never wait for larger ones
-    larger          in few threads, after the budget has admitted the body
+    larger          in one thread, after the budget has admitted the body
 
 The threads share the interpreter's lock with the event loop. So functions that run here work in
 slices of about a millisecond, or in libraries that release the lock.
@@ -19,7 +19,7 @@ from serve.api.byte_budget import ByteBudget, Lease
 
 SMALL_BYTES = 4 << 10
 MEDIUM_BYTES = 64 << 10
-_NUM_THREADS = 2  # of each kind; more would only take the lock from each other
+_NUM_THREADS = 2  # for bodies of medium size; more would only take the lock from each other
 
 Result = TypeVar("Result")
 
@@ -30,7 +30,7 @@ class WorkPool:
     def __init__(self, budget_bytes: int) -> None:
         self.budget = ByteBudget(budget_bytes)
         self._medium = ThreadPoolExecutor(_NUM_THREADS, "body")
-        self._large = ThreadPoolExecutor(_NUM_THREADS, "large body")
+        self._large = ThreadPoolExecutor(1, "large body")  # a second one would double the memory
 
     async def run(
         self, num_bytes: int, function: Callable[[], Result], lease: Lease | None = None
