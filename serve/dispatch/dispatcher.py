@@ -195,6 +195,7 @@ class Dispatcher:
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
             timeline=active.timeline if delta.finish_reason is not None else None,
+            error=delta.error,
         )
 
     def _on_first_token(self, active: ActiveRequest) -> None:

@@ -214,6 +214,11 @@ class Metrics:
             del self._open[output.request_id]
             self._observe_end(state, output, output.finish_reason, now_s)
 
+    def forget(self, request_id: str) -> None:
+        """Stop counting a request whose output could not be passed on."""
+        if self._open.pop(request_id, None) is not None:
+            self._success[FinishReason.ERROR].inc()
+
     def on_report(self, report: Report) -> None:
         """Show a replica's load and count the tokens of its step."""
         gauges = self._loads.get(report.replica_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from array import array
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from io import StringIO
@@ -18,6 +19,8 @@ from serve.protocol.messages import AnyMessage, Report
 from serve.request import FinishReason, Request
 
 __all__ = ["Output", "Overloaded", "Service", "Stream", "Unavailable", "read_all"]
+
+log = logging.getLogger(__name__)
 
 MAX_UNREAD = 64  # outputs kept apart for a slow reader; one more, and they are joined
 RETRY_WHEN_FULL_S = 1.0
@@ -251,8 +254,31 @@ class Service:
         outputs, outgoing = self._dispatcher.on_report(report, offset_s)
         self._metrics.on_report(report)
         for output in outputs:
-            self._pass_on(output)
+            if output.request_id not in self._streams:  # it has failed with an earlier output
+                continue
+            try:
+                self._pass_on(output)
+            except Exception:
+                log.exception("request %s failed", output.request_id)
+                self._fail(output.request_id)
         self._send_all(outgoing)
+
+    def _fail(self, request_id: str) -> None:
+        """End one request whose output could not be passed on. The others are not concerned."""
+        self._send_all(self._dispatcher.close(request_id))
+        if (stream := self._streams.get(request_id)) is not None:
+            self._end(stream)
+            self._metrics.forget(request_id)
+            stream.put(
+                Output(
+                    request_id=request_id,
+                    first_index=stream.num_tokens,
+                    token_ids=(),
+                    text="",
+                    finish_reason=FinishReason.ERROR,
+                    error="the server failed to pass on this answer",
+                )
+            )
 
     def fail_all(self, reason: str) -> None:
         """End every stream with an error and accept no more requests."""
@@ -269,9 +295,12 @@ class Service:
         self._metrics.on_output(output, self._clock())
         stream.put(output)
         if output.finish_reason is not None:
-            del self._streams[output.request_id]
-            if not self._streams:
-                self._idle.set()
+            self._end(stream)
+
+    def _end(self, stream: Stream) -> None:
+        del self._streams[stream.request.id]
+        if not self._streams:
+            self._idle.set()
 
     def _send_all(self, outgoing: Sequence[Outgoing]) -> None:
         for rank, message in outgoing:

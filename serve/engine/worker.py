@@ -72,7 +72,7 @@ class Worker:
             await asyncio.sleep(HEARTBEAT_S)
             due_s += HEARTBEAT_S
             if time.monotonic() - due_s > PAUSE_S:  # this process was stopped, not its work
-                self.executor.progress.restart_clocks()
+                self._restart_clocks()
                 due_s = time.monotonic()
             for peer in self._peers:
                 if peer != FRONT_END_RANK:
@@ -81,9 +81,16 @@ class Worker:
             if self._replica is not None:
                 self._issue(self._replica.heartbeat())
 
+    def _restart_clocks(self) -> None:
+        self.executor.progress.restart_clocks()
+        if self._replica is not None:
+            self._replica.restart_clocks()
+
     def _measure_progress(self) -> Heartbeat:
         progress = self.executor.progress
         stalls = progress.stalls(HEARTBEAT_S)
+        if self._replica is not None:
+            stalls += [stall for stall in self._replica.stalls() if stall.age_s >= HEARTBEAT_S]
         return Heartbeat(progress.num_completed, progress.is_busy, tuple(stalls))
 
     def stop(self) -> None:

@@ -170,6 +170,7 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     timeline: Timeline | None = None
+    error: str | None = None  # with FinishReason.ERROR
 
 
 class ReplicaLoad(Struct, frozen=True, kw_only=True):

@@ -109,6 +109,18 @@ class IncomingTransfers:
         """Reservations that have not ended."""
         return len(self._reservations)
 
+    @property
+    def oldest_offer(self) -> Offer | None:
+        """The offer that gets blocks next."""
+        return next(iter(self._offers.values()), None)
+
+    def num_blocks_for(self, offer: Offer) -> int:
+        """Return how many blocks an offer needs here."""
+        length = offer.request.num_prompt_tokens
+        first = self._limits.num_out_of_window_blocks(length)
+        # One position more than the prompt, so that the first decode step always has its block.
+        return num_blocks_for(length + 1, self._limits.block_size) - first
+
     def on_offer(self, offer: Offer) -> None:
         """Queue an offer until blocks are reserved for it."""
         self._offers[offer.request.id] = offer
@@ -121,15 +133,12 @@ class IncomingTransfers:
         Returns the offers to answer with Ready.
         """
         granted: list[Offer] = []
-        while self._offers:
-            offer = next(iter(self._offers.values()))
-            length = offer.request.num_prompt_tokens
-            first = self._limits.num_out_of_window_blocks(length)
-            # One position more than the prompt, so that the first decode step always has its block.
-            needed = num_blocks_for(length + 1, self._limits.block_size) - first
+        while (offer := self.oldest_offer) is not None:
+            needed = self.num_blocks_for(offer)
             if not fits(offer.request, needed):
                 break
             del self._offers[offer.request.id]
+            first = self._limits.num_out_of_window_blocks(offer.request.num_prompt_tokens)
             blocks = self._pool.allocate(needed)
             reservation = Reservation(
                 offer.request, offer.prefill_replica, first, blocks, next_number()

@@ -118,6 +118,14 @@ class OutgoingTransfers:
         """Prompts that are computed but not sent to the end, and prompts that are draining."""
         return self._num_computed + self._num_draining
 
+    def oldest_unacknowledged(self) -> list[tuple[int, int]]:
+        """Return the decode replica and the number of each link's oldest push without an ack."""
+        return [
+            (decode_replica, next(iter(link.unacknowledged)))
+            for decode_replica, link in self._links.items()
+            if link.unacknowledged
+        ]
+
     def offer(self, sequence: Sequence, decode_replica: int) -> Offer:
         """Return the offer of an admitted prompt, which requests blocks on the decode replica."""
         first_block = self._limits.num_out_of_window_blocks(sequence.num_prompt_tokens)

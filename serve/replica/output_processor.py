@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +11,11 @@ from serve.replica.active_request import ActiveRequest
 from serve.replica.sequence import Sequence
 from serve.replica.stop_check import check_stop, end_tokens
 from serve.replica.timeline import record_first_token
+from serve.request import FinishReason
 from serve.tokenizer.detokenizer import Detokenizer
 from serve.tokenizer.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,21 @@ class OutputProcessor:
         """Return the active request of a sequence whose first tokens another replica processed."""
         detokenizer = Detokenizer.resume(self._tokenizer, sequence.request.sampling, state)
         return self._activate(sequence, detokenizer, decode_replica)
+
+    def fail(self, sequence: Sequence, error: Exception) -> Delta:
+        """Return the Delta that ends a request whose text could not be made, and log the error.
+
+        Only this request is concerned. What runs on the GPU does not depend on text.
+        """
+        log.error("request %s failed", sequence.id, exc_info=error)
+        return Delta(
+            request_id=sequence.id,
+            first_index=sequence.num_output_tokens,
+            token_ids=(),
+            text="",
+            finish_reason=FinishReason.ERROR,
+            error="the server failed to process the text of this request",
+        )
 
     def process(self, active: ActiveRequest, token_id: int) -> ProcessedToken:
         """Append ``token_id`` to the sequence, detokenise it and decide whether it is the last."""

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from serve.protocol.messages import (
     Abort,
     AnyMessage,
@@ -34,6 +36,7 @@ from serve.protocol.messages import (
     Ready,
     ReplicaLoad,
     Report,
+    Stall,
     Step,
     Withdraw,
 )
@@ -47,6 +50,7 @@ from serve.replica.output_processor import OutputProcessor
 from serve.replica.queue_order import QUEUE_ORDERS
 from serve.replica.scheduler import Batch, Scheduler
 from serve.replica.sequence import Sequence
+from serve.replica.standstill import Standstill, find_conditions
 from serve.replica.step import build_step
 from serve.replica.timeline import record_start
 from serve.replica.token_ids import TokenIds
@@ -103,6 +107,7 @@ class Replica:
         self._numbers = itertools.count()
         self._in_flight: deque[Batch] = deque()  # oldest first
         self._reported_load: ReplicaLoad | None = None
+        self._standstill = Standstill(clock)
         self._actions = Actions()
 
     # --- events -----------------------------------------------------------------------------
@@ -134,10 +139,11 @@ class Replica:
     def on_received(self, prefill_replica: int, number: int) -> Actions:
         """Handle a push that every rank of this replica has in its staging slot."""
         received = self._incoming.on_received(prefill_replica, number)
-        self._actions.entries.append(received.unpack)
+        unpack = received.unpack
         self._send(prefill_replica, PushReceived(self._settings.replica_id, number))
-        if received.completed is not None:
-            self._start_decode(received.completed)
+        if received.completed is not None and not self._start_decode(received.completed):
+            unpack = replace(unpack, block_ids=())  # the blocks are free
+        self._actions.entries.append(unpack)
         self._advance_transfers()
         return self._take_actions()
 
@@ -196,6 +202,17 @@ class Replica:
         self._report((), 0)
         return self._take_actions()
 
+    def stalls(self) -> list[Stall]:
+        """Return what should have moved since the last call and did not, with its age."""
+        conditions = find_conditions(
+            self._scheduler, self._incoming, self._outgoing, is_idle=not self._in_flight
+        )
+        return self._standstill.look(conditions, self._settings.leader_of)
+
+    def restart_clocks(self) -> None:
+        """Count no standstill before now, because this whole process did not run for a while."""
+        self._standstill.restart_clocks()
+
     # --- requests ---------------------------------------------------------------------------
 
     def _prefill(self, request: Request, decode_replica: int) -> None:
@@ -206,8 +223,12 @@ class Replica:
             token_ids=TokenIds(request.prompt),
         )
         sequence.timeline.prefill_queued_s = self._clock()
-        self._active[request.id] = self._outputs.start(sequence, decode_replica)
-        self._scheduler.add(sequence)
+        try:
+            self._active[request.id] = self._outputs.start(sequence, decode_replica)
+        except Exception as error:
+            self._report((self._outputs.fail(sequence, error),), 0)
+        else:
+            self._scheduler.add(sequence)
 
     def _offer(self, active: ActiveRequest) -> None:
         """Request blocks on the decode replica, unless the prompt decodes here or has an offer."""
@@ -215,15 +236,26 @@ class Replica:
         if not sequence.decodes_here and sequence.id not in self._outgoing:
             self._send(active.decode_replica, self._outgoing.offer(sequence, active.decode_replica))
 
-    def _start_decode(self, received: ReceivedSequence) -> None:
+    def _start_decode(self, received: ReceivedSequence) -> bool:
+        """Queue a received sequence. Return False if it has failed."""
         sequence = received.sequence
-        self._active[sequence.id] = self._outputs.resume(
-            sequence, received.detokenizer_state, self._settings.replica_id
-        )
+        try:
+            self._active[sequence.id] = self._outputs.resume(
+                sequence, received.detokenizer_state, self._settings.replica_id
+            )
+        except Exception as error:
+            self._free_blocks(sequence)
+            self._report((self._outputs.fail(sequence, error),), 0)
+            return False
         self._scheduler.add_received(sequence)
+        return True
 
     def _take_token(self, active: ActiveRequest, token_id: int) -> Delta:
-        processed = self._outputs.process(active, token_id)
+        try:
+            processed = self._outputs.process(active, token_id)
+        except Exception as error:
+            self._close(active)
+            return self._outputs.fail(active.sequence, error)
         if processed.finished:
             if active.sequence.decodes_here:
                 self._scheduler.room.on_ended(active.sequence.num_output_tokens)

@@ -221,3 +221,26 @@ async def test_an_early_end_waits_for_token_0() -> None:
     assert (output.text, output.finish_reason) == (texts(3), FinishReason.LENGTH)
     cluster.active.clear()
     cluster.assert_at_rest()
+
+
+async def test_an_output_that_cannot_be_passed_on_ends_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put = Stream.put
+
+    def fail_once(stream: Stream, output: Output) -> None:
+        if output.request_id == "b" and output.token_ids == (FIRST_ID + 1,):
+            raise RuntimeError("a stream that fails")
+        put(stream, output)
+
+    cluster = FakeCluster(None)
+    monkeypatch.setattr(Stream, "put", fail_once)
+    streams = cluster.service.submit([make_request(name) for name in ("a", "b", "c")])
+    ends = [(await read(stream))[-1] for stream in streams]
+    assert [end.finish_reason for end in ends] == [
+        FinishReason.LENGTH, FinishReason.ERROR, FinishReason.LENGTH,
+    ]  # fmt: skip
+    assert ends[1].error == "the server failed to pass on this answer"
+    await cluster.until(lambda: not cluster.active)
+    assert cluster.aborted == ["b"]
+    cluster.assert_at_rest()
