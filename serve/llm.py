@@ -42,6 +42,10 @@ from serve.topology import RankInfo, read_rank_info
 
 T = TypeVar("T")
 
+# A batch has no latency to protect. In simulated batches of equal prompts on a small pool this took
+# 10 to 40 % fewer steps than 1, for up to 2.5 times the tokens of the prompts computed again.
+BATCH_OVERCOMMIT = 8.0
+
 
 class Completion(msgspec.Struct, frozen=True):
     """The answer to one prompt."""
@@ -71,6 +75,7 @@ class LLM:
             max_waiting=sys.maxsize,
             max_waiting_tokens=sys.maxsize,
             max_waiting_share=1.0,
+            kv_overcommit=config.kv_overcommit or BATCH_OVERCOMMIT,
         )
         start_logging(self.config, rank_info)
         self._loop = uvloop.new_event_loop()

@@ -79,6 +79,9 @@ _INDEX = _number(int, "a whole number", lambda value: True)
 _SECONDS = _number(
     float, "a number of seconds of at least 0", lambda value: math.isfinite(value) and value >= 0
 )
+_OVERCOMMIT = _number(
+    float, "a factor of at least 1", lambda value: math.isfinite(value) and value >= 1
+)
 _PERIOD = _number(
     float, "a number of seconds above 0", lambda value: math.isfinite(value) and value > 0
 )
@@ -266,6 +269,10 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     add("--num-blocks", type=_COUNT, metavar="BLOCKS",
         help="Blocks in the KV cache of each rank. Replaces --gpu-memory-utilization. Default: as "
         "many as memory allows; on a CPU, 2GiB.")  # fmt: skip
+    add("--kv-overcommit", type=_OVERCOMMIT, metavar="FACTOR",
+        help="How much more KV a replica may expect its answers to take than it has, at least 1. "
+        "A larger factor runs more answers at once, interrupts some of them and computes their "
+        "tokens again. Default: 1; offline (serve.llm) 8.")  # fmt: skip
     add("--kv-push-bytes", type=_num_bytes, metavar="BYTES",
         help="Most bytes of KV in one message between two ranks: a whole number, which may have "
         "the unit KiB, MiB or GiB. Each rank allocates four buffers of this size for every rank "

@@ -58,6 +58,7 @@ class ServerConfig:
     max_waiting: int
     max_waiting_tokens: int
     max_waiting_share: float
+    kv_overcommit: float | None  # None: 1 for a server, more for a batch
     kv_push_bytes: int
     kv_transport: KVTransport
     drain_timeout_s: float
@@ -141,8 +142,8 @@ def _configure(args: argparse.Namespace, world_size: int) -> ServerConfig:
 _UNCHANGED_OPTIONS = (
     "host", "port", "dtype", "enable_chunked_prefill", "enforce_eager",
     "block_size", "num_blocks", "max_waiting", "max_waiting_tokens", "max_waiting_share",
-    "drain_timeout_s", "start_timeout_s", "progress_timeout_s", "seed", "dispatch_policy",
-    "schedule_policy", "log_level",
+    "kv_overcommit", "drain_timeout_s", "start_timeout_s", "progress_timeout_s", "seed",
+    "dispatch_policy", "schedule_policy", "log_level",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from serve.replica.block_pool import BlockPool
 from serve.replica.growth import Growth, OutputLengths, peak_blocks
+from serve.replica.limits import SchedulerLimits
 from serve.request import Request
 
 
@@ -26,13 +27,16 @@ class Reserved(Protocol):
 class DecodeRoom:
     """Compares the expected need of sequences with the blocks of the pool.
 
-    ``max_held_tokens`` bounds the tokens that one sequence holds blocks for; None: no bound.
+    With ``limits.overcommit`` above 1 it may be that much more. Then more sequences run at once,
+    and some are preempted and computed again. That suits a batch of prompts that begin together,
+    because their answers also grow together and the pool is half empty in the mean.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, max_held_tokens: int | None) -> None:
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
         self._pool = pool
-        self._block_size = block_size
-        self._max_held_tokens = max_held_tokens
+        self._block_size = limits.block_size
+        self._max_held_tokens = limits.max_held_tokens
+        self._overcommit = limits.overcommit
         self._lengths = OutputLengths()
 
     def on_ended(self, num_output_tokens: int) -> None:
@@ -51,4 +55,5 @@ class DecodeRoom:
 
     def fits(self, growths: Iterable[Growth], num_owned: int) -> bool:
         """Return whether sequences that own ``num_owned`` blocks now find all that they need."""
-        return peak_blocks(growths, self._block_size) <= self._pool.num_free + num_owned
+        num_blocks = self._pool.num_free + num_owned
+        return peak_blocks(growths, self._block_size) <= self._overcommit * num_blocks

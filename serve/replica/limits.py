@@ -18,6 +18,7 @@ class SchedulerLimits:
     enable_chunked_prefill: bool
     block_size: int
     window: int | None = None
+    overcommit: float = 1.0  # expected KV over the KV that there is, see DecodeRoom
 
     @property
     def num_ahead(self) -> int:

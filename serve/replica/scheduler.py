@@ -76,7 +76,7 @@ class Scheduler:
         self.received: OrderedDict[Sequence, None] = OrderedDict()  # oldest first
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
-        self.room = DecodeRoom(pool, limits.block_size, limits.max_held_tokens)
+        self.room = DecodeRoom(pool, limits)
         self._pool = pool
         self._limits = limits
         self._num_decoding = 0  # running sequences that decode here

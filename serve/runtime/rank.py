@@ -250,6 +250,7 @@ def _replica_settings(
             setup.config.enable_chunked_prefill or setup.replica.role is Role.DECODE,
             setup.block_size,
             model.max_window,
+            setup.config.kv_overcommit or 1.0,
         ),
         max_push_blocks=setup.max_push_blocks,
         eos_token_ids=find_eos_token_ids(model, tokenizer),

@@ -127,6 +127,7 @@ def test_built_in_model_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--max-model-len 128", "max_model_len", 128),
         ("--max-waiting 1", "max_waiting", 1),
         ("--max-waiting-tokens 1", "max_waiting_tokens", 1),
+        ("--kv-overcommit 1.5", "kv_overcommit", 1.5),
         ("--max-waiting-share 0.5", "max_waiting_share", 0.5),
         ("--max-waiting-share 1", "max_waiting_share", 1.0),
         ("--kv-push-bytes 1000", "kv_push_bytes", 1000),

@@ -100,6 +100,23 @@ def test_a_pool_that_holds_the_prompts_but_not_their_answers_computes_no_prompt_
         assert node.load.num_free_blocks == num_blocks
 
 
+def test_a_batch_may_trade_preemptions_for_steps() -> None:
+    """Prompts that begin together grow together, so a careful pool is half empty in the mean."""
+    found = {}
+    for overcommit in (1.0, 8.0):
+        ends = {f"r{i}": 400 for i in range(160)}
+        cluster = Lockstep((4000, 1100), lengths=ends, overcommit=overcommit)
+        requests = make_requests(160, 100, 2000)
+        sampling = SamplingParams(max_tokens=2000)
+        cluster.submit(Request(id=r.id, prompt=r.prompt, sampling=sampling) for r in requests)
+        cluster.run()
+        assert sum(cluster.finished.values()) == 160
+        found[overcommit] = (cluster.decode.num_steps, cluster.decode.num_recomputed)
+    assert found[1.0] == (2014, 0)
+    assert found[8.0][0] < 0.7 * found[1.0][0]
+    assert 0 < found[8.0][1] < 2.5 * 160 * 100
+
+
 def test_finished_prompts_wait_on_the_prefill_side() -> None:
     cluster = Lockstep((4000, 4000), max_num_seqs=8)
     cluster.submit(make_requests(40, 100, 50))

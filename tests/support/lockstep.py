@@ -56,6 +56,7 @@ class Lockstep:
         max_num_seqs: int = 256,
         budgets: tuple[int, int] = (8192, 2048),
         lengths: Mapping[str, int] | None = None,
+        overcommit: float = 1.0,
     ) -> None:
         self._lengths = lengths or {}  # of answers that end before max_tokens, by request id
         self.num_ticks = 0
@@ -63,7 +64,9 @@ class Lockstep:
         self._messages: deque[tuple[int, AnyMessage]] = deque()
         self.nodes: list[Node] = []
         for i in range(2):
-            limits = SchedulerLimits(max_num_seqs, budgets[i], True, block_size)
+            limits = SchedulerLimits(
+                max_num_seqs, budgets[i], True, block_size, overcommit=overcommit
+            )
             settings = ReplicaSettings(i, (1, 2), num_blocks[i], limits, 64, (END,))
             self.nodes.append(Node(Replica(settings, None, lambda: float(self.num_ticks))))
         self.prefill, self.decode = self.nodes
