@@ -26,7 +26,6 @@ from serve.protocol.messages import (
     Abort,
     AnyMessage,
     Delta,
-    Entry,
     Offer,
     Prefill,
     Push,
@@ -34,9 +33,9 @@ from serve.protocol.messages import (
     Ready,
     ReplicaLoad,
     Report,
-    Step,
     Withdraw,
 )
+from serve.protocol.plan import Entry, Step
 from serve.replica.active_request import ActiveRequest
 from serve.replica.block_pool import BlockPool
 from serve.replica.incoming import IncomingTransfers, ReceivedSequence

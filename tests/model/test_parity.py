@@ -18,7 +18,7 @@ from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.config import ModelConfig
 from serve.model_config.file import load_model_config
-from serve.protocol.messages import Step, StepSequence
+from serve.protocol.plan import Step, StepSequence
 from tests.support.checkpoints import (
     ROPES,
     load_reference,

@@ -17,7 +17,7 @@ from serve.model.forward_batch import build_forward_batch
 from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
-from serve.protocol.messages import Step, StepSequence
+from serve.protocol.plan import Step, StepSequence
 from tests.support.checkpoints import write_llama_checkpoint
 
 BLOCK_SIZE = 4
