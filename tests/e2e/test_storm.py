@@ -264,14 +264,14 @@ async def run_storm(
 async def test_storm_over_two_prefill_and_two_decode_replicas(
     model: Path, prompts: list[list[int]], expected: list[tuple[int, ...]]
 ) -> None:
-    await run_storm(model, prompts, expected, TINY_POOLS, 800)
+    await run_storm(model, prompts, expected, TINY_POOLS, 300)
 
 
 async def test_storm_over_two_ranks_each(
     model: Path, prompts: list[list[int]], expected: list[tuple[int, ...]]
 ) -> None:
     options = (*TINY_POOLS, "--replica-spec", "2,1", "2,1")
-    await run_storm(model, prompts, expected, options, 300)
+    await run_storm(model, prompts, expected, options, 150)
 
 
 @pytest.mark.slow
