@@ -20,7 +20,7 @@ from tests.support.clients import Client, events, greedy_body, post_raw
 from tests.support.server import serving
 
 NUM_CLIENTS = 100
-NUM_PROMPTS = 60
+NUM_PROMPTS = 40
 MAX_TOKENS = 24
 VOCAB_SIZE = 128
 STALL_S = 60.0  # a request that takes longer counts as hung
