@@ -18,8 +18,7 @@ from serve.dispatch.service import Service
 from serve.protocol.messages import AnyMessage, StopRequest
 from serve.runtime.open_files import fit_connections, raise_open_files_limit
 from serve.runtime.rank import RankProcess
-from serve.runtime.server import wait_for_either
-from serve.runtime.shutdown import StopSignals
+from serve.runtime.shutdown import StopSignals, wait_for_either
 from serve.runtime.startup import FrontEnd, serving_front_end
 
 log = logging.getLogger("serve")

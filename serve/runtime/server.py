@@ -14,7 +14,7 @@ from serve.config.server import ServerConfig
 from serve.runtime.failure import JobFailed, RankFailed, first_leaf
 from serve.runtime.join import join_job
 from serve.runtime.rank import RankProcess
-from serve.runtime.shutdown import StopSignals
+from serve.runtime.shutdown import StopSignals, wait_for_either
 from serve.topology import RankInfo
 
 log = logging.getLogger("serve")
@@ -96,12 +96,3 @@ async def _explain_failure(process: RankProcess, error: BaseException) -> int:
     log.error("rank %d failed", process.rank_info.rank, exc_info=error)
     await process.report_failure(f"{type(error).__name__}: {error}")
     return 1
-
-
-async def wait_for_either(first: asyncio.Task[None], second: Coroutine[Any, Any, Any]) -> None:
-    """Wait until one of both ends, then cancel ``second``. ``first`` is the caller's to cancel."""
-    other = asyncio.create_task(second)
-    try:
-        await asyncio.wait((first, other), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        other.cancel()
