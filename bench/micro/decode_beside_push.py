@@ -48,7 +48,8 @@ from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
 from serve.model_config.kv_layout import num_blocks_for
-from serve.protocol.messages import NUM_STAGING_SLOTS, SampleRow, Step, StepSequence
+from serve.protocol.messages import NUM_STAGING_SLOTS
+from serve.protocol.plan import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams, pack_ids
 from serve.runtime.join import SWITCH_INTERVAL_S
 from serve.runtime.shutdown import exit_now

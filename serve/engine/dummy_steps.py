@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from serve.engine.rank_setup import RankSetup
 from serve.model_config.config import ModelConfig
-from serve.protocol.messages import SampleRow, Step, StepSequence
+from serve.protocol.plan import SampleRow, Step, StepSequence
 from serve.request import MAX_TOKEN_RULES, Request, SamplingParams, pack_ids
 
 _NUM_OUTPUTS = 32  # output tokens of a row; torch uses another kernel to count up to 16

@@ -21,15 +21,8 @@ from serve.comm.kv_transfer import KVReceiver, KVSender
 from serve.comm.transports import Wait
 from serve.engine.plan_progress import PlanProgress
 from serve.engine.runner import Runner
-from serve.protocol.messages import (
-    NUM_STAGING_SLOTS,
-    Entry,
-    PostReceive,
-    Send,
-    Step,
-    Stop,
-    Unpack,
-)
+from serve.protocol.messages import NUM_STAGING_SLOTS
+from serve.protocol.plan import Entry, PostReceive, Send, Step, Stop, Unpack
 
 T = TypeVar("T")
 

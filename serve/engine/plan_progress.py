@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from serve.protocol.messages import Entry, PostReceive, Stall, Step
+from serve.protocol.messages import Stall
+from serve.protocol.plan import Entry, PostReceive, Step
 
 Work = Entry | Callable[[], None]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from serve.comm.tensor_parallel import TensorParallel
 from serve.kv.cache import KVCache
 from serve.model.forward_batch import build_forward_batch
-from serve.protocol.messages import Step
+from serve.protocol.plan import Step
 from serve.sampling.placed_rows import PlacedRows
 from serve.sampling.sampler import sample
 from serve.sampling.slots import SamplingSlots

@@ -15,7 +15,8 @@ import torch
 
 from serve.engine.executor import Callbacks, Executor
 from serve.engine.plan_progress import PlanProgress
-from serve.protocol.messages import AnyMessage, Entry, Heartbeat, Received, Step, Stop
+from serve.protocol.messages import AnyMessage, Heartbeat, Received
+from serve.protocol.plan import Entry, Step, Stop
 from serve.replica.replica import Actions, Replica
 from serve.topology import FRONT_END_RANK, Topology
 

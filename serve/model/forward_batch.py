@@ -9,7 +9,7 @@ from itertools import chain, takewhile
 import torch
 from torch import Tensor
 
-from serve.protocol.messages import Step, StepSequence
+from serve.protocol.plan import Step, StepSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def build_forward_batch(
 def fill_in(token_ids: Tensor, sampled: Tensor) -> Tensor:
     """Replace each placeholder ``sampled_by(row)`` in ``token_ids`` by ``sampled[row]``.
 
-    ``token_ids`` is ``[num_tokens]``; see ``serve.protocol.messages.sampled_by``.
+    ``token_ids`` is ``[num_tokens]``; see ``serve.protocol.plan.sampled_by``.
     """
     return torch.where(token_ids < 0, sampled[(-1 - token_ids).clamp_min(0)], token_ids)
 

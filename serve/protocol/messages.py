@@ -21,25 +21,20 @@ A reservation ends with exactly one of ``Push(handover)`` and ``Withdraw``. Once
 both sides carry out its transfer, also after an abort. Messages about a request id that is unknown
 or finished are ignored.
 
-Within a replica the leader sends its followers one ordered stream of plan entries,
-``Step | PostReceive | Send | Unpack | Stop``. Every rank issues exactly this sequence.
+Within a replica the leader sends its followers the plan (``serve.protocol.plan``).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from serve.protocol.message import Message
+from serve.protocol.plan import Entry
 from serve.request import FinishReason, Request, SamplingParams, Timeline
-
-
-class Message(Struct, frozen=True, tag=True, array_like=True, omit_defaults=True):
-    """Base of all messages on the control channel."""
-
 
 # --- rank 0 -> replicas -----------------------------------------------------------------------
 
@@ -197,80 +192,7 @@ class Report(Message, frozen=True):
     num_step_tokens: int = 0
 
 
-# --- leader -> followers: the plan --------------------------------------------------------------
-
-
-class StepSequence(Struct, frozen=True, array_like=True):
-    """One sequence's part of a step: its ``token_ids``, the first at position ``start``.
-
-    ``block_table`` covers positions ``[0, start + len(token_ids))``. It has 0 for blocks that lie
-    before every layer's attention window. With ``sample`` the token after the last one is sampled.
-    A token that the previous step samples is not known when this step is planned, so
-    ``sampled_by(row)`` stands for it.
-    """
-
-    start: int
-    token_ids: tuple[int, ...]
-    block_table: tuple[int, ...]
-    sample: bool
-
-
-def sampled_by(row: int) -> int:
-    """Return the placeholder in ``token_ids`` for the token of the previous step's row ``row``."""
-    return -1 - row
-
-
-class SampleRow(Struct, frozen=True, array_like=True):
-    """How to sample one row. Only the leader samples, so this is not sent to followers.
-
-    ``end_token_ids`` are the model's; like the stop tokens of the request, they must not be chosen
-    before ``min_tokens``. ``token_ids`` has at least the prompt and the first ``output_index - 1``
-    output tokens; the next one is the row's input, which the host may not know yet. It is the
-    sequence's own, so it may grow during the step; a slice of it does not.
-    """
-
-    request: Request
-    output_index: int
-    end_token_ids: tuple[int, ...] = ()
-    token_ids: Sequence[int] = ()
-
-
-class Step(Message, frozen=True):
-    """One forward pass over ``sequences``. ``rows`` has one entry per sequence with ``sample``."""
-
-    sequences: tuple[StepSequence, ...]
-    rows: tuple[SampleRow, ...] = ()
-
-
-class PostReceive(Message, frozen=True):
-    """Post the receive of push ``number`` of ``prefill_replica`` into its staging slot."""
-
-    prefill_replica: int
-    number: int
-    num_blocks: int
-
-
-class Unpack(Message, frozen=True):
-    """Copy a received push from staging into ``block_ids``; drop it if they are empty."""
-
-    prefill_replica: int
-    number: int
-    block_ids: tuple[int, ...]
-
-
-class Send(Message, frozen=True):
-    """Pack ``block_ids`` into the staging slot of push ``number`` and send it."""
-
-    decode_replica: int
-    number: int
-    block_ids: tuple[int, ...]
-
-
-class Stop(Message, frozen=True):
-    """End the plan: the GPU thread of each rank ends."""
-
-
-Entry = Step | PostReceive | Unpack | Send | Stop
+# --- follower -> leader --------------------------------------------------------------------------
 
 
 class Received(Message, frozen=True):

@@ -27,15 +27,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from serve.model_config.kv_layout import num_blocks_for
-from serve.protocol.messages import (
-    DetokenizerState,
-    Handover,
-    Offer,
-    PostReceive,
-    Push,
-    Unpack,
-    Withdraw,
-)
+from serve.protocol.messages import DetokenizerState, Handover, Offer, Push, Withdraw
+from serve.protocol.plan import PostReceive, Unpack
 from serve.replica.block_pool import BlockPool
 from serve.replica.limits import SchedulerLimits
 from serve.replica.sequence import OUT_OF_WINDOW_BLOCK, Sequence

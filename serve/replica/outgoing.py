@@ -27,7 +27,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from serve.protocol.messages import NUM_STAGING_SLOTS, Handover, Offer, Push, Send, Withdraw
+from serve.protocol.messages import NUM_STAGING_SLOTS, Handover, Offer, Push, Withdraw
+from serve.protocol.plan import Send
 from serve.replica.limits import SchedulerLimits
 from serve.replica.ordered_queue import OrderedQueue
 from serve.replica.sequence import Sequence

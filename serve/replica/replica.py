@@ -28,7 +28,6 @@ from serve.protocol.messages import (
     Abort,
     AnyMessage,
     Delta,
-    Entry,
     Offer,
     Prefill,
     Push,
@@ -37,9 +36,9 @@ from serve.protocol.messages import (
     ReplicaLoad,
     Report,
     Stall,
-    Step,
     Withdraw,
 )
+from serve.protocol.plan import Entry, Step
 from serve.replica.active_request import ActiveRequest
 from serve.replica.block_pool import BlockPool
 from serve.replica.incoming import IncomingTransfers, ReceivedSequence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve.protocol.messages import SampleRow, Step, StepSequence, sampled_by
+from serve.protocol.plan import SampleRow, Step, StepSequence, sampled_by
 from serve.replica.scheduler import Batch, Chunk
 
 

@@ -27,7 +27,6 @@ from serve.engine.rank_setup import RankSetup
 from serve.engine.worker import Worker
 from serve.protocol.messages import (
     AnyMessage,
-    Entry,
     Failed,
     Goodbye,
     Heartbeat,
@@ -37,6 +36,7 @@ from serve.protocol.messages import (
     Report,
     StopRequest,
 )
+from serve.protocol.plan import Entry
 from serve.replica.limits import SchedulerLimits
 from serve.replica.replica import Replica, ReplicaSettings
 from serve.replica.stop_check import find_eos_token_ids

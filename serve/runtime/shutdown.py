@@ -8,8 +8,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
 
@@ -83,3 +83,12 @@ class StopSignals:
     def _on_term(self) -> None:
         self._num_terms += 1
         self.request(at_once=self._num_terms > 1)
+
+
+async def wait_for_either(first: asyncio.Task[None], second: Coroutine[Any, Any, Any]) -> None:
+    """Wait until one of both ends, then cancel ``second``. ``first`` is the caller's to cancel."""
+    other = asyncio.create_task(second)
+    try:
+        await asyncio.wait((first, other), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        other.cancel()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from serve.device import columns_to_device, to_device
-from serve.protocol.messages import SampleRow
+from serve.protocol.plan import SampleRow
 from serve.sampling.parts import split
 from serve.sampling.penalised_rows import PenalisedRows
 from serve.sampling.placed_rows import PlacedRows

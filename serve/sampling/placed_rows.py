@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.protocol.messages import SampleRow
+from serve.protocol.plan import SampleRow
 from serve.request import SamplingParams
 from serve.sampling.noise import noise_streams
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.protocol.messages import SampleRow
+from serve.protocol.plan import SampleRow
 from serve.request import Request, SamplingParams
 from serve.sampling.penalties import Penalties
 from serve.sampling.placed_rows import PARAMS, PlacedRows, encode_params

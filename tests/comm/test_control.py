@@ -12,17 +12,8 @@ import torch.distributed as dist
 import uvloop
 
 from serve.comm.framing import FRAME_BYTES, make_frame
-from serve.protocol.messages import (
-    Abort,
-    AnyMessage,
-    Entry,
-    Goodbye,
-    Ping,
-    PostReceive,
-    Stop,
-    Unpack,
-    encode,
-)
+from serve.protocol.messages import Abort, AnyMessage, Goodbye, Ping, encode
+from serve.protocol.plan import Entry, PostReceive, Stop, Unpack
 from tests.support.control_peer import Node
 from tests.support.world import World
 

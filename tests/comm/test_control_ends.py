@@ -16,15 +16,8 @@ import torch
 import torch.distributed as dist
 
 from serve.comm.framing import FRAME_BYTES, as_tensor, make_frame
-from serve.protocol.messages import (
-    Abort,
-    AnyMessage,
-    Entry,
-    Goodbye,
-    Ping,
-    Stop,
-    encode,
-)
+from serve.protocol.messages import Abort, AnyMessage, Goodbye, Ping, encode
+from serve.protocol.plan import Entry, Stop
 from tests.support.control_peer import Node
 from tests.support.world import World
 

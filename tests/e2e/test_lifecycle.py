@@ -1,14 +1,11 @@
-"""The end of a job: drained, stopped by signals, with a lost rank, or refused at its start."""
+"""The end of a job: drained, stopped by signals, with a lost rank, or standing still."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,12 +13,11 @@ import aiohttp
 import psutil
 import pytest
 import pytest_asyncio
-from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import write_llama_checkpoint
 from tests.support.clients import Client, events, greedy_body
 from tests.support.odd_rank import SLOW, STUCK
-from tests.support.server import Server, free_port, serving
+from tests.support.server import Server, serving
 
 # More tokens than a request gets before its test ends the job.
 ENDLESS = 30_000
@@ -80,8 +76,8 @@ async def test_a_signal_lets_open_streams_finish(
     """The ranks get SIGINT twice, because torchrun may pass a Ctrl-C on more than once."""
     with serving("--model", str(model), *ONE_TO_ONE, num_ranks=2) as server:
         client = Client(session, server.url)
-        response = await client.open_stream([1, 2, 3], 2500)
-        waiting = asyncio.create_task(client.ask([4, 5, 6], 1500))
+        response = await client.open_stream([1, 2, 3], 600)
+        waiting = asyncio.create_task(client.ask([4, 5, 6], 400))
         while await client.metric("vllm:prompt_tokens_total") < 6:
             pass
         server.signal_ranks(number)
@@ -96,9 +92,9 @@ async def test_a_signal_lets_open_streams_finish(
         async with session.get(f"{server.url}/health") as health:
             assert health.status == 503
         chunks = [event async for event in events(response)]
-        assert 1 + sum(len(chunk["choices"][0]["token_ids"]) for chunk in chunks) >= 2499
+        assert 1 + sum(len(chunk["choices"][0]["token_ids"]) for chunk in chunks) >= 599
         assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-        assert (await waiting)["usage"]["completion_tokens"] == 1500
+        assert (await waiting)["usage"]["completion_tokens"] == 400
         assert await all_exited(server) == 0  # torchrun returns 0 only if every rank does
 
 
@@ -233,131 +229,3 @@ async def test_a_slow_step_is_waited_for_and_a_stuck_one_ends_the_job(
         assert "rank 1 has made no progress with a step of 1 sequences and 1 tokens" in reason
         assert await all_exited(server) != 0
         assert "serve: rank 0 stops: rank 1 has made no progress" in server.log
-
-
-# --- refused at the start -----------------------------------------------------------------------
-
-
-def run_to_end(*options: str, num_ranks: int = 2, entry: str = "serve.launch") -> list[str]:
-    """Return the log lines of a job that cannot start, without torchrun's own."""
-    with serving(*options, num_ranks=num_ranks, ready=False, entry=entry) as server:
-        assert server.wait_exited(60.0) != 0
-        assert 'File "' + os.getcwd() + "/serve/" not in server.log, (
-            "the log has a traceback of ours"
-        )
-        return [line for line in server.log.splitlines() if re.match(r"serve: |.* rank \d ", line)]
-
-
-def test_a_missing_model_gives_one_error_line() -> None:
-    lines = run_to_end("--model", "no/such/dir/", num_ranks=3)
-    assert lines == ["serve: error: --model: no/such/dir/ does not exist"]
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ("--model no/such/dir", "--model: no/such/dir does not exist"),
-        ("--block-size 32", "has --block-size 32, rank 0 has 16"),
-    ],
-)
-def test_an_error_of_one_rank_alone_is_printed_by_rank_0(
-    model: Path, options: str, reason: str
-) -> None:
-    lines = run_to_end(
-        "--model", str(model), *ONE_TO_ONE, "--on-rank-1", options, entry="tests.support.odd_rank"
-    )
-    errors = [line for line in lines if "serve: error" in line]
-    assert len(errors) == 1, lines
-    assert errors[0].startswith("serve: error: rank 1 on ")
-    assert reason in errors[0]
-
-
-def test_a_rank_that_never_comes_is_named(model: Path) -> None:
-    environ = os.environ | {
-        "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "serve.launch", "--model", str(model), *ONE_TO_ONE]
-    command += ["--port", "0", "--start-timeout-s", "0.5"]
-    done = subprocess.run(
-        command, env=environ, capture_output=True, text=True, timeout=60.0, check=False
-    )
-    assert done.returncode == 2
-    assert "serve: error: rank 1 did not start within 0.5 s" in done.stderr
-
-
-@pytest.mark.parametrize("option", [["--max-num-seqs", "0"], ["--modle", "x"], ["--port", "x"]])
-def test_wrong_options_are_refused_before_torch_is_imported(option: list[str]) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "serve.launch", *option]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
-    assert done.returncode == 2
-    assert not re.search(r"\| +(torch|transformers|uvloop|aiohttp)\n", done.stderr)
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert len(errors) == 1
-    assert errors[0].startswith("serve: error: ")
-    assert option[0] in errors[0]
-
-
-def test_help_works_without_torchrun() -> None:
-    command = [sys.executable, "-m", "serve.launch", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60.0, check=False)
-    assert done.returncode == 0
-    assert "--replica-spec" in done.stdout
-    assert not done.stderr
-
-
-def test_a_port_in_use_gives_one_error_line(model: Path) -> None:
-    with serving("--model", str(model), *ONE_TO_ONE, num_ranks=1) as server:
-        port = server.url.rpartition(":")[2]
-        lines = run_to_end("--model", str(model), *ONE_TO_ONE, "--port", port)
-        assert len(lines) == 1
-        assert lines[0].startswith(f"serve: error: cannot listen on 127.0.0.1:{port}: ")
-
-
-def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    write_llama_checkpoint(tmp_path, seed=3)
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    lines = run_to_end("--model", str(tmp_path), "--tokenizer", "none")
-    assert_one_error(lines, "model.layers.1.mlp.up_proj.weight")
-
-
-def test_a_missing_tokenizer_is_named(model: Path) -> None:
-    assert_one_error(run_to_end("--model", str(model)), "tokenizer")
-
-
-def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
-    write_llama_checkpoint(tmp_path, seed=3)
-    (tmp_path / "tokenizer.json").write_text("{")
-    assert_one_error(run_to_end("--model", str(tmp_path)), "tokenizer")
-
-
-def test_a_truncated_weight_file_is_named(tmp_path: Path) -> None:
-    write_llama_checkpoint(tmp_path, seed=3)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    assert_one_error(
-        run_to_end("--model", str(tmp_path), "--tokenizer", "none"), "model.safetensors"
-    )
-
-
-def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
-    write_llama_checkpoint(tmp_path, seed=3)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"architectures": ["SomethingForCausalLM"], "model_type": "something"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert_one_error(run_to_end("--model", str(tmp_path), "--tokenizer", "none"), "something")
-
-
-def test_a_max_model_len_beyond_the_pool_is_refused(model: Path) -> None:
-    options = ("--tokenizer", "none", "--num-blocks", "4", "--max-model-len", "4096")
-    assert_one_error(run_to_end("--model", str(model), *options), "--max-model-len 4096")
-
-
-def assert_one_error(lines: list[str], named: str) -> None:
-    errors = [line for line in lines if line.startswith("serve: ")]
-    assert len(errors) == 1, lines
-    assert errors[0].startswith("serve: error: ")
-    assert named.lower() in errors[0].lower()
-    assert not [line for line in lines if " ERROR " in line]

@@ -21,6 +21,7 @@ from tests.support.checkpoints import (
     smollm2_gguf,
     write_llama_checkpoint,
 )
+from tests.support.smollm2 import GREEDY
 from tests.support.world import World
 
 # name: (ranks, options)
@@ -96,8 +97,7 @@ def reference_tokens(model: Path, jobs: Sequence[Job]) -> tuple[tuple[int, ...],
     )
 
 
-# Most tests give the same jobs to several splits. The results are kept and not the model, because
-# SmolLM2 takes 0.5 GB as float32.
+# Most tests give the same jobs to several splits.
 @functools.cache
 def _generate_reference(
     model: Path, requests: tuple[tuple[tuple[int, ...], int, float], ...]
@@ -166,7 +166,9 @@ def test_prompts_without_chunked_prefill(world: World, gqa: Path) -> None:
 
 @pytest.mark.parametrize("split", ["1P+1D", "tp 1 to 2", "colocated"])
 def test_preemption_does_not_change_the_tokens(world: World, gqa: Path, split: str) -> None:
-    jobs = [greedy(range(i, i + 20), 40) for i in range(6)]
+    # Short answers come first, so that the decode replica expects the long ones to be short too.
+    jobs = [greedy(range(i, i + 3), 2) for i in range(40)]
+    jobs += [greedy(range(i, i + 20), 40) for i in range(6)]
     for job in jobs[::2]:
         job.sampling = msgspec.structs.replace(job.sampling, repetition_penalty=1.3)
     options = ["--num-blocks", "24", "--block-size", "4", "--max-model-len", "64"]
@@ -219,7 +221,7 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(world: World, gqa: Pa
 @pytest.mark.parametrize("split", ["2P+2D", "tp 2 to 2", "colocated"])
 def test_aborts_do_not_change_other_requests(world: World, gqa: Path, split: str) -> None:
     rng = random.Random(23)
-    jobs = random_jobs(23, 60)
+    jobs = random_jobs(23, 32)
     for job in jobs[::2]:
         job.abort_after = rng.randint(0, 5)
     options = ["--max-num-batched-tokens", "8", "--max-num-seqs", "4", "--block-size", "4"]
@@ -240,7 +242,7 @@ def test_one_kv_head_replicated_over_two_ranks(world: World, tmp_path: Path, spl
 
 
 @pytest.mark.parametrize("split", ["2P+2D", "tp 2 to 2"])
-@pytest.mark.parametrize("count", [150, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
 def test_transfers_on_all_links_at_once_do_not_deadlock(
     world: World, gqa: Path, split: str, count: int
 ) -> None:
@@ -255,18 +257,25 @@ def test_transfers_on_all_links_at_once_do_not_deadlock(
     ]  # fmt: skip
     result = run_case(world, gqa, split, jobs, *options, timeout_s=600)
     assert result.num_preemptions > 0, "the decode pools were full"
-    check_parity(gqa, jobs[:40], CaseResult(result.answers[:40], [], 0))
+    check_parity(gqa, jobs[:30], CaseResult(result.answers[:30], [], 0))
     assert all(answer.finish_reason == FinishReason.LENGTH for answer in result.answers)
 
 
+def test_nine_heads_over_three_ranks(world: World, tmp_path: Path) -> None:
+    """The shape of SmolLM2: nine heads over three KV heads, tied embeddings."""
+    model = write_llama_checkpoint(
+        tmp_path, seed=6, num_heads=9, num_kv_heads=3, head_dim=8, tie=True
+    )
+    jobs = random_jobs(47, 8)
+    check_parity(model, jobs, run_case(world, model, "tp 1 to 3", jobs, "--block-size", "4"))
+
+
 @pytest.mark.parametrize(
-    "split", ["1P+1D", pytest.param("2P+1D", marks=pytest.mark.slow), "tp 1 to 3"]
+    "split",
+    ["1P+1D", *(pytest.param(split, marks=pytest.mark.slow) for split in ("2P+1D", "tp 1 to 3"))],
 )
 def test_smollm2_matches_the_reference(world: World, split: str) -> None:
-    rng = random.Random(29)
-    model = smollm2_gguf()
-    jobs = [
-        greedy([rng.randrange(17, 49152) for _ in range(rng.randint(3, 60))], 12) for _ in range(4)
-    ]
-    result = run_case(world, model, split, jobs, "--num-blocks", "64", "--max-model-len", "512")
-    check_parity(model, jobs, result)
+    jobs = [greedy(prompt, len(tokens)) for prompt, tokens in GREEDY]
+    options = ("--num-blocks", "64", "--max-model-len", "512")
+    result = run_case(world, smollm2_gguf(), split, jobs, *options)
+    assert [tuple(answer.token_ids) for answer in result.answers] == [t for _, t in GREEDY]

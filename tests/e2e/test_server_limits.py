@@ -138,10 +138,9 @@ async def test_max_tokens_is_clamped_to_the_context(
     ("num_ranks", "options"),
     [
         (1, []),
-        (3, ["--replica-spec", "1,1", "2,1"]),
-        (3, ["--partition-id", "2"]),
+        (4, ["--replica-spec", "1,1", "1,1", "2,1", "--partition-id", "2"]),
     ],
-    ids=["colocated", "tp 1 to 2", "2P+1D"],
+    ids=["colocated", "2P+1D, tp 1 to 2"],
 )
 async def test_other_splits_return_the_references_tokens(
     tiny: Path, session: aiohttp.ClientSession, num_ranks: int, options: list[str]

@@ -20,7 +20,7 @@ from tests.support.clients import Client, events, greedy_body, post_raw
 from tests.support.server import serving
 
 NUM_CLIENTS = 100
-NUM_PROMPTS = 60
+NUM_PROMPTS = 40
 MAX_TOKENS = 24
 VOCAB_SIZE = 128
 STALL_S = 60.0  # a request that takes longer counts as hung
@@ -264,14 +264,14 @@ async def run_storm(
 async def test_storm_over_two_prefill_and_two_decode_replicas(
     model: Path, prompts: list[list[int]], expected: list[tuple[int, ...]]
 ) -> None:
-    await run_storm(model, prompts, expected, TINY_POOLS, 800)
+    await run_storm(model, prompts, expected, TINY_POOLS, 300)
 
 
 async def test_storm_over_two_ranks_each(
     model: Path, prompts: list[list[int]], expected: list[tuple[int, ...]]
 ) -> None:
     options = (*TINY_POOLS, "--replica-spec", "2,1", "2,1")
-    await run_storm(model, prompts, expected, options, 300)
+    await run_storm(model, prompts, expected, options, 150)
 
 
 @pytest.mark.slow

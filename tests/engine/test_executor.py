@@ -11,7 +11,8 @@ import torch
 
 from serve.engine.executor import Callbacks, Executor, RankResources
 from serve.engine.plan_progress import PlanProgress
-from serve.protocol.messages import Entry, Heartbeat
+from serve.protocol.messages import Heartbeat
+from serve.protocol.plan import Entry
 
 
 class IdleRunner:

@@ -18,7 +18,7 @@ from serve.kv.cache import KVCache
 from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
-from serve.protocol.messages import SampleRow, Step, StepSequence
+from serve.protocol.plan import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams, pack_ids
 from tests.support.families import VARIANTS, write_variant
 

@@ -14,7 +14,7 @@ from serve.model.attention import PLAIN, Scoring
 from serve.model.forward_batch import AttentionMetadata, DecodeSplits, build_forward_batch, fill_in
 from serve.model.kernels import ops
 from serve.model.kernels.head_norms import HeadNorms
-from serve.protocol.messages import SampleRow, Step, StepSequence
+from serve.protocol.plan import SampleRow, Step, StepSequence
 from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling.sampler import sample
 from serve.sampling.slots import SamplingSlots

@@ -18,7 +18,7 @@ from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.config import ModelConfig
 from serve.model_config.file import load_model_config
-from serve.protocol.messages import Step, StepSequence
+from serve.protocol.plan import Step, StepSequence
 from tests.support.checkpoints import (
     ROPES,
     load_reference,
@@ -26,6 +26,7 @@ from tests.support.checkpoints import (
     smollm2_gguf,
     write_llama_checkpoint,
 )
+from tests.support.smollm2 import GREEDY
 
 torch.set_num_threads(1)
 BLOCK_SIZE = 4
@@ -194,15 +195,11 @@ def test_smollm2_from_gguf() -> None:
     expected_weights = reference.state_dict()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.data, expected_weights[name], rtol=0, atol=0)
-    rng = random.Random(10)
-    texts = [
-        *prompts(rng, [5, 23], config.vocab_size),
-        # "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-        (1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198),
-    ]
-    jobs = []
-    expected = []
-    for text in texts:
-        expected.append(reference_greedy(reference, text, 12))
-        jobs.append((text, len(expected[-1])))
-    assert run_greedy(config, model, jobs, rng, block_size=16) == expected
+    for text, tokens in GREEDY:
+        assert reference_greedy(reference, text, len(tokens)) == tokens
+    # "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    chat = (1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198)
+    answers = [*GREEDY, (chat, reference_greedy(reference, chat, 12))]
+    jobs = [(text, len(tokens)) for text, tokens in answers]
+    expected = [tokens for _, tokens in answers]
+    assert run_greedy(config, model, jobs, random.Random(10), block_size=16) == expected

@@ -17,8 +17,7 @@ from serve.model.forward_batch import build_forward_batch
 from serve.model.registry import build_model
 from serve.model.weights.load import load_weights
 from serve.model_config.file import load_model_config
-from serve.protocol.messages import Step, StepSequence
-from tests.support.checkpoints import write_llama_checkpoint
+from serve.protocol.plan import Step, StepSequence
 
 BLOCK_SIZE = 4
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -89,6 +88,9 @@ def run_rank(rank: int, size: int, init: str, jobs: list[tuple[str, tuple[int, .
 
 def test_logits_equal_those_of_one_rank(tmp_path: Path) -> None:
     """One world of three processes serves all shapes, because starting it takes the time."""
+    # Not at the top, because the ranks import this module and would wait for transformers.
+    from tests.support.checkpoints import write_llama_checkpoint
+
     jobs = []
     for number, (name, (tp_sizes, options)) in enumerate(CASES.items()):
         path = write_llama_checkpoint(tmp_path / name, seed=number, **options)

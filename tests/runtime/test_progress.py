@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 
 from serve.engine.plan_progress import PlanProgress
-from serve.protocol.messages import (
-    Entry,
-    Heartbeat,
-    PostReceive,
-    Stall,
-    Step,
-    StepSequence,
-    Unpack,
-)
+from serve.protocol.messages import Heartbeat, Stall
+from serve.protocol.plan import Entry, PostReceive, Step, StepSequence, Unpack
 from serve.runtime.progress import PEER_ENTRIES, ProgressWatch
 
 

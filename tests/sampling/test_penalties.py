@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from serve.protocol.messages import SampleRow
+from serve.protocol.plan import SampleRow
 from serve.sampling import penalties
 from serve.sampling.slots import SamplingSlots
 from tests.support.penalised_requests import random_case, steps

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve.protocol.messages import SampleRow
+from serve.protocol.plan import SampleRow
 from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling import sampler
 from serve.sampling.slots import SamplingSlots

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from serve import device
-from serve.protocol.messages import SampleRow
+from serve.protocol.plan import SampleRow
 from serve.replica.scheduler import Batch, Chunk
 from serve.replica.sequence import Sequence
 from serve.replica.step import build_step

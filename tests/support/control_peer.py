@@ -9,12 +9,8 @@ import torch.distributed as dist
 
 from serve.comm.control import ControlChannel
 from serve.comm.process_groups import new_control_group
-from serve.protocol.messages import (
-    AnyMessage,
-    Entry,
-    Ping,
-    Pong,
-)
+from serve.protocol.messages import AnyMessage, Ping, Pong
+from serve.protocol.plan import Entry
 
 
 class Node:

@@ -11,16 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from serve.protocol.messages import (
-    NUM_STAGING_SLOTS,
-    Entry,
-    PostReceive,
-    SampleRow,
-    Send,
-    Step,
-    StepSequence,
-    Unpack,
-)
+from serve.protocol.messages import NUM_STAGING_SLOTS
+from serve.protocol.plan import Entry, PostReceive, SampleRow, Send, Step, StepSequence, Unpack
 from serve.replica.replica import Replica
 from serve.replica.sequence import OUT_OF_WINDOW_BLOCK
 from serve.request import Request

@@ -10,15 +10,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from serve.protocol.messages import (
-    AnyMessage,
-    PostReceive,
-    Prefill,
-    ReplicaLoad,
-    Report,
-    SampleRow,
-    Step,
-)
+from serve.protocol.messages import AnyMessage, Prefill, ReplicaLoad, Report
+from serve.protocol.plan import PostReceive, SampleRow, Step
 from serve.replica.limits import SchedulerLimits
 from serve.replica.replica import Actions, Replica, ReplicaSettings
 from serve.request import Request

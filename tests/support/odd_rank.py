@@ -15,7 +15,7 @@ import torch
 
 from serve.engine.runner import Runner
 from serve.launch import main
-from serve.protocol.messages import Step
+from serve.protocol.plan import Step
 
 SLOW, STUCK = 126, 127
 SLOW_S = 0.2  # the model has more than a dozen modules

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serve.protocol.messages import SampleRow
+from serve.protocol.plan import SampleRow
 from serve.request import Request, SamplingParams, pack_ids
 from serve.sampling.slots import SamplingSlots
 

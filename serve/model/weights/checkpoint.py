@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from serve.model.layers import Shard
-from serve.model.weights.gguf import GGUFCheckpoint
 from serve.model_config.weight_files import WEIGHT_FILES, find_weight_files
 
 
@@ -144,6 +143,9 @@ def open_checkpoint(path: str, load_format: str) -> Checkpoint:
     if (source.suffix == ".gguf") != (load_format == "gguf") and load_format != "auto":
         raise ValueError(f"{path} cannot be loaded as {load_format}")
     if source.suffix == ".gguf":
+        # Not at the top, because every rank would import the package gguf, also for other formats.
+        from serve.model.weights.gguf import GGUFCheckpoint
+
         return GGUFCheckpoint(source)
     formats = [name for name in _CHECKPOINTS if load_format in ("auto", name)]
     for name in formats:
