@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import aiohttp
 import pytest
 
+from serve.api.json_fields import decode_fields
+from serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from serve.api.settings import API
+from serve.api.validation import to_struct
 from serve.config.http import HttpLimits
 from serve.tokenizer.tokenizer import Tokenizer
 from tests.support.fake_service import FakeCluster, load_test_tokenizer, serving
@@ -60,6 +64,67 @@ async def test_unknown_fields_are_skipped(tokenizer: Tokenizer) -> None:
     assert answer["usage"]["completion_tokens"] == 2
     assert tuple(cluster.seen[0].prompt_ids) == (5, 6)
     assert cluster.app[API].pool.budget.in_use == 0
+
+
+EMPTY = b"[" + b"[]," * 150_000 + b"[]]"
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        (COMPLETIONS, "prompt", EMPTY),
+        (COMPLETIONS, "prompt", b"[[1]," + b"1," * 150_000 + b"[1]]"),
+        (COMPLETIONS, "prompt", b'["a' + b'","' * 150_000 + b'"]'),
+        (COMPLETIONS, "stop", EMPTY),
+        (COMPLETIONS, "logit_bias", b"{" + b'"1":1,' * 150_000 + b'"2":1}'),
+        (COMPLETIONS, "tools", EMPTY),
+        (COMPLETIONS, "request_id", b'{"x":' + EMPTY + b"}"),
+        (CHAT, "messages", EMPTY),
+        (CHAT, "chat_template_kwargs", b'{"x":' + EMPTY + b"}"),
+        (CHAT, "chat_template_kwargs", b'{"x":[' + b"1.5," * 150_000 + b"2]}"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else repr(value)[:20],
+)
+async def test_a_field_of_too_many_values_is_refused(
+    tokenizer: Tokenizer, path: str, name: str, value: bytes
+) -> None:
+    body = b'{"%b": %b}' % (name.encode(), value)
+    cluster = FakeCluster(tokenizer)
+    status, answer = await post(cluster, path, data=body)
+    assert status == 400
+    assert answer["error"]["message"] == f"{name} must not have more than 131072 values"
+    assert answer["error"]["param"] == name
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"[" + b"7," * 300_000 + b"7]",
+        b"[[" + b"7," * 200_000 + b"7] , [" + b"7," * 200_000 + b"7]]",
+        b'"' + rb"[{,\\\"," * 40_000 + b'"',
+        b'["' + rb"[{,\\\"," * 40_000 + b'", "[,[,"]',
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_ids_and_texts_are_no_matter_how_long(value: bytes) -> None:
+    fields = decode_fields(b'{"prompt": %b}' % value, CompletionRequest)
+    assert fields == {"prompt": json.loads(value)}
+
+
+@pytest.mark.parametrize("value", [[], 5, "x", [["a", 1]]])
+async def test_template_arguments_must_be_an_object(tokenizer: Tokenizer, value: Any) -> None:
+    cluster = FakeCluster(tokenizer)
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": value}
+    status, answer = await post(cluster, CHAT, json=body)
+    assert status == 400
+    assert answer["error"]["message"] == "chat_template_kwargs must be an object"
+    assert answer["error"]["param"] == "chat_template_kwargs"
+
+
+def test_large_template_arguments_are_not_copied() -> None:
+    kwargs = {str(i): [i] for i in range(10_000)}
+    body = to_struct({"messages": [], "chat_template_kwargs": kwargs}, ChatCompletionRequest)
+    assert body.chat_template_kwargs is kwargs
 
 
 async def test_a_refused_field_is_found_in_a_large_body(tokenizer: Tokenizer) -> None:
