@@ -12,7 +12,8 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from serve.api.byte_budget import Lease
+from serve.api.byte_budget import ClientLease
+from serve.api.client_identity import client_of
 from serve.api.errors import LEASE, ApiError, BodyStalled, name_request
 from serve.api.json_fields import decode_fields
 from serve.api.refusals import ENCODINGS, unreadable_encoding
@@ -71,7 +72,7 @@ async def _read_body(http: web.Request, api: Api) -> bytes:
     if (http.content_length or 0) > limit:
         raise _too_large(limit)
     if length is not None and length > MEDIUM_BYTES:
-        http[LEASE] = await api.pool.budget.acquire(length)
+        http[LEASE] = await api.pool.clients.acquire(length, client_of(http))
     try:
         return await _read_chunks(http, api, limit)
     except BodyStalled as error:
@@ -89,8 +90,8 @@ async def _read_chunks(http: web.Request, api: Api, limit: int) -> bytes:
         if num_bytes > limit:
             raise _too_large(limit)
         if num_bytes > MEDIUM_BYTES and LEASE not in http:
-            http[LEASE] = await api.pool.budget.acquire(limit)
-    lease: Lease | None = http.get(LEASE)
+            http[LEASE] = await api.pool.clients.acquire(limit, client_of(http))
+    lease: ClientLease | None = http.get(LEASE)
     if lease is not None:
         lease.shrink(num_bytes)
     return b"".join(chunks)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from serve.api.byte_budget import Lease
+from serve.api.byte_budget import ClientLease
 from serve.api.client_identity import valid_key
 from serve.api.settings import API
 from serve.api.validation import InvalidField
@@ -25,7 +25,7 @@ _OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics", "/cluster")
 ID = web.RequestKey("id", str)  # of the request: the client's, or a random one
 NAMED = web.RequestKey("named", bool)  # whether the client chose it in a header
 STREAMING = web.RequestKey("streaming", bool)  # whether the status has been sent
-LEASE = web.RequestKey("lease", Lease)  # what the body occupies of the byte budget
+LEASE = web.RequestKey("lease", ClientLease)  # what the body occupies of the byte budget
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

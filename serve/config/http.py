@@ -70,7 +70,8 @@ def _add_bodies(group: argparse._ArgumentGroup) -> None:
     add("--max-body-bytes-in-work", type=num_bytes, default=default.max_body_bytes_in_work,
         metavar="BYTES",
         help="Most bytes of large bodies (over 64KiB) that are read, decoded and tokenised at a "
-        "time. Further ones wait for their turn, the smallest first. "
+        "time; those of one client (API key or address) take at most half. Further ones wait for "
+        "their turn, the smallest first. "
         f"Default: {_BYTES_BUDGET >> 20}MiB.")  # fmt: skip
     add("--max-header-bytes", type=_HEADER_SIZE, default=default.max_header_bytes,
         metavar="BYTES",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -156,6 +158,28 @@ async def test_small_requests_do_not_wait_for_the_budget(tokenizer: Tokenizer) -
             async with http.get(path) as response:
                 assert response.status == 200
     lease.release()
+
+
+async def test_a_clients_slow_bodies_do_not_hold_up_anothers(tokenizer: Tokenizer) -> None:
+    cluster = FakeCluster(tokenizer, limits=HttpLimits(max_body_bytes_in_work=400_000))
+    cluster.app[API].settings = replace(cluster.app[API].settings, api_keys=("slow", "other"))
+    budget = cluster.app[API].pool.budget
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer slow\r\n"
+    async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
+        writers = []
+        for _ in range(5):
+            _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+            writer.write(head + b'Content-Length: 100000\r\n\r\n{"prompt":')
+            writers.append(writer)
+        while budget.in_use < 200_000:  # the server reads what came in the meantime
+            await (await http.get("/ping")).read()
+        body = {"prompt": [1], "max_tokens": 1, "x": "y" * 190_000}
+        key = {"Authorization": "Bearer other"}
+        async with http.post(COMPLETIONS, json=body, headers=key) as response:
+            assert response.status == 200
+        assert budget.in_use == 200_000
+        for writer in writers:
+            writer.close()
 
 
 async def test_long_lists_are_whole_in_answers(tokenizer: Tokenizer) -> None:
