@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.http import HttpVersion11
 
 from serve.api.byte_budget import ClientLease
 from serve.api.client_identity import client_of
@@ -73,6 +74,9 @@ async def _read_body(http: web.Request, api: Api) -> bytes:
         raise _too_large(limit)
     if length is not None and length > MEDIUM_BYTES:
         http[LEASE] = await api.pool.clients.acquire(length, client_of(http))
+    if http.headers.get("Expect", "").lower() == "100-continue" and http.version >= HttpVersion11:
+        await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        http.writer.output_size = 0  # the answer has not begun
     try:
         return await _read_chunks(http, api, limit)
     except BodyStalled as error:

@@ -37,6 +37,11 @@ class HttpLimits:
     trusted_proxies: tuple[IPNetwork, ...] = ()
     allowed_origins: tuple[str, ...] = ()
 
+    @property
+    def all_header_bytes(self) -> int:
+        """The most bytes of all headers of a request."""
+        return 8 * self.max_header_bytes
+
     def body_bytes(self, max_model_len: int) -> int:
         """Return the most bytes of a body, with contexts of ``max_model_len`` tokens."""
         if self.max_body_bytes is not None:
