@@ -14,7 +14,7 @@ from serve.api import generate, models, system, tokens
 from serve.api.connection import Connection
 from serve.api.connection_table import ConnectionTable
 from serve.api.cors import allow_origin, answer_options
-from serve.api.errors import answer_errors, check_key
+from serve.api.errors import Handler, answer_errors, check_expectation, check_key
 from serve.api.settings import API, Api, ApiSettings
 from serve.dispatch.metrics import Metrics
 from serve.dispatch.service import Service
@@ -37,12 +37,12 @@ def create_app(
     app.on_cleanup.append(_end_threads)
     app.add_routes(
         [
-            web.post("/v1/completions", generate.completions),
-            web.post("/v1/chat/completions", generate.chat_completions),
+            _post("/v1/completions", generate.completions),
+            _post("/v1/chat/completions", generate.chat_completions),
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{id:.+}", models.get_model),
-            web.post("/tokenize", tokens.tokenize),
-            web.post("/detokenize", tokens.detokenize),
+            _post("/tokenize", tokens.tokenize),
+            _post("/detokenize", tokens.detokenize),
             web.get("/health", system.health),
             web.get("/ping", system.ping),
             web.post("/ping", system.ping),
@@ -52,6 +52,10 @@ def create_app(
         ]
     )
     return app
+
+
+def _post(path: str, handler: Handler) -> web.RouteDef:
+    return web.post(path, handler, expect_handler=check_expectation)
 
 
 async def run_app_on(app: web.Application, listener: socket.socket) -> web.AppRunner:

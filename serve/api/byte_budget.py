@@ -1,10 +1,16 @@
-"""ByteBudget: how many bytes of large bodies may be in memory at a time, and who is next."""
+"""ByteBudget: how many bytes of large bodies may be in memory at a time, and who is next.
+
+``ClientBudgets`` gives each client a part of it: a client that announces large bodies and sends
+them slowly would otherwise keep all of the budget from the others.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import heapq
 from dataclasses import dataclass, field
+
+_CLIENT_SHARE = 0.5  # of the budget, for the bodies of one client
 
 # A body that others have overtaken with so many times the budget is next, however large it is.
 _MAX_OVERTAKEN = 4
@@ -105,3 +111,62 @@ class ByteBudget:
                 return smallest
             self._by_arrival.pop(smallest.arrival, None)
             heapq.heappop(self._waiting)
+
+
+@dataclass(eq=False, slots=True)
+class ClientLease:
+    """A lease of a client's own budget and one of the common budget, which are held together."""
+
+    own: Lease
+    common: Lease
+    clients: ClientBudgets
+    client: str
+
+    def release(self) -> None:
+        """Give all bytes back."""
+        self.shrink(0)
+
+    def shrink(self, num_bytes: int) -> None:
+        """Keep ``num_bytes`` and give the others back."""
+        self.common.shrink(num_bytes)
+        self.own.shrink(num_bytes)
+        self.clients.forget_if_idle(self.client)
+
+
+class ClientBudgets:
+    """Admits bodies to ``common``, of which one client has at most half at a time.
+
+    A body waits for its client's budget first, and for the common one as long as it holds the
+    first. What holds the common one waits for nothing, so there is no circle.
+    """
+
+    def __init__(self, common: ByteBudget) -> None:
+        self._common = common
+        self._of_client: dict[str, ByteBudget] = {}
+
+    @property
+    def num_clients(self) -> int:
+        """The number of clients whose bodies are in work or wait."""
+        return len(self._of_client)
+
+    async def acquire(self, num_bytes: int, client: str) -> ClientLease:
+        """Wait for the turn of ``num_bytes``. A cancelled waiter leaves no trace."""
+        budget = self._of_client.get(client)
+        if budget is None:
+            budget = ByteBudget(int(_CLIENT_SHARE * self._common.num_bytes))
+            self._of_client[client] = budget
+        own: Lease | None = None
+        try:
+            own = await budget.acquire(num_bytes)
+            return ClientLease(own, await self._common.acquire(num_bytes), self, client)
+        except BaseException:
+            if own is not None:
+                own.release()
+            self.forget_if_idle(client)
+            raise
+
+    def forget_if_idle(self, client: str) -> None:
+        """Forget a client without bodies, because clients come and go."""
+        budget = self._of_client.get(client)
+        if budget is not None and budget.in_use == 0 and budget.num_waiting == 0:
+            del self._of_client[client]

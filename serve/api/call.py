@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from aiohttp import web
 from msgspec.structs import replace
 
-from serve.api.errors import ApiError, name_request
+from serve.api.errors import ID, ApiError
 from serve.api.models import check_model
 from serve.api.sampling_params import make_sampling_params
 from serve.api.schemas import GenerationRequest
@@ -61,7 +61,7 @@ def usage_object(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str
 def make_head(http: web.Request, body: GenerationRequest, api: Api, id_prefix: str) -> Head:
     """Name the answer; 404 if the model is not served here."""
     model = check_model(body.model, api)
-    return Head(f"{id_prefix}-{name_request(http, body.request_id)}", int(time.time()), model)
+    return Head(f"{id_prefix}-{http[ID]}", int(time.time()), model)
 
 
 def read_sampling(body: GenerationRequest, api: Api) -> SamplingParams:

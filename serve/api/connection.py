@@ -26,7 +26,7 @@ from aiohttp.streams import StreamReader
 
 from serve.api.connection_table import ConnectionTable
 from serve.api.countdown import Countdown
-from serve.api.errors import STREAMING, BodyStalled
+from serve.api.errors import STREAMING, BodyStalled, headers_too_large
 from serve.api.refusals import MAX_HEADERS, Refusal, explain
 from serve.config.http import HttpLimits
 
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 << 10  # of a body that no handler reads yet; twice as many may wait in memory
 _BODY_BYTES = 64 << 10  # that a body brings within its time-out at least
-_HEADS = 8  # times the size of a header, for all headers of a request
 _LINGER_S = 5.0  # in which the rest of a refused body is read, so that the answer arrives
 _FIRST_PROBE_S, _LAST_PROBE_S = 0.005, 15.0
 
@@ -208,10 +207,8 @@ class Connection(web.RequestHandler):
         if not self._head.running:
             self._head.start()
         self._head_bytes += num_bytes
-        limit = _HEADS * self._limits.max_header_bytes
-        if self._head_bytes > limit:
-            option = "--max-header-bytes"
-            self._refuse(Refusal(431, f"the headers exceed {limit} bytes (8 times {option})"))
+        if self._head_bytes > self._limits.all_header_bytes:
+            self._refuse(Refusal(431, headers_too_large(self._limits)))
 
     def _on_late_head(self) -> None:
         limit = self._limits.header_timeout_s

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from serve.api.byte_budget import Lease
+from serve.api.byte_budget import ClientLease
 from serve.api.client_identity import valid_key
 from serve.api.settings import API
-from serve.api.validation import InvalidField
+from serve.api.validation import InvalidField, shorten
+from serve.config.http import HttpLimits
 from serve.dispatch.service import Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ _OPEN_PATHS = frozenset(("/health", "/ping", "/version", "/metrics", "/cluster")
 ID = web.RequestKey("id", str)  # of the request: the client's, or a random one
 NAMED = web.RequestKey("named", bool)  # whether the client chose it in a header
 STREAMING = web.RequestKey("streaming", bool)  # whether the status has been sent
-LEASE = web.RequestKey("lease", Lease)  # what the body occupies of the byte budget
+LEASE = web.RequestKey("lease", ClientLease)  # what the body occupies of the byte budget
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -37,9 +38,12 @@ _TYPES = {
     408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
+    417: "ExpectationFailedError",
     429: "RateLimitError",
+    431: "RequestTooLargeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
+    505: "UnsupportedVersionError",
 }
 
 CLIENT_GONE = 499  # nginx's status for it; it appears in logs only
@@ -111,6 +115,20 @@ def from_exception(error: Exception) -> ApiError:
             return ApiError("the server failed to answer this request", status=500)
 
 
+def headers_too_large(limits: HttpLimits) -> str:
+    """Return the reason to refuse a request by the size of its headers."""
+    return f"the headers exceed {limits.all_header_bytes} bytes (8 times --max-header-bytes)"
+
+
+def _check_headers(request: web.Request) -> None:
+    """Answer 431 to too large headers. Those that came in one piece are complete here only."""
+    limits = request.app[API].settings.http
+    size = sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
+    if size > limits.all_header_bytes:
+        reason = headers_too_large(limits)
+        raise ApiError(reason, status=431, headers={"Connection": "close"})
+
+
 def _retry(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
@@ -122,6 +140,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     request[NAMED] = sane_id(header)
     request[ID] = header if request[NAMED] else uuid.uuid4().hex
     try:
+        _check_headers(request)
         response = await handler(request)
     except ConnectionError:  # the client has disconnected, which is not an error
         return web.Response(status=CLIENT_GONE)
@@ -139,6 +158,19 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     if not response.prepared:
         response.headers["X-Request-Id"] = request[ID]
     return response
+
+
+async def check_expectation(request: web.Request) -> web.StreamResponse | None:
+    """Answer 417 to an unknown ``Expect``. 100 Continue is sent when the body is to be read.
+
+    So a client that waits for it sends no body to a request that is refused by its headers.
+    """
+    expected = request.headers["Expect"]
+    if expected.lower() == "100-continue":
+        return None
+    reason = f"Expect {shorten(expected)} is not supported by this server"
+    headers = {"X-Request-Id": uuid.uuid4().hex}
+    return json_response(error_object(reason, 417), 417, headers)
 
 
 @web.middleware

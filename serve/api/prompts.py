@@ -6,7 +6,7 @@ The time that these functions take grows with the body. Handlers call them throu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from serve.api.errors import ApiError
@@ -86,8 +86,7 @@ def render_messages(body: ChatCompletionRequest | TokenizeRequest, api: Api) -> 
     tokenizer = need_tokenizer(api, "chat")
     if not tokenizer.has_chat_template:
         raise ApiError("the model has no chat template; start the server with --chat-template")
-    options = body.chat_template_kwargs
-    _check_template_options(options)
+    options = _template_options(body.chat_template_kwargs)
     messages = _template_messages(body.messages)
     try:
         return tokenizer.render_chat(
@@ -154,11 +153,14 @@ def _invalid_id(token_ids: list[Any], vocab_size: int, param: str) -> ApiError:
     )
 
 
-def _check_template_options(options: Mapping[str, Any]) -> None:
+def _template_options(options: Any) -> dict[str, Any]:
+    """Return ``chat_template_kwargs``, of which any value is allowed."""
+    param = "chat_template_kwargs"
+    if not isinstance(options, dict):
+        raise InvalidField(f"{param} must be an object", param)
     if reserved := options.keys() & _RESERVED:
-        raise ApiError(
-            f"chat_template_kwargs must not have {min(reserved)}", param="chat_template_kwargs"
-        )
+        raise InvalidField(f"{param} must not have {min(reserved)}", param)
+    return options
 
 
 def _template_messages(messages: Any) -> list[dict[str, Any]]:

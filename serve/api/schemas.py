@@ -110,7 +110,7 @@ class GenerationRequest(SamplingFields, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     return_timeline: bool = False
-    request_id: Any = None  # ignored if it cannot be an id
+    request_id: Any = None  # names the answer; ignored if it cannot be an id
 
     def __post_init__(self) -> None:
         if self.best_of not in (0, 1, self.n):
@@ -144,10 +144,13 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
 
 
 class ChatCompletionRequest(GenerationRequest, frozen=True, kw_only=True):
-    """The body of ``POST /v1/chat/completions``; ``messages`` are checked like ``prompt`` above."""
+    """The body of ``POST /v1/chat/completions``.
+
+    ``messages`` and ``chat_template_kwargs`` are checked in a thread, like ``prompt`` above.
+    """
 
     messages: Any
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Any = {}
     add_generation_prompt: bool = True
     add_special_tokens: bool = False  # because chat templates write the special tokens themselves
 
@@ -158,7 +161,7 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
     model: str = ""
     prompt: str | None = None
     messages: Any = None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Any = {}
     add_generation_prompt: bool = True
     add_special_tokens: bool | None = None  # None: as the two endpoints above
     return_token_strs: bool = False

@@ -22,7 +22,8 @@ _NOUNS: dict[type[inspect.Type], str] = {
     inspect.StructType: "an object",
 }
 _MISSING = re.compile(r"Object missing required field `(\w+)`$")
-_FIELD_PATH = re.compile(r"`\$\.([\w.]+)")  # up to the index of a list or a key, if there is one
+# A field, and the entry of it that is wrong: the index in a list. In an object it is not told.
+_FIELD_PATH = re.compile(r"`\$\.([\w.]+)(?:\[(\d+)\])?")
 _MAX_SHOWN = 40  # characters of a refused number, which can have thousands
 
 
@@ -71,7 +72,40 @@ def _explain(reason: str, value: Any, kind: type[msgspec.Struct]) -> InvalidFiel
         assert isinstance(expected, inspect.StructType)
         expected = _field_types(expected.cls)[name]
         value = value[name]
-    return InvalidField(f"{names[-1]} {_requirement(expected, value)}", names[-1])
+    requirement = _requirement(expected, value)
+    if isinstance(expected, inspect.Metadata):
+        requirement += f": {_fault(reason, names[0], value, kind)}"
+    return InvalidField(f"{names[-1]} {requirement}", names[-1])
+
+
+def _fault(reason: str, name: str, value: Any, kind: type[msgspec.Struct]) -> str:
+    """Say what is wrong in a field that is a text, a list or an object."""
+    path = _FIELD_PATH.search(reason)
+    if path is not None and path[2] is not None:
+        return f"{name}[{path[2]}] is {_show(value[int(path[2])])}"
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            try:
+                msgspec.convert({name: {key: entry}}, kind, str_keys=True)
+            except msgspec.ValidationError as error:
+                if _FIELD_PATH.search(str(error)):  # else another field is missing
+                    return f"entry {_show(key)} is {_show(entry)}"
+    if "of length" in reason:
+        return f"it has {len(value)} " + ("characters" if isinstance(value, str) else "entries")
+    return f"it is {_show(value)}"
+
+
+def _show(value: Any) -> str:
+    """Return ``value`` as JSON, without what can be long."""
+    if isinstance(value, str):
+        long = len(value) > _MAX_SHOWN
+        shown = msgspec.json.encode(value[:_MAX_SHOWN]).decode()
+        return f'{shown[:-1]}...", of {len(value)} characters' if long else shown
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    if value is None or isinstance(value, bool):
+        return msgspec.json.encode(value).decode()
+    return shorten(value)  # a number
 
 
 @cache

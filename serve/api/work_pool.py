@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from serve.api.byte_budget import ByteBudget, Lease
+from serve.api.byte_budget import ByteBudget, ClientBudgets, ClientLease
 
 SMALL_BYTES = 4 << 10
 MEDIUM_BYTES = 64 << 10
@@ -29,11 +29,12 @@ class WorkPool:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget = ByteBudget(budget_bytes)
+        self.clients = ClientBudgets(self.budget)
         self._medium = ThreadPoolExecutor(_NUM_THREADS, "body")
         self._large = ThreadPoolExecutor(1, "large body")  # a second one would double the memory
 
     async def run(
-        self, num_bytes: int, function: Callable[[], Result], lease: Lease | None = None
+        self, num_bytes: int, function: Callable[[], Result], lease: ClientLease | None = None
     ) -> Result:
         """Call ``function``, whose work grows with ``num_bytes``, and return what it returns.
 
@@ -54,7 +55,7 @@ class WorkPool:
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _release_after(work: Future[Result], lease: Lease) -> None:
+def _release_after(work: Future[Result], lease: ClientLease) -> None:
     loop = asyncio.get_running_loop()
 
     def release(_: Future[Result]) -> None:

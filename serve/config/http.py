@@ -36,6 +36,11 @@ class HttpLimits:
     trusted_proxies: tuple[IPNetwork, ...] = ()
     allowed_origins: tuple[str, ...] = ()
 
+    @property
+    def all_header_bytes(self) -> int:
+        """The most bytes of all headers of a request."""
+        return 8 * self.max_header_bytes
+
     def body_bytes(self, max_model_len: int) -> int:
         """Return the most bytes of a body, with contexts of ``max_model_len`` tokens."""
         if self.max_body_bytes is not None:
@@ -69,7 +74,8 @@ def _add_bodies(group: argparse._ArgumentGroup) -> None:
     add("--max-body-bytes-in-work", type=num_bytes, default=default.max_body_bytes_in_work,
         metavar="BYTES",
         help="Most bytes of large bodies (over 64KiB) that are read, decoded and tokenised at a "
-        "time. Further ones wait for their turn, the smallest first. "
+        "time; those of one client (API key or address) take at most half. Further ones wait for "
+        "their turn, the smallest first. "
         f"Default: {_BYTES_BUDGET >> 20}MiB.")  # fmt: skip
     add("--max-header-bytes", type=_HEADER_SIZE, default=default.max_header_bytes,
         metavar="BYTES",

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from serve.api.byte_budget import ByteBudget, Lease
+from serve.api.byte_budget import ByteBudget, ClientBudgets, ClientLease, Lease
 
 
 class Crowd:
@@ -123,3 +123,54 @@ async def test_random_crowds_stay_within_the_budget(seed: int) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     assert num_done >= 240
     assert (budget.in_use, budget.num_waiting) == (0, 0)
+
+
+class TwoClients:
+    """Bodies of clients ``a`` and ``b``, as ``a1``, and those that were admitted."""
+
+    def __init__(self) -> None:
+        self.common = ByteBudget(100)
+        self.budgets = ClientBudgets(self.common)
+        self.admitted: dict[str, ClientLease] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def ask(self, name: str, num_bytes: int) -> None:
+        self.tasks[name] = asyncio.create_task(self._wait(name, num_bytes))
+        await settle()
+
+    async def _wait(self, name: str, num_bytes: int) -> None:
+        self.admitted[name] = await self.budgets.acquire(num_bytes, name[0])
+
+
+async def test_one_client_leaves_half_to_the_others() -> None:
+    clients = TwoClients()
+    for name in ("a1", "a2", "a3"):
+        await clients.ask(name, 25)
+    await clients.ask("b1", 50)
+    assert list(clients.admitted) == ["a1", "a2", "b1"]
+    clients.admitted["a1"].shrink(5)
+    await settle()
+    assert "a3" not in clients.admitted
+    clients.admitted["a1"].release()
+    await settle()
+    assert "a3" in clients.admitted
+    for name in ("a2", "a3", "b1"):
+        clients.admitted[name].release()
+    assert (clients.common.in_use, clients.budgets.num_clients) == (0, 0)
+
+
+async def test_a_client_that_is_gone_leaves_no_trace() -> None:
+    clients = TwoClients()
+    await clients.ask("a1", 50)
+    await clients.ask("b1", 40)
+    await clients.ask("a2", 30)  # waits for a's own half
+    await clients.ask("c1", 20)  # waits for the common budget
+    assert list(clients.admitted) == ["a1", "b1"]
+    for name in ("a2", "c1"):
+        clients.tasks[name].cancel()
+    await settle()
+    assert clients.common.in_use == 90
+    assert clients.budgets.num_clients == 2
+    for name in ("a1", "b1"):
+        clients.admitted[name].release()
+    assert (clients.common.in_use, clients.budgets.num_clients) == (0, 0)

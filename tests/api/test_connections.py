@@ -85,6 +85,12 @@ BAD_HTTP: dict[str, tuple[bytes, int, str]] = {
     "long header": (HEAD + b"X-A: " + b"a" * 9000 + b"\r\n\r\n", 431, "--max-header-bytes"),
     "long path": (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, "8190 bytes"),
     "many headers": (HEAD + b"X-A: 1\r\n" * 200 + b"\r\n", 431, "more than 128 headers"),
+    "large headers": (
+        HEAD + b"".join(b"X-%d: " % i + b"a" * 1000 + b"\r\n" for i in range(100)) + b"\r\n",
+        431,
+        "the headers exceed 65520 bytes (8 times --max-header-bytes)",
+    ),
+    "expectation": (HEAD + b"Connection: close\r\nExpect: 200-ok\r\n\r\n", 417, "Expect 200-ok"),
     "tls": (b"\x16\x03\x01\x02\x00\x01", 400, "HTTPS"),
     "no host": (b"GET /ping HTTP/1.1\r\n\r\n", 400, "Host"),
     "chunk size": (
@@ -120,6 +126,22 @@ async def test_encodings_need_their_library(encoding: str) -> None:
         status, headers, body = await exchange(port, data)
     assert (status, headers["accept-encoding"]) == (415, ", ".join(ENCODINGS))
     assert encoding in check_error(status, headers, body)
+
+
+@pytest.mark.parametrize("num_bytes", [100, 2000])
+async def test_a_body_is_asked_for_unless_it_is_refused(num_bytes: int) -> None:
+    head = HEAD + b"Expect: 100-continue\r\nConnection: close\r\n"
+    async with served(max_body_bytes=1000) as (_, port):
+        reader, writer = await send(port, head + b"Content-Length: %d\r\n\r\n" % num_bytes)
+        first = await reader.readuntil(b"\r\n\r\n")
+        if num_bytes > 1000:
+            assert first.startswith(b"HTTP/1.1 413 ")
+        else:
+            assert first == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(b'{"prompt": [1, 2], "max_tokens": 1}'.ljust(num_bytes))
+            status, _, body = split(await reader.read())
+            assert (status, json.loads(body)["usage"]["prompt_tokens"]) == (200, 2)
+        writer.close()
 
 
 # --- deadlines ----------------------------------------------------------------------------------

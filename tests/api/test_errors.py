@@ -118,6 +118,23 @@ async def test_malformed_json(http: aiohttp.ClientSession, data: bytes) -> None:
             await check_error(response, 400)
 
 
+async def test_the_bodys_request_id_names_a_refusal(http: aiohttp.ClientSession) -> None:
+    long = {"x": "y" * 200_000}
+    for wrong in (
+        {"temperature": 9},
+        {"logprobs": 3},
+        {"model": "other"},
+        {"temperature": 9} | long,
+    ):
+        body = {"prompt": "Hello", "messages": HELLO, "request_id": "mine"} | wrong
+        for path in (COMPLETIONS, CHAT):
+            async with http.post(path, json=body) as response:
+                await check_error(response, 404 if "model" in wrong else 400)
+                assert response.headers["X-Request-Id"] == "mine"
+            async with http.post(path, json=body, headers={"X-Request-Id": "header"}) as response:
+                assert response.headers["X-Request-Id"] == "header"
+
+
 async def test_unreadable_encoding(http: aiohttp.ClientSession) -> None:
     headers = {"Content-Encoding": "gzip"}
     body = gzip.compress(b'{"prompt": "Hello", "max_tokens": 2}')

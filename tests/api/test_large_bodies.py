@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import pytest
 
+from serve.api.json_fields import decode_fields
+from serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from serve.api.settings import API
+from serve.api.validation import to_struct
 from serve.config.http import HttpLimits
 from serve.tokenizer.tokenizer import Tokenizer
 from tests.support.fake_service import FakeCluster, load_test_tokenizer, serving
@@ -62,6 +68,67 @@ async def test_unknown_fields_are_skipped(tokenizer: Tokenizer) -> None:
     assert cluster.app[API].pool.budget.in_use == 0
 
 
+EMPTY = b"[" + b"[]," * 150_000 + b"[]]"
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        (COMPLETIONS, "prompt", EMPTY),
+        (COMPLETIONS, "prompt", b"[[1]," + b"1," * 150_000 + b"[1]]"),
+        (COMPLETIONS, "prompt", b'["a' + b'","' * 150_000 + b'"]'),
+        (COMPLETIONS, "stop", EMPTY),
+        (COMPLETIONS, "logit_bias", b"{" + b'"1":1,' * 150_000 + b'"2":1}'),
+        (COMPLETIONS, "tools", EMPTY),
+        (COMPLETIONS, "request_id", b'{"x":' + EMPTY + b"}"),
+        (CHAT, "messages", EMPTY),
+        (CHAT, "chat_template_kwargs", b'{"x":' + EMPTY + b"}"),
+        (CHAT, "chat_template_kwargs", b'{"x":[' + b"1.5," * 150_000 + b"2]}"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else repr(value)[:20],
+)
+async def test_a_field_of_too_many_values_is_refused(
+    tokenizer: Tokenizer, path: str, name: str, value: bytes
+) -> None:
+    body = b'{"%b": %b}' % (name.encode(), value)
+    cluster = FakeCluster(tokenizer)
+    status, answer = await post(cluster, path, data=body)
+    assert status == 400
+    assert answer["error"]["message"] == f"{name} must not have more than 131072 values"
+    assert answer["error"]["param"] == name
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"[" + b"7," * 300_000 + b"7]",
+        b"[[" + b"7," * 200_000 + b"7] , [" + b"7," * 200_000 + b"7]]",
+        b'"' + rb"[{,\\\"," * 40_000 + b'"',
+        b'["' + rb"[{,\\\"," * 40_000 + b'", "[,[,"]',
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_ids_and_texts_are_no_matter_how_long(value: bytes) -> None:
+    fields = decode_fields(b'{"prompt": %b}' % value, CompletionRequest)
+    assert fields == {"prompt": json.loads(value)}
+
+
+@pytest.mark.parametrize("value", [[], 5, "x", [["a", 1]]])
+async def test_template_arguments_must_be_an_object(tokenizer: Tokenizer, value: Any) -> None:
+    cluster = FakeCluster(tokenizer)
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": value}
+    status, answer = await post(cluster, CHAT, json=body)
+    assert status == 400
+    assert answer["error"]["message"] == "chat_template_kwargs must be an object"
+    assert answer["error"]["param"] == "chat_template_kwargs"
+
+
+def test_large_template_arguments_are_not_copied() -> None:
+    kwargs = {str(i): [i] for i in range(10_000)}
+    body = to_struct({"messages": [], "chat_template_kwargs": kwargs}, ChatCompletionRequest)
+    assert body.chat_template_kwargs is kwargs
+
+
 async def test_a_refused_field_is_found_in_a_large_body(tokenizer: Tokenizer) -> None:
     body = {"x": "y" * 100_000, "prompt": "a", "logprobs": 3}
     cluster = FakeCluster(tokenizer)
@@ -91,6 +158,28 @@ async def test_small_requests_do_not_wait_for_the_budget(tokenizer: Tokenizer) -
             async with http.get(path) as response:
                 assert response.status == 200
     lease.release()
+
+
+async def test_a_clients_slow_bodies_do_not_hold_up_anothers(tokenizer: Tokenizer) -> None:
+    cluster = FakeCluster(tokenizer, limits=HttpLimits(max_body_bytes_in_work=400_000))
+    cluster.app[API].settings = replace(cluster.app[API].settings, api_keys=("slow", "other"))
+    budget = cluster.app[API].pool.budget
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer slow\r\n"
+    async with serving(cluster.app) as url, aiohttp.ClientSession(url) as http:
+        writers = []
+        for _ in range(5):
+            _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+            writer.write(head + b'Content-Length: 100000\r\n\r\n{"prompt":')
+            writers.append(writer)
+        while budget.in_use < 200_000:  # the server reads what came in the meantime
+            await (await http.get("/ping")).read()
+        body = {"prompt": [1], "max_tokens": 1, "x": "y" * 190_000}
+        key = {"Authorization": "Bearer other"}
+        async with http.post(COMPLETIONS, json=body, headers=key) as response:
+            assert response.status == 200
+        assert budget.in_use == 200_000
+        for writer in writers:
+            writer.close()
 
 
 async def test_long_lists_are_whole_in_answers(tokenizer: Tokenizer) -> None:
