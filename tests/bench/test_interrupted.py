@@ -45,8 +45,9 @@ def test_ctrl_c_reports_the_requests_that_have_ended(
         "--ttft-slo", "60",
     ]  # fmt: skip
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as load:
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=_heed_ctrl_c,
+    ) as load:  # fmt: skip
         fifo.read_text()  # waits until a request is held
         load.send_signal(signal.SIGINT)
         text, _ = load.communicate()
@@ -60,6 +61,11 @@ def test_ctrl_c_reports_the_requests_that_have_ended(
     assert run["summary"]["num_errors"] == 0
     assert f"INTERRUPTED: only the {ended} of 20 requests" in text
     assert "within the objectives" in text
+
+
+def _heed_ctrl_c() -> None:
+    # A job in the background of a shell ignores SIGINT, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_complete_run_is_not_marked() -> None:
