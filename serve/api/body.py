@@ -42,7 +42,8 @@ async def read_request(http: web.Request, kind: type[T]) -> T:
     api.service.check_open()
     data = await _read_body(http, api)
     http[NUM_BODY_BYTES] = len(data)
-    fields = await api.pool.run(len(data), lambda: decode_fields(data, kind))
+    most = api.settings.http.max_field_values
+    fields = await api.pool.run(len(data), lambda: decode_fields(data, kind, most))
     if not issubclass(kind, GenerationRequest):
         return await api.pool.run(len(data), lambda: to_struct(fields, kind))
     name_request(http, fields.get("request_id"))  # also an answer that refuses a field

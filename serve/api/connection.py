@@ -171,7 +171,7 @@ class Connection(web.RequestHandler):
         """Answer what never was a request, or a failure outside of the application's handlers."""
         if status < 500:
             refusal = explain(exc, self._limits)
-            log.info("refused a request from %s: %s", self._peer, refusal.message)
+            self._log_refusal(refusal)
         else:
             log.error("a request from %s failed", self._peer, exc_info=exc)
             refusal = Refusal(status, "the server failed to answer this request")
@@ -250,8 +250,13 @@ class Connection(web.RequestHandler):
         written = request.writer.output_size if request is not None else 0
         return written - (self._wire.get_write_buffer_size() if self._wire is not None else 0)
 
+    def _log_refusal(self, refusal: Refusal) -> None:
+        # A flood of refused requests must not become a flood of lines.
+        level = logging.INFO if self._table.may_log() else logging.DEBUG
+        log.log(level, "refused a request from %s: %s", self._peer, refusal.message)
+
     def _refuse(self, refusal: Refusal) -> None:
-        log.info("refused a request from %s: %s", self._peer, refusal.message)
+        self._log_refusal(refusal)
         if self._num_due:  # an answer before it is being written
             self.close()
         elif self._wire is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 
 from serve.api.client_identity import bucket_of, is_trusted, parse_address
@@ -11,6 +12,7 @@ from serve.config.http import HttpLimits
 
 log = logging.getLogger(__name__)
 
+_LINES_PER_S = 10
 _RETRY = {"Retry-After": "1"}
 
 
@@ -22,6 +24,8 @@ class ConnectionTable:
         self.num_open = 0
         self._by_address: Counter[str] = Counter()
         self._logged = False  # one line for a row of refusals, which can be thousands
+        self._second = 0  # in which ``_num_lines`` were logged
+        self._num_lines = 0
 
     def enter(self, peer: str | None) -> Refusal | None:
         """Count a connection from ``peer``, or return why it is refused; it is then not counted."""
@@ -42,6 +46,14 @@ class ConnectionTable:
             self._by_address[address] += 1
         self.num_open += 1
         return None
+
+    def may_log(self) -> bool:
+        """Return whether a refused request may have a line in the log: a few each second may."""
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._num_lines = second, 0
+        self._num_lines += 1
+        return self._num_lines <= _LINES_PER_S
 
     def leave(self, peer: str | None) -> None:
         """Forget a connection that ``enter`` has counted."""

@@ -17,17 +17,18 @@ from serve.api.errors import ApiError
 from serve.api.unsupported import UNSUPPORTED
 from serve.api.work_pool import SMALL_BYTES
 
-# Of a field's strings (names of fields too), lists, objects and their other items. A chat of
-# 10,000 messages has 50,000. They take about 20 ms.
-MAX_VALUES = 1 << 17
-
 _SLICE_BYTES = 32 << 10
 
 
-def decode_fields(data: bytes, kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the fields of a JSON object; 400 for anything else."""
+def decode_fields(data: bytes, kind: type[msgspec.Struct], max_values: int) -> dict[str, Any]:
+    """Return the fields of a JSON object; 400 for anything else.
+
+    A field may have ``max_values`` values: strings (names of fields too), lists, objects and their
+    other items. Lists of token ids do not count.
+    """
     try:
-        fields = msgspec.json.decode(data) if len(data) <= SMALL_BYTES else _decode(data, kind)
+        small = len(data) <= SMALL_BYTES
+        fields = msgspec.json.decode(data) if small else _decode(data, kind, max_values)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ApiError(f"the body is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -35,14 +36,14 @@ def decode_fields(data: bytes, kind: type[msgspec.Struct]) -> dict[str, Any]:
     return fields
 
 
-def _decode(data: bytes, kind: type[msgspec.Struct]) -> Any:
+def _decode(data: bytes, kind: type[msgspec.Struct], max_values: int) -> Any:
     """Decode the fields that ``kind`` has or that must be refused; skip others without a copy."""
     if not data.lstrip().startswith(b"{"):
         msgspec.json.decode(data, type=msgspec.Raw)  # raises where it is not JSON
         return None
     raw = msgspec.json.decode(data, type=_raw_fields(kind))
     return {
-        name: _decode_field(name, bytes(value))
+        name: _decode_field(name, bytes(value), max_values)
         for name in raw.__struct_fields__
         if isinstance(value := getattr(raw, name), msgspec.Raw)
     }
@@ -57,27 +58,29 @@ def _raw_fields(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
     )
 
 
-def _decode_field(name: str, raw: bytes) -> Any:
-    if len(raw) > _SLICE_BYTES and _has_too_many_values(raw):
-        raise ApiError(f"{name} must not have more than {MAX_VALUES} values", param=name)
+def _decode_field(name: str, raw: bytes, max_values: int) -> Any:
+    if len(raw) > _SLICE_BYTES and _has_too_many_values(raw, max_values):
+        raise ApiError(
+            f"{name} must not have more than {max_values} values (--max-field-values)", param=name
+        )
     return _decode_value(raw)
 
 
-def _has_too_many_values(raw: bytes) -> bool:
-    """Return whether valid JSON has more than ``MAX_VALUES``; plain token ids do not count."""
+def _has_too_many_values(raw: bytes, max_values: int) -> bool:
+    """Return whether valid JSON has more values; plain token ids do not count."""
     if raw.startswith(b'"'):
         return False
     unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     num_strings = unescaped.count(b'"') // 2
-    if num_strings > MAX_VALUES:
+    if num_strings > max_values:
         return True
     outside = b"".join(unescaped.split(b'"')[::2])  # of strings
     num_values = num_strings + outside.count(b"[") + outside.count(b"{")
-    if num_values > MAX_VALUES:
+    if num_values > max_values:
         return True
     if num_strings == 0 and b"{" not in outside and _has_plain_lists(outside):
         return False  # they are decoded in slices
-    return num_values + outside.count(b",") > MAX_VALUES
+    return num_values + outside.count(b",") > max_values
 
 
 def _has_plain_lists(raw: bytes) -> bool:

@@ -26,6 +26,7 @@ class HttpLimits:
 
     max_body_bytes: int | None = None  # None: follows from the context
     max_body_bytes_in_work: int = _BYTES_BUDGET
+    max_field_values: int = 1 << 17  # a chat of 10,000 messages has 50,000; they take 20 ms
     max_header_bytes: int = _HEADER_BYTES  # of the request line and of each header
     header_timeout_s: float = 30.0
     body_timeout_s: float = 30.0  # between two pieces of a body
@@ -77,6 +78,10 @@ def _add_bodies(group: argparse._ArgumentGroup) -> None:
         "time; those of one client (API key or address) take at most half. Further ones wait for "
         "their turn, the smallest first. "
         f"Default: {_BYTES_BUDGET >> 20}MiB.")  # fmt: skip
+    add("--max-field-values", type=COUNT, default=default.max_field_values, metavar="VALUES",
+        help="Most strings, lists, objects and other items in one field of a body that is not "
+        "small, because they are decoded at a stretch. Lists of token ids do not count. More are "
+        "refused with status 400. Default: %(default)s.")  # fmt: skip
     add("--max-header-bytes", type=_HEADER_SIZE, default=default.max_header_bytes,
         metavar="BYTES",
         help="Most bytes in the request line and in each header, 256 to 1048576; eight times as "
