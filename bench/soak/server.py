@@ -14,7 +14,7 @@ MAX_WAITING = 256
 NUM_BLOCKS = 512
 
 # Small pools, so that prompts wait and sequences are preempted, and limits that floods reach.
-# Limits on bodies, waiting tokens, connections and time belong here as well.
+# The deadlines are shorter than the floods hold their connections.
 LIMITS = (
     "--max-model-len", str(CONTEXT // 2),
     "--num-blocks", str(NUM_BLOCKS),
@@ -23,6 +23,12 @@ LIMITS = (
     "--prefill-max-num-batched-tokens", "256",
     "--kv-push-bytes", "64KiB",
     "--max-waiting", str(MAX_WAITING),
+    "--max-waiting-tokens", "50000",
+    "--max-connections", "1000",
+    "--max-connections-per-address", "250",
+    "--header-timeout-s", "2",
+    "--body-timeout-s", "2",
+    "--write-timeout-s", "2",
 )  # fmt: skip
 
 # A soft limit below what a flood opens: the server must raise it to the hard limit, or count.

@@ -33,7 +33,10 @@ TINY_POOLS = (
 # Every limit on what clients may ask for, so tight that the storm meets it. Each new limit of the
 # server belongs here.
 LIMITS = (
-    "--max-waiting", "64",
+    "--max-waiting", "64", "--max-waiting-tokens", "4096", "--max-waiting-share", "0.8",
+    "--max-body-bytes", "64KiB", "--max-body-bytes-in-work", "128KiB", "--max-field-values", "2000",
+    "--max-connections", "400", "--max-connections-per-address", "300", "--header-timeout-s", "30",
+    "--body-timeout-s", "30", "--write-timeout-s", "30", "--progress-timeout-s", "60",
 )  # fmt: skip
 
 MALFORMED: list[tuple[bytes, int]] = [
