@@ -6,7 +6,6 @@ import logging
 
 import pytest
 
-from serve.api import connection_table
 from serve.api.connection_table import ConnectionTable
 from serve.config.http import HttpLimits
 
@@ -35,7 +34,7 @@ def test_a_row_of_refusals_is_one_line(caplog: pytest.LogCaptureFixture) -> None
 
 def test_a_few_refused_requests_a_second_have_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 5.0
-    monkeypatch.setattr(connection_table.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr("serve.api.connection_table.time.monotonic", lambda: now_s)
     table = ConnectionTable(HttpLimits())
     assert sum(table.may_log() for _ in range(1000)) == 10
     now_s = 6.0
