@@ -10,9 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.protocol.clock import best_offset
-from serve.topology import RankInfo, ReplicaSpec, Role, Topology, build_topology, read_rank_info
+from serve.topology import (
+    RankInfo,
+    ReplicaSpec,
+    Role,
+    StoreAddress,
+    Topology,
+    build_topology,
+    read_rank_info,
+)
 
-ENVIRON = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+ENVIRON = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "host-a", "MASTER_PORT": "29500",
+}  # fmt: skip
 
 
 @st.composite
@@ -95,7 +106,13 @@ def test_a_rank_that_does_not_exist_is_refused(rank: int) -> None:
 
 def test_the_rank_is_read_from_the_environment() -> None:
     assert read_rank_info({}) == RankInfo(0, 1, 0, 1)
-    assert read_rank_info(ENVIRON) == RankInfo(5, 8, 1, 4)
+    store = StoreAddress("host-a", 29500, hosted_by_torchrun=False, attempt=0)
+    assert read_rank_info(ENVIRON) == RankInfo(5, 8, 1, 4, store)
+    under_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
+    store = StoreAddress("host-a", 29500, hosted_by_torchrun=True, attempt=2)
+    assert read_rank_info(ENVIRON | under_torchrun).store == store
+    alone = ENVIRON | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert read_rank_info(alone).store is None
 
 
 @pytest.mark.parametrize(
@@ -103,6 +120,7 @@ def test_the_rank_is_read_from_the_environment() -> None:
     [
         ({"WORLD_SIZE": None}, "WORLD_SIZE is not: start with torchrun"),
         ({"LOCAL_RANK": None}, "LOCAL_RANK is not: start with torchrun"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set: start with torchrun"),
         ({"RANK": "8"}, "RANK=8, WORLD_SIZE=8"),
         ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4, LOCAL_WORLD_SIZE=4"),
         ({"RANK": "x"}, "invalid literal for int.*'x'"),

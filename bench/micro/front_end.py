@@ -172,7 +172,10 @@ async def _start_bare(
         for queue in queues:
             queue.put_nowait(event)
 
-    return await run_app_on(app, listener), feed, all_open
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    return runner, feed, all_open
 
 
 def _event_like_ours() -> dict[str, Any]:

@@ -264,8 +264,9 @@ def test_host_work_does_not_grow_with_what_is_asked(
     few = _measure(_steady_step(16, 4, **FEW[kind]), monkeypatch)
     many = _measure(_steady_step(16, 4000, **MANY[kind]), monkeypatch)
     assert few.copies == many.copies
-    # min_p of "all" has a few instructions of its own.
-    assert abs(few.num_instructions - many.num_instructions) < 50
+    # "all" has a few instructions of its own for min_p, and they differ between versions of torch.
+    # One more for each of 1,024 entries would be ten times the limit.
+    assert abs(few.num_instructions - many.num_instructions) < 100
 
 
 def test_host_work_of_a_row_is_small_and_the_same_for_all_kinds(
