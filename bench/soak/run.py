@@ -58,7 +58,7 @@ class Options:
     slow_readers: int = 4
     hold_s: float = 3.0
     max_mib_per_1000: float = 2.0
-    max_rise_mib: float = 512.0
+    max_rise_mib: float = 1024.0
 
 
 class Soak:
@@ -216,6 +216,6 @@ _HELP = {
     "half_open": "connections with half a head",
     "slow_readers": "clients that ask for a stream and do not read it",
     "hold_s": "how long these connections are held",
-    "max_mib_per_1000": "memory that a rank may grow by per 1000 requests, floods left out",
+    "max_mib_per_1000": "memory that a rank may grow by per 1000 requests",
     "max_rise_mib": "memory that a rank may use beyond what it used at first, floods included",
 }

@@ -25,18 +25,20 @@ class Growth:
     start_mib: float
     end_mib: float
     peak_mib: float
-    # Slope of a line through the last two thirds, floods left out; None: too few samples.
+    # Slope of a line through the last two thirds; None: too few samples.
     mib_per_1000_requests: float | None
 
 
 def measure_growth(samples: Sequence[Sample], phases: Sequence[Phase]) -> list[Growth]:
     """Fit a line through each rank's resident memory over the requests done.
 
-    Samples within floods are left out, because a flood's bodies are in memory while it lasts.
+    Samples within floods are left out if enough others are there, because a flood's bodies are in
+    memory while it lasts.
     """
-    calm = [sample for sample in samples if not _in_flood(sample.time_s, phases)]
     total = samples[-1].num_done if samples else 0
-    late = [sample for sample in calm if sample.num_done >= total / 3]
+    late = [sample for sample in samples if sample.num_done >= total / 3]
+    calm = [sample for sample in late if not _in_flood(sample.time_s, phases)]
+    late = calm if len(calm) >= MIN_SAMPLES else late
     found = []
     for rank, memory in _memory(samples).items():
         points = [(s.num_done, r.rss_bytes) for s in late for r in s.ranks if r.rank == rank]

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from serve.api.byte_budget import ByteBudget, ClientBudgets, ClientLease
+from serve.api.memory_trim import MemoryTrim
 
 SMALL_BYTES = 4 << 10
 MEDIUM_BYTES = 64 << 10
@@ -32,6 +33,7 @@ class WorkPool:
         self.clients = ClientBudgets(self.budget)
         self._medium = ThreadPoolExecutor(_NUM_THREADS, "body")
         self._large = ThreadPoolExecutor(1, "large body")  # a second one would double the memory
+        self._trim = MemoryTrim(self._large)
 
     async def run(
         self, num_bytes: int, function: Callable[[], Result], lease: ClientLease | None = None
@@ -43,14 +45,17 @@ class WorkPool:
         """
         if num_bytes <= SMALL_BYTES:
             return function()
-        threads = self._medium if num_bytes <= MEDIUM_BYTES else self._large
-        work = threads.submit(function)
+        is_large = num_bytes > MEDIUM_BYTES
+        work = (self._large if is_large else self._medium).submit(function)
+        if is_large:
+            self._trim.after(work)
         if lease is not None:
             _release_after(work, lease)
         return await asyncio.wrap_future(work)
 
     def close(self) -> None:
         """Let the threads end when their work is done, and drop what has not begun."""
+        self._trim.cancel()
         for threads in (self._medium, self._large):
             threads.shutdown(wait=False, cancel_futures=True)
 
