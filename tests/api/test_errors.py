@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
+import brotli
 import openai
 import pytest
 from aiohttp import web
+from backports import zstd
 
 from serve.tokenizer.tokenizer import Tokenizer
 from tests.support.fake_service import MAX_MODEL_LEN, VOCAB_SIZE, FakeCluster, serving
@@ -135,14 +138,22 @@ async def test_the_bodys_request_id_names_a_refusal(http: aiohttp.ClientSession)
                 assert response.headers["X-Request-Id"] == "header"
 
 
-async def test_unreadable_encoding(http: aiohttp.ClientSession) -> None:
-    headers = {"Content-Encoding": "gzip"}
-    body = gzip.compress(b'{"prompt": "Hello", "max_tokens": 2}')
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "br": lambda data: brotli.compress(data, quality=1),
+    "zstd": zstd.compress,
+}
+
+
+@pytest.mark.parametrize("encoding", COMPRESS)
+async def test_compressed_bodies(http: aiohttp.ClientSession, encoding: str) -> None:
+    headers, compress = {"Content-Encoding": encoding}, COMPRESS[encoding]
+    body = compress(b'{"prompt": "Hello", "max_tokens": 2}')
     async with http.post(COMPLETIONS, data=body, headers=headers) as response:
         assert response.status == 200
-    async with http.post(COMPLETIONS, data=b"not gzip at all", headers=headers) as response:
+    async with http.post(COMPLETIONS, data=b"not compressed at all", headers=headers) as response:
         await check_error(response, 400)
-    bomb = gzip.compress(b" " * (64 << 20))
+    bomb = compress(b" " * (64 << 20))
     async with http.post(COMPLETIONS, data=bomb, headers=headers) as response:
         await check_error(response, 413)
 
