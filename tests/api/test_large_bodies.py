@@ -94,7 +94,9 @@ async def test_a_field_of_too_many_values_is_refused(
     cluster = FakeCluster(tokenizer)
     status, answer = await post(cluster, path, data=body)
     assert status == 400
-    assert answer["error"]["message"] == f"{name} must not have more than 131072 values"
+    assert answer["error"]["message"] == (
+        f"{name} must not have more than 131072 values (--max-field-values)"
+    )
     assert answer["error"]["param"] == name
 
 
