@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -15,6 +14,7 @@ from serve.dispatch.dispatcher import Dispatcher
 from serve.protocol.messages import Abort, Prefill, decode, encode
 from serve.request import Request, SamplingParams, pack_ids
 from serve.topology import ReplicaInfo, Role
+from tests.support.traced_memory import bytes_left_by
 
 
 def make_requests(count: int, prompt: int = 1, name: str = "r", **sampling: Any) -> list[Request]:
@@ -188,12 +188,7 @@ def test_a_choice_is_aborted_alone() -> None:
 def bytes_waiting(num_tokens: int, n: int) -> int:
     """Return the bytes that rank 0 holds for a waiting prompt of ``n`` choices."""
     dispatcher = make_dispatcher()
-    tracemalloc.start()
-    try:
-        dispatcher.dispatch(make_requests(n, num_tokens))
-        return tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+    return bytes_left_by(lambda: dispatcher.dispatch(make_requests(n, num_tokens)))
 
 
 def test_a_waiting_prompt_takes_four_bytes_a_token_for_any_number_of_choices() -> None:

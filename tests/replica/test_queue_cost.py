@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +11,7 @@ from serve.protocol.messages import Abort, Offer, Prefill, decode, encode
 from serve.replica.limits import SchedulerLimits
 from serve.replica.replica import Replica, ReplicaSettings
 from serve.request import Request, SamplingParams, pack_ids
+from tests.support.traced_memory import bytes_left_by
 
 LIMITS = SchedulerLimits(8, 64, True, block_size=16)
 
@@ -97,12 +97,7 @@ def bytes_waiting(num_tokens: int, n: int) -> int:
     ]
     data = encode(Prefill.of(*requests))
     replica = make_replica()
-    tracemalloc.start()
-    try:
-        replica.on_message(decode(data))
-        return tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+    return bytes_left_by(lambda: replica.on_message(decode(data)))
 
 
 def test_a_waiting_prompt_takes_four_bytes_a_token_for_any_number_of_choices() -> None:
