@@ -26,7 +26,7 @@ import msgspec
 import uvloop
 from tqdm import tqdm
 
-from serve.api.prompt_file import DEFAULT_MAX_TOKENS, FilePrompt, PromptFileError, read_prompt_file
+from serve.api.prompt_file import DEFAULT_MAX_TOKENS, FilePrompt, read_prompt_file
 from serve.api.sampling_params import sampling_from_keywords
 from serve.config.server import ConfigError, ServerConfig, parse_args
 from serve.dispatch.service import Stream
@@ -252,7 +252,7 @@ def main() -> None:
         prompts = read_prompt_file(args.prompts)
         sampling = _sampling_params(prompts, rest)
         llm = LLM(rest)
-    except (ValueError, PromptFileError) as error:
+    except ValueError as error:
         rank_info = read_rank_info(os.environ)
         if rank_info.rank == 0:
             print(f"serve: error: {error}", file=sys.stderr)

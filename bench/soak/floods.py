@@ -35,7 +35,7 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close() resets the connect
 
 @dataclass(frozen=True, slots=True)
 class Flooder:
-    """Where floods go, and how large they are."""
+    """Sends every flood to ``target``. The other fields give their sizes."""
 
     target: Target
     max_waiting: int
@@ -132,7 +132,7 @@ async def _hold(flooder: Flooder, outcomes: Counter[str], requests: list[bytes])
 
 
 async def _ask_newly(target: Target, outcomes: Counter[str]) -> None:
-    """Send a request as somebody else who has no connection yet; it must be answered."""
+    """Send a request over a new connection. It must be answered."""
     body = greedy(random.Random(1), _FEW_TOKENS)
     try:
         async with asyncio.timeout(_NEW_CLIENT_S), target.session() as session:

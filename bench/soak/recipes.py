@@ -1,4 +1,4 @@
-"""Recipes: the requests of a soak, drawn from a seed, and what each answer must look like."""
+"""Recipes: the requests of a soak, drawn from a seed, and the rules that each answer must meet."""
 
 from __future__ import annotations
 

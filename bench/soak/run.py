@@ -45,7 +45,7 @@ _REST_INTERVAL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a soak sends."""
+    """The size and the mix of a soak, and how much memory it may cost."""
 
     requests: int = 20_000
     clients: int = 64

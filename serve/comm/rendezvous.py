@@ -38,7 +38,7 @@ class StartError(ValueError):
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank leaves at the store. ``facts`` must be equal on all ranks."""
+    """One rank's entry in the store. ``facts`` must be equal on all ranks."""
 
     host: str
     error: str | None = None

@@ -22,7 +22,7 @@ _HEADER_BYTES = 8190
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """What one client may cost, and for how long. Each field is the option of its name."""
+    """Limits on bodies, headers, connections and waits. Each field is the option of its name."""
 
     max_body_bytes: int | None = None  # None: follows from the context
     max_body_bytes_in_work: int = _BYTES_BUDGET

@@ -37,7 +37,7 @@ class QueueLimits:
 
 @dataclass(slots=True)
 class _Held:
-    """What waits of one client, or of all."""
+    """The counts of the waiting requests of one client, or of all clients."""
 
     num_requests: int = 0
     num_tokens: int = 0
